@@ -1,0 +1,85 @@
+"""Pack DeepSeek-V4 once, run it in seconds.
+
+    packed = dsv4.open("packed")              # what the bytes are
+    model = dsv4.load("packed", device="cpu") # what they do
+    dsv4.convert(src, out); dsv4.validate("packed", source=src)
+
+`import dsv4` is light: torch and all else are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dsv4.formats.errors import Dsv4Error
+from dsv4.formats.version import VERSION
+
+if TYPE_CHECKING:
+    import torch
+
+    from dsv4.convert.engine import convert
+    from dsv4.formats.checkpoint import PackedCheckpoint
+    from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+    from dsv4.runtime.model import Model
+    from dsv4.validate.engine import validate
+else:
+    # Both names are packages and functions: each package's module is callable.
+    from dsv4 import convert, validate
+
+__all__ = [
+    "Dsv4Error",
+    "NVFP4Tensor",
+    "__version__",
+    "convert",
+    "dequantize_nvfp4",
+    "load",
+    "open",
+    "quantize_nvfp4",
+    "validate",
+]
+
+__version__ = VERSION
+
+
+def open(path: str | Path) -> PackedCheckpoint:
+    """Open a packed store: checks its structure, maps nothing yet. Raises StoreError."""
+    from dsv4.formats.checkpoint import PackedCheckpoint
+
+    return PackedCheckpoint.open(Path(path))
+
+
+def load(
+    packed: str | Path | PackedCheckpoint,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    numerics: Literal["exact", "official"] = "exact",
+) -> Model:
+    """Load the model of a packed store (a path, or what `open` returned).
+
+    dtype: torch.float32 (the default) or torch.bfloat16, of activations and caches.
+    Weights stay packed in the mapped files; every chunk is verified when it is first mapped.
+    numerics "official" simulates the FP8 and FP4 activations the weights were trained with.
+    Raises StoreError or RuntimeRefusal.
+    """
+    import torch
+
+    from dsv4.kernels.reference.numerics import Numerics
+    from dsv4.runtime.model import load as load_model
+
+    checkpoint = open(packed) if isinstance(packed, str | Path) else packed
+    return load_model(
+        checkpoint.store,
+        device=device,
+        dtype=dtype or torch.float32,
+        numerics=Numerics(numerics),
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """The functions and types of `formats.nvfp4`, imported on first use."""
+    if name in ("NVFP4Tensor", "dequantize_nvfp4", "quantize_nvfp4"):
+        return getattr(importlib.import_module("dsv4.formats.nvfp4"), name)
+    raise AttributeError(f"module 'dsv4' has no attribute {name!r}")

@@ -1,0 +1,315 @@
+"""The command line: parses, calls one function, renders with rich. No logic lives here.
+
+Data goes to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 a check failed,
+2 bad usage or bad input, 3 out of space or memory, 130 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+import dsv4
+from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
+from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
+
+if TYPE_CHECKING:
+    from dsv4.runtime.model import Model
+    from dsv4.runtime.sampling import Sampler
+    from dsv4.runtime.text import Text
+
+EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: every error of ours, and of the machine, becomes one sentence."""
+    try:
+        # Without standalone mode click returns the code of an Exit instead of leaving with it.
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except (KeyboardInterrupt, click.Abort):
+        err.print("dsv4: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except Dsv4Error as error:
+        err.print(f"dsv4: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        err.print("dsv4: out of memory")
+        sys.exit(EXIT_SPACE)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        err.print(f"dsv4: {error.strerror or error}: {error.filename or ''}", markup=False)
+        sys.exit(EXIT_USAGE)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dsv4.__version__, prog_name="dsv4")
+def cli() -> None:
+    """Pack DeepSeek-V4 once, run it in seconds.
+
+    \b
+    dsv4 convert --hf CHECKPOINT --out ./packed   pack (no GPU needed)
+    dsv4 validate ./packed --source CHECKPOINT    prove it, tensor by tensor
+    dsv4 run ./packed                             talk
+    """
+
+
+_recipe = click.option(
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="What is rounded to NVFP4 besides the experts, which are carried exactly.",
+)
+_keep = click.option(
+    "--keep", multiple=True, metavar="GLOB", help="Leave matching tensors as in the source."
+)
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@_recipe
+@_keep
+@click.option("--revision", help="Branch, tag or commit, for a hub id.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def plan(
+    source: str, recipe: str, keep: tuple[str, ...], revision: str | None, as_json: bool
+) -> None:
+    """Say what converting SRC would read, write and round, from headers alone."""
+    from dsv4.convert.engine import open_source
+    from dsv4.convert.plan import make_plan
+    from dsv4.convert.recipes import make_recipe
+    from dsv4.render import plan_table
+
+    document = make_plan(open_source(source, revision), make_recipe(recipe, keep)).to_dict()
+    if as_json:
+        _print_json(document)
+    else:
+        out.print(plan_table(source, document))
+
+
+@cli.command()
+@click.option("--hf", "source", required=True, metavar="SRC", help="Hub id or local directory.")
+@click.option("--out", "target", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--revision", help="Branch, tag or commit, for a hub id.")
+@_recipe
+@_keep
+@click.option("--workers", type=click.IntRange(min=1), help="Units worked on at once.")
+def convert(
+    source: str,
+    target: Path,
+    revision: str | None,
+    recipe: str,
+    keep: tuple[str, ...],
+    workers: int | None,
+) -> None:
+    """Convert a checkpoint into a packed store. Resumes an unfinished conversion in DIR."""
+    from dsv4.convert import engine
+    from dsv4.render import conversion_progress, summary_table
+
+    with conversion_progress(err) as progress:
+        summary = engine.convert(
+            source, target, recipe, workers, progress, keep=keep, revision=revision
+        )
+    out.print(summary_table(summary))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--source", metavar="SRC", help="Invert every transform and compare with SRC.")
+@click.option("--quick", is_flag=True, help="Sizes and metadata only.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE")
+def validate(directory: Path, source: str | None, quick: bool, json_file: Path | None) -> None:
+    """Check a packed store; with --source, prove every tensor. Exit 0 only if all holds."""
+    from dsv4.render import report_tables
+    from dsv4.validate import engine
+
+    report = engine.validate(directory, source=source, quick=quick)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    for table in report_tables(report):
+        out.print(table)
+    if not report.ok:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("tensor", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def inspect(directory: Path, tensor: str | None, as_json: bool) -> None:
+    """Show the tree of a packed store, or where one TENSOR's bytes came from."""
+    from dsv4.render import provenance_table, store_table
+
+    packed = dsv4.open(directory)
+    if tensor is None:
+        if as_json:
+            manifest = packed.store.manifest
+            _print_json(
+                {
+                    "root": manifest["root"],
+                    "tool": manifest["tool"],
+                    "recipe": manifest["recipe"],
+                    "tensors": {name: packed.format_of(name) for name in packed.names()},
+                }
+            )
+        else:
+            out.print(store_table(packed))
+        return
+    provenance = packed.provenance(tensor)
+    if as_json:
+        _print_json(provenance)
+    else:
+        out.print(provenance_table(tensor, provenance))
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--seed", type=int, default=0, show_default=True)
+def tiny(directory: Path, seed: int) -> None:
+    """Write a small random checkpoint: the real architecture in the real on-disk format."""
+    from dsv4.convert.tiny import write_tiny
+
+    write_tiny(directory, seed=seed)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    out.print(f"{directory}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--prompt", help="Answer TEXT and leave; without it, an interactive chat.")
+@click.option("--tokens", metavar="1,2,3", help="Continue these token ids and leave.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Bound on the answer.")
+@click.option("--temperature", type=float, help="0 is greedy; default: the checkpoint's.")
+@click.option("--top-p", type=float, help="Nucleus; default: the checkpoint's.")
+@click.option("--seed", type=int, help="Equal seeds give equal answers.")
+@click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    help="auto is the CPU until the GPU kernels are there.",
+)
+@click.option("--max-seq-len", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--raw", is_flag=True, help="Skip the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+def run(
+    directory: Path,
+    prompt: str | None,
+    tokens: str | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    device: str,
+    max_seq_len: int,
+    raw: bool,
+    as_json: bool,
+) -> None:
+    """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
+    from dsv4.runtime.answer import answer, encode_prompt, parse_tokens, sampling_defaults
+    from dsv4.runtime.sampling import Sampler
+    from dsv4.runtime.text import Text
+
+    if prompt is not None and tokens is not None:
+        raise click.UsageError("--prompt and --tokens exclude each other")
+    packed = dsv4.open(directory)
+    model = dsv4.load(packed, device="cpu" if device == "auto" else device)
+    assets = packed.store.assets
+    text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
+    defaults = sampling_defaults(assets.get("generation_config.json"))
+    sampler = Sampler(
+        defaults[0] if temperature is None else temperature,
+        defaults[1] if top_p is None else top_p,
+        seed,
+        allowed=model.config.vocab_size if text is None else text.vocab_size,
+    )
+    if prompt is None and tokens is None:
+        _chat(model, _required(text), sampler, max_new_tokens, max_seq_len, raw or as_json)
+        return
+    ids = (
+        parse_tokens(tokens)
+        if tokens is not None
+        else encode_prompt(prompt or "", _required(text), raw=raw)
+    )
+    limit = max_new_tokens or DEFAULT_NEW_TOKENS
+    result = answer(
+        model.session(max_seq_len=len(ids) + limit),
+        ids,
+        sampler,
+        text=text,
+        max_new_tokens=limit,
+        eos_token_ids=model.config.eos_token_ids,
+        write=(lambda piece: None) if as_json else _write,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _write("\n")
+    rate = result.timings.tokens_per_second
+    err.print(
+        f"{len(ids)} prompt tokens, {len(result.generated_tokens)} generated, "
+        f"first after {result.timings.first_token_seconds:.2f} s, then {rate:.1f} tokens/s"
+    )
+
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def _required(text: Text | None) -> Text:
+    if text is None:
+        raise RuntimeRefusal(
+            "the store carries no tokenizer.json; give --tokens, or convert a source that has one"
+        )
+    return text
+
+
+def _chat(
+    model: Model,
+    text: Text,
+    sampler: Sampler,
+    max_new_tokens: int | None,
+    max_seq_len: int,
+    wrong_flags: bool,
+) -> None:
+    from dsv4.runtime.chat import Chat, interactive
+
+    if wrong_flags:
+        raise click.UsageError("--raw and --json need --prompt or --tokens")
+    chat = Chat(
+        model.session(max_seq_len=max_seq_len),
+        text,
+        sampler,
+        eos_token_ids=model.config.eos_token_ids,
+        max_new_tokens=max_new_tokens,
+    )
+
+    def read_line() -> str:
+        if sys.stdin.isatty():
+            return input("> ")
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+    interactive(chat, read_line, _write, lambda note: click.echo(note, err=True, nl=False))
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

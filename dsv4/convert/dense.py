@@ -1,0 +1,160 @@
+"""Matrices rounded to NVFP4: router gate and lm_head (recipe `standard`), attention (`nvfp4`).
+
+The global scale needs the amax of the whole matrix, so a large source is read twice, a tile of
+rows at a time; memory does not grow with the matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.convert.outputs import (
+    TILE_BYTES,
+    Emit,
+    FileIndex,
+    Output,
+    Result,
+    Unit,
+    lineage,
+    tile_rows,
+)
+from dsv4.convert.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
+from dsv4.convert.plain import count, float_rows
+from dsv4.convert.source import Source
+from dsv4.formats.codecs import dequantize_fp8
+from dsv4.formats.layouts import pack_nvfp4
+from dsv4.formats.matrices import NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
+from dsv4.formats.metrics import Loss
+from dsv4.formats.nvfp4 import dequantize_nvfp4, global_scale_for, quantize_nvfp4
+from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, group_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Nvfp4Output(Output):
+    """One matrix rounded to NVFP4 at the optimal block scales."""
+
+    tensor: SourceTensor
+
+    @property
+    def path(self) -> str:
+        return group_of(self.tensor.name)
+
+    @property
+    def slabs(self) -> int:
+        return nvfp4_slabs(*self._shape) if cut_by_columns(self.tensor.name) else 1
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        rows, cols = self.tensor.shape
+        return rows, cols
+
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        rows, cols = self._shape
+        units = 1 if cut_by_columns(self.tensor.name) else nvfp4_row_units(rows, cols)
+        codes, scales = nvfp4_arrays(self.path, (), rows, cols, units, self.slabs)
+        scale = ArraySpec(f"{self.path}/global_scale", (1,), "float32", (1,), (1,))
+        return codes, scales, scale
+
+    def units(self) -> tuple[Unit, ...]:
+        files = tuple(file for array in self.arrays() for file in array.files())
+        return (Unit(self.path, self, (self.tensor,), files),)
+
+    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+        amax = max(float(tile.abs().amax()) for tile in self._tiles(source))
+        global_scale = global_scale_for(amax)
+        loss = Loss()
+        scales: list[Tensor] = []
+
+        def codes() -> Iterator[Tensor]:
+            for tile in self._tiles(source):
+                part = quantize_nvfp4(tile, global_scale=global_scale, name=self.tensor.name)
+                loss.add(tile, dequantize_nvfp4(part))
+                packed = pack_nvfp4([part], slabs=self.slabs)
+                scales.append(packed.scales)
+                yield packed.codes
+
+        codes_file, scales_file, scale_file = unit.files
+        emit(codes_file, codes())
+        emit(scales_file, scales)
+        emit(scale_file, [torch.tensor([global_scale], dtype=torch.float32)])
+        return {"loss": loss.to_dict()}
+
+    def _tiles(self, source: Source) -> Iterator[Tensor]:
+        """The matrix in float32, whole when it is cut into slabs, else a tile of rows at a time."""
+        rows, cols = self._shape
+        if self.tensor.encoding is Encoding.FP8:
+            assert self.tensor.scale is not None
+            yield dequantize_fp8(source.read(self.tensor.weight), source.read(self.tensor.scale))
+            return
+        step = rows if self.slabs > 1 else tile_rows(rows, cols * 4, SF_ROWS)
+        for start in range(0, rows, step):
+            yield float_rows(source, self.tensor, start, min(start + step, rows))
+
+    def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
+        return {
+            "format": "nvfp4",
+            "layout": NVFP4_LAYOUT,
+            "parameters": {"slabs": self.slabs, "interleave": 0},
+            "shape": list(self.tensor.shape),
+            "names": [self.tensor.name],
+            "exact": results[0]["loss"]["rel_mse"] == 0.0,
+            "loss": results[0]["loss"],
+            "sources": lineage(self.tensor, files),
+        }
+
+    def peak_bytes(self) -> int:
+        elements = count(self.tensor.shape)
+        if self.slabs == 1 and self.tensor.encoding is Encoding.PLAIN:
+            return elements // 16 + 8 * TILE_BYTES
+        return elements * 12
+
+    @property
+    def rounded(self) -> bool:
+        return True
+
+
+def nvfp4_arrays(
+    path: str,
+    stack: tuple[int, ...],
+    rows: int,
+    cols: int,
+    row_units: int,
+    slabs: int,
+    shards: int = 1,
+) -> tuple[ArraySpec, ArraySpec]:
+    """The `codes` and tiled `scales` arrays of a matrix, or of a stack of them.
+
+    `stack` is `()` or `(E,)`; either `row_units` or `slabs` is 1.
+    """
+    row_tiles = -(-rows // SF_ROWS)
+    col_tiles = -(-cols // NVFP4_K_ALIGN)
+    half = col_tiles * NVFP4_K_ALIGN // 2
+    one = (1,) * len(stack)
+    per_shard = tuple(size // shards for size in stack)
+    codes_chunk = (rows // row_units, half // slabs)
+    scales_chunk = (-(-row_tiles // row_units), col_tiles // slabs, SF_TILE_BYTES)
+    if row_units == slabs == shards == 1 and not _aligned(rows * half):
+        # Nothing to cut: a small stack is one file and one chunk.
+        one = stack
+    codes = ArraySpec(
+        f"{path}/codes",
+        (*stack, rows, half),
+        "e2m1x2",
+        (*one, *codes_chunk),
+        (*per_shard, rows, half),
+    )
+    tiles = (row_tiles, col_tiles, SF_TILE_BYTES)
+    scales = ArraySpec(
+        f"{path}/scales", (*stack, *tiles), "e4m3", (*one, *scales_chunk), (*per_shard, *tiles)
+    )
+    return codes, scales
+
+
+def _aligned(size: int) -> bool:
+    return size % 4096 == 0

@@ -1,0 +1,96 @@
+"""What a conversion writes: for every node of the store, its arrays and the units that fill them.
+
+A unit is the grain of work and of resumption: it reads a few source ranges, transforms them and
+writes whole files. Units are pure: the same source bytes give the same files, in any order.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dsv4.convert.source import Source
+from dsv4.formats.source_tensor import SourceTensor
+from dsv4.formats.store.schema import ArraySpec, FileSpec
+
+Emit = Callable[[FileSpec, Iterable[Tensor]], None]
+"""Writes one file of the store from tensors whose bytes, concatenated, are its payload."""
+
+Result = dict[str, Any]
+"""What a unit measured (JSON types only); kept in the journal until the metadata is written."""
+
+TILE_BYTES = 32 << 20  # rows are streamed in tiles of about this many source bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One piece of work: `inputs` -> `files`. `shard` is its index along dimension 0."""
+
+    key: str
+    output: Output
+    inputs: tuple[SourceTensor, ...]
+    files: tuple[FileSpec, ...]
+    shard: int = 0
+
+    @property
+    def input_bytes(self) -> int:
+        """Source bytes this unit reads."""
+        return sum(tensor.nbytes for tensor in self.inputs)
+
+    def run(self, source: Source, emit: Emit) -> Result:
+        """Read, transform and emit every file. Raises FormatError or SourceError."""
+        return self.output.produce(self, source, emit)
+
+
+class Output(abc.ABC):
+    """One node of the store: a plain array, a quantised matrix, or an expert stack."""
+
+    @property
+    @abc.abstractmethod
+    def path(self) -> str:
+        """The node's path."""
+
+    @abc.abstractmethod
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays below (or at) `path`, without measured attributes."""
+
+    @abc.abstractmethod
+    def units(self) -> tuple[Unit, ...]:
+        """The work that fills them."""
+
+    @abc.abstractmethod
+    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+        """Run one of `units()`."""
+
+    @abc.abstractmethod
+    def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
+        """The node's attributes, once every unit has run."""
+
+    @abc.abstractmethod
+    def peak_bytes(self) -> int:
+        """An upper bound on the memory one of its units holds at once."""
+
+    @property
+    @abc.abstractmethod
+    def rounded(self) -> bool:
+        """Whether the plan rounds this node (as opposed to carrying it exactly)."""
+
+
+FileIndex = dict[str, int]
+"""Source file name -> its index in the manifest's list."""
+
+
+def lineage(tensor: SourceTensor, files: FileIndex) -> dict[str, list[int]]:
+    """Where a tensor's bytes came from: `[file index, begin, end]` of weight and scale."""
+    entries = {"weight": tensor.weight} | ({"scale": tensor.scale} if tensor.scale else {})
+    return {role: [files[entry.file], entry.begin, entry.end] for role, entry in entries.items()}
+
+
+def tile_rows(rows: int, row_bytes: int, multiple: int = 1) -> int:
+    """Rows per tile so that a tile holds about TILE_BYTES, a multiple of `multiple`."""
+    per_tile = max(TILE_BYTES // max(row_bytes, 1), 1)
+    return min(max(per_tile // multiple, 1) * multiple, max(rows, 1))

@@ -1,0 +1,146 @@
+"""The plan: every file of the output and what it is made from, known from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4.convert.dense import Nvfp4Output
+from dsv4.convert.experts import ExpertsOutput
+from dsv4.convert.outputs import Output, Unit
+from dsv4.convert.plain import Fp8Output, PlainOutput
+from dsv4.convert.recipes import Recipe, Role, role_of
+from dsv4.convert.source import Source
+from dsv4.formats.config import ModelConfig
+from dsv4.formats.errors import SourceError
+from dsv4.formats.official import check_inventory
+from dsv4.formats.source_tensor import Encoding, SourceTensor, group_official
+
+_EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
+STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All outputs of a conversion in the order in which they are written, layer by layer."""
+
+    config: ModelConfig
+    recipe: Recipe
+    outputs: tuple[Output, ...]
+    source_files: tuple[str, ...]
+    skipped: tuple[str, ...] = ()  # recognised tensors that are not carried (vision)
+
+    def units(self) -> Iterable[Unit]:
+        """Every unit of work, in order."""
+        return itertools.chain.from_iterable(output.units() for output in self.outputs)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all array files, shard indices included."""
+        return sum(file.nbytes for unit in self.units() for file in unit.files)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read from the source."""
+        return sum(unit.input_bytes for unit in self.units())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory one unit holds at once."""
+        return max(output.peak_bytes() for output in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `dsv4 plan --json` prints."""
+        tensors = [tensor for unit in self.units() for tensor in unit.inputs]
+        rounded = [
+            tensor.name
+            for output in self.outputs
+            if output.rounded
+            for unit in output.units()
+            for tensor in unit.inputs
+        ]
+        encodings = {
+            str(encoding): sum(tensor.encoding is encoding for tensor in tensors)
+            for encoding in Encoding
+        }
+        return {
+            "recipe": self.recipe.to_dict(),
+            "tensors": len(tensors),
+            "encodings": encodings,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "peak_ram_bytes": self.peak_bytes,
+            "peak_disk_bytes": self.output_bytes,
+            "network_bytes": 0,
+            "units": sum(1 for _ in self.units()),
+            "files": sum(len(unit.files) for unit in self.units()),
+            "exact_tensors": len(tensors) - len(rounded),
+            "rounded_tensors": rounded,
+            "skipped_tensors": len(self.skipped),
+        }
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """Plan the conversion of `source`. Raises ConfigError or SourceError by name."""
+    config = ModelConfig.from_hf(source.config)
+    inventory = check_inventory(source.entries, config)
+    skipped = set(inventory.skipped)
+    tensors = group_official(
+        {name: entry for name, entry in source.entries.items() if name not in skipped}
+    )
+    files = tuple(sorted({entry.file for entry in source.entries.values()}))
+    outputs = [
+        *_stacks(tensors, files),
+        *(
+            _single(tensor, recipe)
+            for tensor in tensors.values()
+            if role_of(tensor.name) is not Role.EXPERT
+        ),
+    ]
+    outputs.sort(key=lambda output: natural_key(output.path))
+    return Plan(config, recipe, tuple(outputs), files, tuple(sorted(skipped)))
+
+
+def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
+    """Sorts `layers/2` before `layers/10`."""
+    return tuple(
+        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"[/.]", path)
+    )
+
+
+def _single(tensor: SourceTensor, recipe: Recipe) -> Output:
+    if recipe.rounds(tensor.name):
+        return Nvfp4Output(tensor)
+    if tensor.encoding is Encoding.FP8:
+        return Fp8Output(tensor)
+    if tensor.encoding is Encoding.PLAIN:
+        return PlainOutput(tensor)
+    raise SourceError(
+        f"{tensor.weight.file}: {tensor.name} is MXFP4, expected only of routed experts"
+    )
+
+
+def _stacks(tensors: Mapping[str, SourceTensor], files: tuple[str, ...]) -> list[ExpertsOutput]:
+    by_prefix: dict[str, dict[tuple[int, str], SourceTensor]] = {}
+    for tensor in tensors.values():
+        if match := _EXPERT.fullmatch(tensor.name):
+            if tensor.encoding is not Encoding.MXFP4:
+                raise SourceError(
+                    f"{tensor.weight.file}: {tensor.name} is {tensor.weight.dtype}, expected I8 "
+                    "(MXFP4); this version packs checkpoints with MXFP4 experts only"
+                )
+            key = (int(match["index"]), match["projection"])
+            by_prefix.setdefault(match["prefix"], {})[key] = tensor
+    outputs = []
+    for prefix, found in by_prefix.items():
+        count = max(index for index, _ in found) + 1
+        for stack, projections in STACKS.items():
+            experts = tuple(
+                tuple(found[index, projection] for projection in projections)
+                for index in range(count)
+            )
+            outputs.append(ExpertsOutput(prefix, stack, experts, files))
+    return outputs

@@ -1,0 +1,83 @@
+"""Recipes: which tensors are rounded to NVFP4 and which are carried as they are.
+
+Routed experts always become NVFP4 (exactly, from MXFP4). Norms, embeddings, biases, hc_*, sinks,
+ape and tid2eid are never quantised; a recipe only decides over the matrices named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from dsv4.formats.errors import ConfigError
+
+
+class Role(enum.StrEnum):
+    """What a tensor is to a recipe."""
+
+    EXPERT = "expert"
+    ROUTER_GATE = "router gate"
+    LM_HEAD = "lm head"
+    DENSE = "dense"  # attention projections, shared experts, indexer wq_b
+    OTHER = "other"
+
+
+_BLOCK = r"(?:layers|mtp)\.\d+"
+_ROLES = (
+    (Role.EXPERT, re.compile(rf"{_BLOCK}\.ffn\.experts\.\d+\.w[123]\.weight")),
+    (Role.ROUTER_GATE, re.compile(rf"{_BLOCK}\.ffn\.gate\.weight")),
+    (Role.LM_HEAD, re.compile(r"head\.weight")),
+    (
+        Role.DENSE,
+        re.compile(
+            rf"{_BLOCK}\.(?:attn\.(?:wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+            rf"|ffn\.shared_experts\.w[123])\.weight"
+        ),
+    ),
+)
+
+
+def role_of(name: str) -> Role:
+    """The role of the hub-named tensor `name`."""
+    for role, pattern in _ROLES:
+        if pattern.fullmatch(name):
+            return role
+    return Role.OTHER
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A recipe's name, the roles it rounds to NVFP4, and the globs it leaves alone."""
+
+    name: str
+    rounded: frozenset[Role]
+    keep: tuple[str, ...] = ()
+
+    def rounds(self, name: str) -> bool:
+        """Whether the tensor `name` is to be rounded to NVFP4."""
+        if role_of(name) not in self.rounded:
+            return False
+        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.keep)
+
+    def to_dict(self) -> dict[str, object]:
+        """What identifies this recipe in the manifest and on resume."""
+        return {"name": self.name, "keep": list(self.keep)}
+
+
+_ROUNDED = {
+    "native": frozenset[Role](),
+    "standard": frozenset({Role.ROUTER_GATE, Role.LM_HEAD}),
+    "nvfp4": frozenset({Role.ROUTER_GATE, Role.LM_HEAD, Role.DENSE}),
+}
+RECIPE_NAMES = tuple(_ROUNDED)
+DEFAULT_RECIPE = "standard"
+
+
+def make_recipe(name: str, keep: Sequence[str] = ()) -> Recipe:
+    """Raises ConfigError for an unknown name."""
+    if name not in _ROUNDED:
+        raise ConfigError(f"recipe {name!r} is unknown; choose one of {', '.join(RECIPE_NAMES)}")
+    return Recipe(name, _ROUNDED[name], tuple(sorted(set(keep))))

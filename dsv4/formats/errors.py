@@ -1,0 +1,39 @@
+"""Every error dsv4 raises on purpose. Each message is one sentence a user can act on."""
+
+from __future__ import annotations
+
+
+class Dsv4Error(Exception):
+    """Base of all errors of dsv4. The command line prints the message without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(Dsv4Error):
+    """The model configuration is missing a field, contradicts itself, or is not DeepSeek-V4."""
+
+
+class SourceError(Dsv4Error):
+    """The source checkpoint is malformed, incomplete, or holds something unexplained."""
+
+
+class FormatError(Dsv4Error):
+    """Values cannot be represented as asked: non-finite input, wrong dtype, wrong shape."""
+
+
+class StoreError(Dsv4Error):
+    """A packed store is unfinished, damaged, or of another format version."""
+
+
+class ConflictError(Dsv4Error):
+    """The output directory belongs to another conversion, or another process holds it."""
+
+
+class RuntimeRefusal(Dsv4Error):
+    """The runtime cannot do what was asked: device, capacity, or token id out of range."""
+
+
+class OutOfSpaceError(Dsv4Error):
+    """Disk or memory cannot hold what the plan needs, or ran out while writing."""
+
+    exit_code = 3

@@ -1,0 +1,196 @@
+"""MXFP4 -> NVFP4 without rounding: codes verbatim, E8M0 scales become E4M3 powers of two.
+
+MXFP4 has one scale 2^k per 32 columns, NVFP4 one E4M3 scale per 16 and a global scale. E4M3 holds
+the powers of two 2^-9 .. 2^8, so with the global scale 2^m, m = k_max - 8, every block with
+k_max - 17 <= k <= k_max is carried exactly by copying its nibbles (-0 included). Of a block below
+that window each half of 16 columns is looked at by itself: it is carried exactly when its codes
+divided by 2^d are codes again (d octaves below; the scale is then 2^-9), and rounded at the
+optimum otherwise. k_max is taken over blocks with a code other than +-0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dsv4.formats.codecs import (
+    E8M0_NAN,
+    MXFP4_BLOCK,
+    e2m1_codes_of,
+    e2m1_decode,
+    e4m3_decode,
+    pack_nibbles,
+    unpack_nibbles,
+)
+from dsv4.formats.errors import FormatError
+from dsv4.formats.matrices import NVFP4_BLOCK
+from dsv4.formats.nvfp4 import (
+    MAX_GLOBAL_EXPONENT,
+    MIN_GLOBAL_EXPONENT,
+    NVFP4Tensor,
+)
+from dsv4.formats.scale_search import ONE_BYTE, BlockEncoder
+
+_E8M0_BIAS = 127
+_MAX_SCALE_EXPONENT = 8  # 2^8 is the largest power of two in E4M3
+_MIN_SCALE_EXPONENT = -9  # 2^-9 the smallest (subnormal, byte 0x01)
+_MAGNITUDE_NIBBLES = 0x7777777777777777
+_CHUNK = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class CastReport:
+    """What became of a tensor's 16-wide blocks.
+
+    `recoded_blocks` have other codes but equal values, `rounded_blocks` have other values;
+    `rel_mse` is sum((w' - w)^2) / sum(w^2) over the tensor.
+    """
+
+    blocks: int
+    recoded_blocks: int
+    rounded_blocks: int
+    rel_mse: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether every value was carried exactly."""
+        return self.rounded_blocks == 0
+
+
+def cast_mxfp4_to_nvfp4(
+    codes: Tensor, scales: Tensor, *, name: str
+) -> tuple[NVFP4Tensor, CastReport]:
+    """Cast MXFP4 codes uint8 `[N, K/2]` with E8M0 scales uint8 `[N, K/32]` to NVFP4.
+
+    The result may share the memory of `codes`. Raises FormatError for shapes that do not match
+    and for a NaN scale, naming the tensor, its row and its block of 32 columns.
+    """
+    _check(codes, scales, name)
+    halves = _as_halves(codes)
+    exponents = scales.to(torch.int16).sub_(_E8M0_BIAS)
+    top = _largest_exponent(halves, exponents)
+    shift = min(max(top - _MAX_SCALE_EXPONENT, MIN_GLOBAL_EXPONENT), MAX_GLOBAL_EXPONENT)
+    table = torch.tensor([_scale_byte(b - _E8M0_BIAS - shift) for b in range(E8M0_NAN)])
+    per_block = table.to(torch.uint8)[scales.int()]
+    out_scales = torch.stack((per_block, per_block), dim=-1).flatten(-2)
+    out_codes, recoded, rounded, lost = codes, 0, 0, 0.0
+    outside = (out_scales == 0).flatten().nonzero().flatten()
+    if outside.numel():
+        out_codes = codes.clone(memory_format=torch.contiguous_format)
+        for index in torch.split(outside, _CHUNK):
+            octaves = (exponents.flatten()[index // 2] - shift).double()
+            fit = _fit(halves.flatten()[index], octaves.exp2())
+            _as_halves(out_codes).view(-1)[index] = fit.codes
+            out_scales.view(-1)[index] = fit.scales
+            recoded, rounded, lost = recoded + fit.recoded, rounded + fit.rounded, lost + fit.lost
+    rel_mse = lost / _energy(codes, exponents - shift) if lost else 0.0
+    tensor = NVFP4Tensor(
+        codes=out_codes,
+        scales=out_scales,
+        global_scale=torch.tensor(2.0**shift, dtype=torch.float32),
+        shape=(codes.shape[0], codes.shape[1] * 2),
+    )
+    return tensor, CastReport(out_scales.numel(), recoded, rounded, rel_mse)
+
+
+def _check(codes: Tensor, scales: Tensor, name: str) -> None:
+    for what, tensor in (("codes", codes), ("scales", scales)):
+        if tensor.dtype != torch.uint8 or tensor.dim() != 2:
+            raise FormatError(
+                f"{name}: MXFP4 {what} are {tensor.dtype} of rank {tensor.dim()}, "
+                f"expected torch.uint8 of rank 2"
+            )
+    expected = (codes.shape[0], codes.shape[1] * 2 // MXFP4_BLOCK)
+    if codes.shape[1] * 2 % MXFP4_BLOCK or tuple(scales.shape) != expected:
+        raise FormatError(
+            f"{name}: MXFP4 codes of shape {tuple(codes.shape)} come with scales of shape "
+            f"{tuple(scales.shape)}, expected one scale per {MXFP4_BLOCK} columns"
+        )
+    if scales.numel() and int(scales.max()) == E8M0_NAN:
+        row, block = (scales == E8M0_NAN).nonzero()[0].tolist()
+        raise FormatError(
+            f"{name}: the E8M0 scale of row {row}, block {block} (columns {block * MXFP4_BLOCK} "
+            f"to {block * MXFP4_BLOCK + MXFP4_BLOCK - 1}) is 255 (NaN), expected 0 to 254; "
+            f"the source is damaged"
+        )
+
+
+def _as_halves(codes: Tensor) -> Tensor:
+    """Codes as int64 `[N, K/16]`: the 16 nibbles of an NVFP4 block in one word."""
+    if not codes.is_contiguous() or codes.storage_offset() % 8:
+        codes = codes.clone(memory_format=torch.contiguous_format)
+    return codes.view(torch.int64)
+
+
+def _scale_byte(exponent: int) -> int:
+    """The E4M3 byte of 2^exponent, or 0 where there is none."""
+    if not _MIN_SCALE_EXPONENT <= exponent <= _MAX_SCALE_EXPONENT:
+        return 0
+    return (exponent + 7) << 3 if exponent >= -6 else 1 << (exponent - _MIN_SCALE_EXPONENT)
+
+
+def _largest_exponent(halves: Tensor, exponents: Tensor) -> int:
+    """k_max over the blocks of 32 with a non-zero code; 8, for a global scale of 1, if none.
+
+    Exponents are tried from the top, so that an ordinary tensor's codes are hardly read.
+    """
+    words, flat = halves.view(-1, 2), exponents.flatten()
+    while flat.numel():
+        top = int(flat.max())
+        if top < -_E8M0_BIAS:
+            break
+        for index in torch.split((flat == top).nonzero().flatten(), _CHUNK):
+            if bool((words[index] & _MAGNITUDE_NIBBLES).any()):
+                return top
+        flat = flat.masked_fill(flat == top, -_E8M0_BIAS - 1)
+    return _MAX_SCALE_EXPONENT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """Blocks whose scale E4M3 cannot hold, expressed otherwise; `lost` is the squared error."""
+
+    codes: Tensor  # int64 [blocks]
+    scales: Tensor  # uint8 [blocks]
+    recoded: int
+    rounded: int
+    lost: float
+
+
+def _fit(halves: Tensor, scale: Tensor) -> _Fit:
+    """Fit blocks of 16 (one int64 each) with float64 scales outside E4M3's powers of two."""
+    before = _values(halves, scale)
+    zero = (halves & _MAGNITUDE_NIBBLES) == 0
+    smallest = 2.0**_MIN_SCALE_EXPONENT
+    shifted = e2m1_codes_of((before / smallest).float()).to(torch.uint8)
+    shifted |= unpack_nibbles(halves.view(torch.uint8).view(-1, 8)) & 8  # keep -0
+    shifted = pack_nibbles(shifted).view(torch.int64).flatten()
+    same = (_values(shifted, torch.full_like(scale, smallest)) == before).all(dim=1)
+    codes = torch.where(same & ~zero, shifted, halves)
+    scales = torch.ones_like(zero, dtype=torch.uint8).masked_fill_(zero, ONE_BYTE)
+    rounded, lost = ~(same | zero), 0.0
+    if bool(rounded.any()):
+        lanes = before[rounded].float().t().contiguous()
+        packed, scales[rounded] = BlockEncoder(lanes.shape[1]).encode(lanes)
+        codes[rounded] = packed.view(torch.int64).flatten()
+        after = _values(codes[rounded], e4m3_decode(scales[rounded]).double())
+        lost = float((after - before[rounded]).square_().sum())
+    return _Fit(codes, scales, int((same & ~zero).sum()), int(rounded.sum()), lost)
+
+
+def _values(halves: Tensor, scale: Tensor) -> Tensor:
+    """Float64 values `[blocks, 16]` of blocks given as int64 words, at float64 scales."""
+    codes = unpack_nibbles(halves.view(torch.uint8).view(-1, NVFP4_BLOCK // 2))
+    return e2m1_decode(codes).double().mul_(scale.unsqueeze(1))
+
+
+def _energy(codes: Tensor, octaves: Tensor) -> float:
+    """Sum of squared values of MXFP4 codes at scales 2^octave, row by chunk of rows."""
+    total = 0.0
+    rows = max(1, _CHUNK // max(1, codes.shape[1]))
+    for part, octave in zip(torch.split(codes, rows), torch.split(octaves, rows), strict=True):
+        squares = e2m1_decode(unpack_nibbles(part)).square_().view(*octave.shape, MXFP4_BLOCK)
+        total += float((squares.sum(dim=-1).double() * (2.0 * octave.double()).exp2()).sum())
+    return total

@@ -1,0 +1,143 @@
+"""The journal of a conversion: what it converts, and which files are on disk for good.
+
+One JSON document a line: first the identity, then one line per durable file or note, each synced
+before the next begins. A note is what a caller wants to find again when it resumes. A torn last
+line (power loss) is cut off; anything else malformed is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4.formats.errors import ConflictError, StoreError
+from dsv4.formats.store.digest import canonical_json
+from dsv4.formats.store.durable import storage_errors, sync_directory, write_all
+from dsv4.formats.store.hierarchy import parse_json
+from dsv4.formats.store.manifest import FileRecord
+
+_VERSION = 1
+_IDENTITY_KEY = "dsv4_journal"
+
+
+class Journal:
+    """An open journal. records: file key -> what is on disk under it. notes: key -> JSON value."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Start the journal at `path`, or go on with it.
+
+        Raises ConflictError when it belongs to another conversion, StoreError when it is damaged.
+        """
+        self._path = path
+        self._lock = threading.Lock()
+        self.records: dict[str, FileRecord] = {}
+        self.notes: dict[str, Any] = {}
+        with storage_errors(path.parent, "opening the journal"):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor: int | None = os.open(path, flags, 0o644)
+        try:
+            self._resume(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def record(self, key: str, record: FileRecord) -> None:
+        """Record a file that is durable; returns when the line is."""
+        line = canonical_json({"path": key, **record.to_json()})
+        with self._lock:
+            self._write(line)
+            self.records[key] = record
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`; returns when it is durable. The last one counts.
+
+        Raises ValueError or TypeError when `value` is no finite JSON.
+        """
+        line = canonical_json({"note": key, "value": value})
+        with self._lock:
+            self._write(line)
+            self.notes[key] = value
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be appended any more."""
+        return self._descriptor is None
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _resume(self, identity: Mapping[str, Any]) -> None:
+        raw = self._path.read_bytes()
+        durable = raw[: raw.rfind(b"\n") + 1]
+        lines = durable.splitlines()
+        if lines:
+            _check_identity(self._path, lines[0], identity)
+            for line in lines[1:]:
+                self._replay(line)
+        with storage_errors(self._path.parent, "repairing the journal"):
+            assert self._descriptor is not None
+            os.ftruncate(self._descriptor, len(durable))
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+        if not lines:
+            self._write(canonical_json({_IDENTITY_KEY: _VERSION, "identity": identity}))
+            sync_directory(self._path.parent)
+
+    def _replay(self, line: bytes) -> None:
+        entry = parse_json(line, f"{self._path}: a line of the journal")
+        if isinstance(entry, dict) and entry.keys() == {"note", "value"}:
+            self.notes[str(entry["note"])] = entry["value"]
+        elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            key = entry.pop("path")
+            self.records[key] = FileRecord.from_json(key, entry)
+        else:
+            raise StoreError(f"{self._path}: the journal is damaged; remove the directory")
+
+    def _write(self, line: bytes) -> None:
+        with storage_errors(self._path.parent, "writing the journal"):
+            if self._descriptor is None:
+                raise StoreError(f"{self._path}: the journal is closed")
+            begin = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+            try:
+                write_all(self._descriptor, line + b"\n")
+                os.fsync(self._descriptor)
+            except OSError:
+                os.ftruncate(self._descriptor, begin)
+                os.lseek(self._descriptor, begin, os.SEEK_SET)
+                raise
+
+
+def _check_identity(path: Path, line: bytes, identity: Mapping[str, Any]) -> None:
+    try:
+        head = json.loads(line)
+    except ValueError:
+        head = None
+    if (
+        not isinstance(head, dict)
+        or head.get(_IDENTITY_KEY) != _VERSION
+        or not isinstance(head.get("identity"), dict)
+    ):
+        raise ConflictError(
+            f"{path.parent}: {path.name} is no journal of this dsv4; choose an empty directory"
+        )
+    found, expected = head["identity"], json.loads(canonical_json(identity))
+    keys = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+    if keys:
+        differences = ", ".join(
+            f"{k} (there {_short(found.get(k))}, now {_short(expected.get(k))})" for k in keys
+        )
+        raise ConflictError(
+            f"{path.parent}: it holds an unfinished conversion that differs in {differences}; "
+            "repeat that conversion, remove the directory, or choose another one"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else f"{text[:57]}..."

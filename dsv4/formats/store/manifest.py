@@ -1,0 +1,163 @@
+"""The manifest: the root group's `dsv4` attribute, which says what the store is and pins it.
+
+    {"format_version": 1, "tool": …, "config": {…}, "recipe": …, "source": {…},
+     "layouts": {layout id: {parameters}}, …any further section…,
+     "files": {key: {"bytes", "sha256", "chunk_bytes", "xxh3"}}, "root": hex}
+
+The root covers one leaf per section (without `files` and `root`), per node and per file, so it is
+one name for every byte that matters; it depends on nothing but the content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dsv4.formats.errors import Dsv4Error, StoreError
+from dsv4.formats.store import digest
+from dsv4.formats.store.schema import (
+    ASSET_DIRECTORY,
+    FORMAT_VERSION,
+    KNOWN_LAYOUTS,
+    ArraySpec,
+    FileSpec,
+    asset_key,
+)
+
+REQUIRED_SECTIONS = ("config", "layouts", "recipe", "source", "tool")
+_UNPINNED = ("files", "root")  # what the root is computed from in another form, and itself
+_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SIZE_LIMIT = 1 << 63
+_RECORD_KEYS = {"bytes", "sha256", "chunk_bytes", "xxh3"}
+
+
+class FileRecord(NamedTuple):
+    """What the manifest and the journal say of one file.
+
+    xxh3: base64 of the little-endian XXH3-64 digests, one per chunk of the payload.
+    """
+
+    nbytes: int
+    sha256: str
+    chunk_nbytes: int
+    xxh3: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {
+            "bytes": self.nbytes,
+            "sha256": self.sha256,
+            "chunk_bytes": self.chunk_nbytes,
+            "xxh3": self.xxh3,
+        }
+
+    @classmethod
+    def from_json(cls, key: str, raw: Any) -> FileRecord:
+        """The inverse of `to_json`. Raises StoreError naming `key` when a field is malformed."""
+        if not isinstance(raw, dict) or raw.keys() != _RECORD_KEYS:
+            raise StoreError(f"manifest: the entry of file {key} is malformed")
+        record = cls(raw["bytes"], raw["sha256"], raw["chunk_bytes"], raw["xxh3"])
+        for size in (record.nbytes, record.chunk_nbytes):
+            if type(size) is not int or not 0 <= size < _SIZE_LIMIT:
+                raise StoreError(f"manifest: file {key} has size {size!r}, expected an integer")
+        if not is_sha256(record.sha256) or not isinstance(record.xxh3, str):
+            raise StoreError(f"manifest: file {key} has malformed checksums")
+        return record
+
+
+def is_sha256(value: object) -> bool:
+    """Whether `value` is a SHA-256 in lower-case hex."""
+    return isinstance(value, str) and _HEX_SHA256.fullmatch(value) is not None
+
+
+def content_root(
+    manifest: Mapping[str, Any],
+    nodes: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, FileRecord],
+) -> str:
+    """The Merkle root (hex) of a store: manifest sections, node descriptions, files.
+
+    nodes: path -> description (see `hierarchy.descriptions`). Keys `files` and `root` of
+    `manifest` are ignored. A leaf is canonical JSON of [kind, name, content], sorted by kind, name.
+    """
+    leaves = [["file", key, record.to_json()] for key, record in files.items()]
+    leaves += [["node", path, dict(description)] for path, description in nodes.items()]
+    leaves += [["section", k, value] for k, value in manifest.items() if k not in _UNPINNED]
+    leaves.sort(key=lambda leaf: (leaf[0], leaf[1]))
+    return digest.merkle_root([digest.canonical_json(leaf) for leaf in leaves]).hex()
+
+
+def check_manifest(manifest: Any) -> None:
+    """Raise StoreError unless the sections other than `files` and `root` can be understood."""
+    if not isinstance(manifest, dict):
+        raise StoreError("the root group has no dsv4 manifest; this is not a packed checkpoint")
+    version = manifest.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise StoreError(
+            f"the store has format version {version!r}, this dsv4 reads version "
+            f"{FORMAT_VERSION}; convert the source again or use the dsv4 that wrote it"
+        )
+    if missing := [name for name in REQUIRED_SECTIONS if name not in manifest]:
+        raise StoreError(f"manifest: sections {missing} are missing")
+    for name in ("config", "layouts", "source"):
+        if not isinstance(manifest[name], dict):
+            raise StoreError(f"manifest: {name} is no JSON object")
+    if unknown := sorted(set(manifest["layouts"]) - KNOWN_LAYOUTS):
+        raise StoreError(
+            f"the store uses layouts {unknown}, this dsv4 knows {sorted(KNOWN_LAYOUTS)}; "
+            "use the dsv4 that wrote it"
+        )
+
+
+def expected_files(arrays: Mapping[str, ArraySpec], manifest: Mapping[str, Any]) -> list[FileSpec]:
+    """Every file the store must have: those of its arrays, then the assets the manifest lists.
+
+    Raises StoreError when `manifest["files"]` names other files or other sizes than these.
+    """
+    raw = manifest.get("files")
+    if not isinstance(raw, dict):
+        raise StoreError("manifest: files is no JSON object")
+    asset_keys = sorted(key for key in raw if key.startswith(f"{ASSET_DIRECTORY}/"))
+    count = sum(spec.file_count for spec in arrays.values()) + len(asset_keys)
+    if count != len(raw):  # before enumerating: shapes are not to be trusted with memory
+        raise StoreError(f"manifest: it lists {len(raw)} files, the arrays and assets have {count}")
+    files = [file for spec in arrays.values() for file in spec.files()]
+    if missing := [file.key for file in files if file.key not in raw]:
+        raise StoreError(f"manifest: {len(missing)} files are not listed, first {missing[0]}")
+    return files + [_asset_file(key, raw[key]) for key in asset_keys]
+
+
+def parse_records(files: list[FileSpec], manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The manifest's entry of every file. Raises StoreError when one contradicts its FileSpec."""
+    records = {}
+    for file in files:
+        record = FileRecord.from_json(file.key, manifest["files"][file.key])
+        check_record(file, record)
+        records[file.key] = record
+    return records
+
+
+def check_record(file: FileSpec, record: FileRecord) -> None:
+    """Raise StoreError unless sizes and the number of digests are those of `file`."""
+    found = (record.nbytes, record.chunk_nbytes, len(record.xxh3))
+    expected = (file.nbytes, file.chunk_nbytes, digest.encoded_digests_length(file.chunks))
+    if found != expected:
+        raise StoreError(
+            f"manifest: file {file.key} has (bytes, chunk bytes, length of digests) {found}, "
+            f"expected {expected}"
+        )
+
+
+def asset_file(name: str, nbytes: int, error: type[Dsv4Error] | None = None) -> FileSpec:
+    """The FileSpec of an asset: one chunk. Raises SourceError (or `error`) for a refused name."""
+    try:
+        key = asset_key(name)
+    except Dsv4Error as refusal:
+        raise (error or type(refusal))(str(refusal)) from None
+    return FileSpec(key, rows=(0, 1), chunks=1, chunk_nbytes=nbytes, sharded=False)
+
+
+def _asset_file(key: str, raw: Any) -> FileSpec:
+    record = FileRecord.from_json(key, raw)
+    return asset_file(key.removeprefix(f"{ASSET_DIRECTORY}/"), record.nbytes, StoreError)

@@ -1,0 +1,294 @@
+"""Writing a packed store: durable files, a journal to resume from, metadata, and a final marker.
+
+    with StoreWriter(out, identity) as writer:
+        for file in spec.files():
+            if not writer.has(file):
+                writer.write(file, parts)
+        root = writer.finish(groups, arrays, manifest)
+
+A store is valid from the instant its marker exists, and the marker is renamed into place last.
+Whatever happens before (disk full, kill, power loss), opening a StoreWriter with the same identity
+goes on after the last file that the journal knows, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
+from dsv4.formats.store.digest import canonical_json
+from dsv4.formats.store.durable import (
+    Directories,
+    DirectoryLock,
+    storage_errors,
+    sync_directory,
+    write_all,
+    write_atomic,
+    write_file,
+)
+from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
+from dsv4.formats.store.integrity import sizes, walk
+from dsv4.formats.store.journal import Journal
+from dsv4.formats.store.manifest import (
+    FileRecord,
+    asset_file,
+    check_manifest,
+    check_record,
+    content_root,
+)
+from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.schema import (
+    ASSET_DIRECTORY,
+    FORMAT_VERSION,
+    JOURNAL,
+    LOCK,
+    MARKER,
+    NODE_DOCUMENT,
+    PARTIAL_SUFFIX,
+    ArraySpec,
+    FileSpec,
+)
+from dsv4.formats.store.zarr_metadata import metadata_documents
+
+
+class StoreWriter:
+    """The one writer of a packed store; all but `finish` and `close` may run in threads.
+
+    out: the directory; created, and locked until the writer is closed.
+    identity: what is converted (source, recipe, tool), as JSON; an unfinished store with another
+    identity is refused.
+    Raises ConflictError when the directory is locked, complete, another conversion's, or holds
+    something else.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out = Path(out)
+        with storage_errors(self.out, "creating the directory"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(self.out)
+        self._lock = DirectoryLock(self.out)
+        self._journal: Journal | None = None
+        try:
+            with storage_errors(self.out, "examining the directory"):
+                _refuse_foreign(self.out)
+                _remove_leftovers(self.out)
+            self._journal = Journal(self.out / JOURNAL, identity)
+        except BaseException:
+            self.close()
+            raise
+        self._directories = Directories(self.out)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up journal and lock; an unfinished store can be resumed. Safe to call twice."""
+        if self._journal is not None:
+            self._journal.close()
+        self._lock.release()
+
+    def require_space(self, nbytes: int) -> None:
+        """Raise OutOfSpaceError unless the file system has `nbytes` free for this user."""
+        with storage_errors(self.out, "asking for free space"):
+            status = os.statvfs(self.out)
+        free = status.f_bavail * status.f_frsize
+        if free < nbytes:
+            raise OutOfSpaceError(
+                f"{self.out}: {nbytes / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB "
+                "are free; free some space or choose another directory"
+            )
+
+    def has(self, file: FileSpec) -> bool:
+        """Whether `file` is durable: in the journal with these sizes, and so on disk."""
+        record = self._open_journal.records.get(file.key)
+        if record is None:
+            return False
+        try:
+            check_record(file, record)
+        except StoreError:
+            return False
+        return not any(sizes(self.out, [file]))
+
+    def write(self, file: FileSpec, parts: Iterable[Tensor]) -> None:
+        """Write `file` from `parts` and record it in the journal (see `durable.write_file`)."""
+        self._write(file, parts)
+
+    def write_asset(self, name: str, data: bytes) -> None:
+        """Write the asset `name` (a base name); does nothing when it is durable already.
+
+        Raises SourceError for a name that is no harmless base name.
+        """
+        file = asset_file(name, len(data))
+        record = self._open_journal.records.get(file.key)
+        same = record is not None and record.sha256 == hashlib.sha256(data).hexdigest()
+        if not (same and self.has(file)):
+            self._write(file, [data])
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a JSON value in the journal, to be found by `notes` after an interruption.
+
+        Raises StoreError when `value` is no finite JSON.
+        """
+        try:
+            self._open_journal.note(key, value)
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{self.out}: note {key} cannot be kept: {error}") from None
+
+    def notes(self) -> Mapping[str, Any]:
+        """What `note` kept, in this run and in the interrupted ones before it."""
+        return self._open_journal.notes
+
+    def finish(
+        self,
+        groups: Mapping[str, Mapping[str, Any]],
+        arrays: Sequence[ArraySpec],
+        manifest: Mapping[str, Any],
+    ) -> str:
+        """Make the store valid and close the writer; returns the Merkle root in hex.
+
+        groups: path -> Zarr attributes (missing parents are added). manifest: its sections without
+        `format_version`, `files` and `root`. Raises StoreError when a file is missing, belongs to
+        no array, or the metadata would not be readable; nothing is lost then.
+        """
+        journal = self._open_journal
+        specs = {spec.path: spec for spec in arrays}
+        if len(specs) != len(arrays):
+            raise StoreError(f"{self.out}: two arrays have the same path")
+        records = self._settled_records(specs.values(), journal.records)
+        root, documents = _metadata(
+            self.out, dict(groups), dict(sorted(specs.items())), manifest, records
+        )
+        with storage_errors(self.out, "finishing the store"):
+            self._refuse_strangers(records.keys() | documents.keys())
+            self._write_documents(documents)
+            marker = {
+                "format_version": FORMAT_VERSION,
+                "root": root,
+                "metadata_sha256": hashlib.sha256(documents[NODE_DOCUMENT]).hexdigest(),
+            }
+            write_atomic(self.out / MARKER, json.dumps(marker, indent=2).encode() + b"\n")
+            journal.close()
+            (self.out / JOURNAL).unlink()
+            self._lock.release(remove=True)
+            sync_directory(self.out)
+        return root
+
+    @property
+    def _open_journal(self) -> Journal:
+        if self._journal is None or self._journal.closed:
+            raise StoreError(f"{self.out}: the writer is closed")
+        return self._journal
+
+    def _write(self, file: FileSpec, parts: Iterable[Tensor | bytes]) -> None:
+        journal = self._open_journal
+        with storage_errors(self.out, f"creating the directory of {file.key}"):
+            self._directories.ensure(file.key.rpartition("/")[0])
+        journal.record(file.key, write_file(self.out, file, parts))
+
+    def _settled_records(
+        self, arrays: Iterable[ArraySpec], journaled: Mapping[str, FileRecord]
+    ) -> dict[str, FileRecord]:
+        """The journal's records of exactly the files of `arrays` and the assets, sorted."""
+        files = [file for spec in arrays for file in spec.files()]
+        if missing := [file.key for file in files if not self.has(file)]:
+            raise StoreError(
+                f"{self.out}: {len(missing)} files are not written, first {missing[0]}"
+            )
+        expected = {file.key for file in files}
+        strays = [
+            key
+            for key in journaled
+            if key not in expected and not key.startswith(f"{ASSET_DIRECTORY}/")
+        ]
+        if strays:
+            raise StoreError(f"{self.out}: {len(strays)} files belong to no array: {strays[0]}")
+        return dict(sorted(journaled.items()))
+
+    def _refuse_strangers(self, expected: Iterable[str]) -> None:
+        known = {*expected, JOURNAL, LOCK}
+        if stranger := next((key for key in walk(self.out) if key not in known), None):
+            raise StoreError(
+                f"{self.out}: {stranger} belongs to nothing in the store; move it away and run "
+                "the same command again"
+            )
+
+    def _write_documents(self, documents: Mapping[str, bytes]) -> None:
+        """All `zarr.json`; in place, for nothing is valid before the marker."""
+        touched = {self.out}
+        for key, content in documents.items():
+            self._directories.ensure(key.rpartition("/")[0])
+            with (self.out / key).open("wb", buffering=0) as stream:
+                write_all(stream.fileno(), content)
+            touched.add((self.out / key).parent)
+        for key in documents:
+            descriptor = os.open(self.out / key, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        for directory in sorted(touched):
+            sync_directory(directory)
+
+
+def _metadata(
+    out: Path,
+    groups: Mapping[str, Mapping[str, Any]],
+    arrays: Mapping[str, ArraySpec],
+    manifest: Mapping[str, Any],
+    records: Mapping[str, FileRecord],
+) -> tuple[str, dict[str, bytes]]:
+    """-> (Merkle root, every metadata document), proved readable by reading it back."""
+    try:
+        complete = with_parents(groups, arrays)
+        sections = {**manifest, "format_version": FORMAT_VERSION}
+        sections = json.loads(canonical_json(sections))
+        check_manifest(sections)
+        nodes = json.loads(canonical_json(descriptions(complete, arrays)))
+        root = content_root(sections, nodes, records)
+        sections["files"] = {key: record.to_json() for key, record in records.items()}
+        sections["root"] = root
+        documents = metadata_documents(sections, complete, arrays)
+        written = PackedStore(out, parse_root(documents[NODE_DOCUMENT]), verify=False)
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{out}: the metadata cannot be stored: {error}") from error
+    read_back = written.hierarchy
+    if descriptions(read_back.groups, read_back.arrays) != nodes or read_back.manifest != sections:
+        raise StoreError(f"{out}: zarr-python did not keep the metadata as given")
+    return root, documents
+
+
+def _refuse_foreign(out: Path) -> None:
+    names = {path.name for path in out.iterdir()}
+    if MARKER in names:
+        raise ConflictError(
+            f"{out}: it already holds a complete packed checkpoint; choose another directory or "
+            "remove it"
+        )
+    if JOURNAL not in names and (others := sorted(names - {LOCK})):
+        raise ConflictError(
+            f"{out}: it is not empty ({others[0]}) and holds no conversion; choose an empty "
+            "directory"
+        )
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove temporary files and metadata that an interrupted run left behind."""
+    for key in list(walk(out)):
+        if key.endswith(PARTIAL_SUFFIX) or key.rpartition("/")[2] == NODE_DOCUMENT:
+            (out / key).unlink()

@@ -1,0 +1,37 @@
+"""How the reference sums, and how it hands results over.
+
+Every sum (matrix product, mean square, softmax, weighted pool) and every transcendental function
+runs in FP64 and is rounded once. An FP32 sum depends on its order, and BLAS picks the order by
+the number of rows; a vectorised `exp` differs from the scalar one that finishes a short row. A
+difference of 1e-7 is enough to flip an expert, an indexed block or an FP8 rounding. Computed
+wide, a token's result does not depend on which tokens share its call, so any chunking of a
+sequence gives the same logits, and a kernel is compared with the correctly rounded value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WIDE = torch.float64
+
+# Elements of one temporary: 64 MiB in FP64.
+TEMPORARY_ELEMENTS = 1 << 23
+
+
+def deliver(result: Tensor, out: Tensor | None) -> Tensor:
+    """`result`, or `out` after `result` was written into it (same shape; cast to its dtype)."""
+    return result if out is None else out.copy_(result)
+
+
+def spans(count: int, elements_each: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Cut `range(count)` into `(start, stop)` runs whose temporaries stay bounded.
+
+    elements_each: elements of the temporary that one item needs.
+    multiple: every run but the last is a multiple of it.
+    """
+    run = max(TEMPORARY_ELEMENTS // max(elements_each, 1) // multiple, 1) * multiple
+    for start in range(0, count, run):
+        yield start, min(start + run, count)

@@ -1,0 +1,188 @@
+"""What the command line shows: rich tables and progress over the results of the other rooms."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dsv4.convert.engine import Event, Summary
+    from dsv4.formats.checkpoint import PackedCheckpoint
+    from dsv4.validate.report import Report, TensorVerdict
+
+MAX_ROWS = 20
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _facts(title: str, rows: Mapping[str, object]) -> Table:
+    table = Table(title=escape(title), show_header=False, title_justify="left", box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, escape(str(value)))
+    return table
+
+
+def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
+    """The plan of one conversion."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan["encodings"].items() if count)
+    rows = {
+        "recipe": plan["recipe"]["name"],
+        "tensors": f"{plan['tensors']} ({kinds})",
+        "exact": plan["exact_tensors"],
+        "rounded to NVFP4": f"{len(plan['rounded_tensors'])} (router gates, lm_head, ...)"
+        if plan["rounded_tensors"]
+        else "none",
+        "skipped": plan["skipped_tensors"],
+        "reads": size(plan["source_bytes"]),
+        "network": size(plan["network_bytes"]),
+        "writes": f"{size(plan['output_bytes'])} in {plan['files']} files",
+        "peak RAM": size(plan["peak_ram_bytes"]),
+        "peak disk": size(plan["peak_disk_bytes"]),
+        "units of work": plan["units"],
+    }
+    return _facts(f"plan for {source}", rows)
+
+
+@contextlib.contextmanager
+def conversion_progress(console: Console) -> Iterator[Callable[[Event], None]]:
+    """A progress bar on a terminal; plain lines, one per tenth, elsewhere."""
+    if not console.is_terminal:
+        shown = [-1]
+
+        def plain(event: Event) -> None:
+            tenth = 10 * event.done_bytes // max(event.total_bytes, 1)
+            if tenth > shown[0]:
+                shown[0] = tenth
+                done, total = size(event.done_bytes), size(event.total_bytes)
+                console.print(f"{10 * tenth:3d} %  {done} of {total}  {event.unit}", markup=False)
+
+        yield plain
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("packing", total=None)
+
+        def update(event: Event) -> None:
+            bar.update(
+                task,
+                completed=event.done_bytes,
+                total=event.total_bytes,
+                description=escape(event.unit),
+            )
+
+        yield update
+
+
+def summary_table(summary: Summary) -> Table:
+    """What a finished conversion wrote."""
+    plan = summary.plan.to_dict()
+    rows: dict[str, object] = {
+        "recipe": plan["recipe"]["name"],
+        "tensors": f"{plan['tensors']}, {plan['exact_tensors']} carried exactly",
+        "written": f"{size(plan['output_bytes'])} in {plan['files']} files",
+        "root": summary.root,
+    }
+    if summary.resumed_units:
+        rows["resumed"] = f"{summary.resumed_units} of {plan['units']} units were done already"
+    if losses := summary.losses:
+        worst = max(losses, key=lambda name: losses[name]["rel_mse"] or 0.0)
+        rows["rounded"] = (
+            f"{len(losses)} tensors, worst relative MSE {losses[worst]['rel_mse']:.3e} ({worst})"
+        )
+    return _facts(f"packed {summary.out}", rows)
+
+
+def report_tables(report: Report) -> Iterator[Table]:
+    """The verdict: findings first, then rounded tensors with their losses, then the counts."""
+    if report.findings:
+        table = Table(title="findings", title_justify="left")
+        for column in ("check", "where", "what"):
+            table.add_column(column, overflow="fold")
+        for finding in report.findings[:MAX_ROWS]:
+            table.add_row(finding.check, escape(finding.where), escape(finding.message))
+        if (more := len(report.findings) - MAX_ROWS) > 0:
+            table.add_row("", "", f"... and {more} more (see --json)")
+        yield table
+    rounded = sorted(
+        (verdict for verdict in report.tensors if verdict.loss is not None and not verdict.exact),
+        key=lambda verdict: (verdict.loss or {}).get("rel_mse") or 0.0,
+        reverse=True,
+    )
+    if rounded:
+        yield _losses(rounded)
+    rows: dict[str, object] = dict(report.checks)
+    if report.tensors:
+        exact = sum(verdict.exact for verdict in report.tensors)
+        rows["tensors inverted"] = f"{len(report.tensors)}, {exact} equal to the source exactly"
+    rows["root"] = report.root or "none"
+    seconds = max(report.seconds, 1e-9)
+    rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
+    rows["verdict"] = "OK" if report.ok else f"FAILED, {len(report.findings)} findings"
+    yield _facts(f"validation of {report.path}", rows)
+
+
+def _losses(rounded: list[TensorVerdict]) -> Table:
+    table = Table(title="rounded tensors, worst first", title_justify="left")
+    for column in ("tensor", "relative MSE", "SQNR dB", "cosine", "max error / amax"):
+        table.add_column(column, justify="left" if column == "tensor" else "right")
+    for verdict in rounded[:MAX_ROWS]:
+        loss = {key: value or 0.0 for key, value in (verdict.loss or {}).items()}
+        table.add_row(
+            verdict.name,
+            f"{loss['rel_mse']:.3e}",
+            f"{loss['sqnr_db']:.2f}",
+            f"{loss['cosine']:.6f}",
+            f"{loss['max_abs_error'] / loss['amax']:.3f}" if loss["amax"] else "0",
+        )
+    return table
+
+
+def store_table(packed: PackedCheckpoint) -> Table:
+    """A store at a glance: sizes by part."""
+    root = packed.store.manifest["root"]
+    table = Table(title=f"packed store, root {root}", title_justify="left")
+    for column in ("part", "tensors", "formats"):
+        table.add_column(column, justify="right" if column == "tensors" else "left")
+    parts: dict[str, Counter[str]] = {}
+    for name in packed.names():
+        head = name.split(".")
+        part = ".".join(head[:2]) if head[0] in ("layers", "mtp") else head[0]
+        parts.setdefault(part, Counter())[packed.format_of(name)] += 1
+    for part, formats in parts.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
+        table.add_row(part, str(sum(formats.values())), kinds)
+    return table
+
+
+def provenance_table(name: str, provenance: Mapping[str, Any]) -> Table:
+    """Where one tensor's bytes came from and what they hold."""
+    return _facts(name, provenance)

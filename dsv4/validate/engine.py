@@ -1,0 +1,44 @@
+"""Runs the checks and gathers the verdict."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dsv4.convert.engine import open_source
+from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.errors import StoreError
+from dsv4.validate.inversion import invert
+from dsv4.validate.report import Report
+from dsv4.validate.structure import check_content, check_metadata
+
+
+def validate(
+    packed: str | Path | PackedCheckpoint,
+    source: str | Path | None = None,
+    *,
+    quick: bool = False,
+) -> Report:
+    """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
+
+    `quick` reads metadata and file sizes only. Findings are reported, not raised; SourceError
+    and ConfigError are raised when `source` itself cannot be read.
+    """
+    begin = time.perf_counter()
+    path = packed if isinstance(packed, str | Path) else packed.store.root
+    report = Report(Path(path), quick=quick, source=None if source is None else str(source))
+    opened_source = None if source is None else open_source(source)
+    try:
+        checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
+    except StoreError as error:
+        report.add("open", str(path), str(error))
+        report.seconds = time.perf_counter() - begin
+        return report
+    report.count("store opened")
+    check_metadata(checkpoint, report)
+    if not quick:
+        check_content(checkpoint, report)
+    if opened_source is not None and not report.findings:
+        invert(checkpoint, opened_source, report)
+    report.seconds = time.perf_counter() - begin
+    return report

@@ -1,0 +1,165 @@
+"""Inversion with the source: undo every transform from the emitted bytes and compare.
+
+Exact tensors must give the source's bytes (plain, FP8) or values, sign of zero included (MXFP4
+carried into NVFP4). Rounded tensors must be no worse than the optimum of the format, recomputed
+here from the source, and their recorded loss must be the measured one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv4.convert.source import Source
+from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4
+from dsv4.formats.config import ModelConfig
+from dsv4.formats.layouts import unpack_fp8
+from dsv4.formats.matrices import Fp8Matrix
+from dsv4.formats.metrics import Loss
+from dsv4.formats.mxfp4 import cast_mxfp4_to_nvfp4
+from dsv4.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.official import check_inventory
+from dsv4.formats.source_tensor import Encoding, SourceTensor, group_official
+from dsv4.validate.report import Report, TensorVerdict
+
+TILE_ROWS = 4096
+OPTIMUM_SLACK = 1e-6  # float64 sums over tiles of different sizes; not a quality margin
+
+
+def invert(packed: PackedCheckpoint, source: Source, report: Report) -> None:
+    """Compare every tensor of `source` with what `packed` holds; findings go into `report`."""
+    config = ModelConfig.from_hf(source.config)
+    if config != packed.config:
+        report.add("config", "manifest", "the model config is not the source's")
+    skipped = set(check_inventory(source.entries, config).skipped)
+    tensors = group_official(
+        {name: entry for name, entry in source.entries.items() if name not in skipped}
+    )
+    names = set(packed.names())
+    for name in sorted(tensors.keys() - names):
+        report.add("inventory", name, "in the source, but not in the store: convert again")
+    for name in sorted(names - tensors.keys()):
+        report.add("inventory", name, "in the store, but not in the source: the wrong source?")
+    for name, tensor in tensors.items():
+        if name in names:
+            report.tensors.append(_compare(packed, source, tensor, report))
+    report.count("tensors compared with the source", len(report.tensors))
+
+
+def source_values(source: Source, tensor: SourceTensor) -> Tensor:
+    """The logical tensor of the source in float32, shape as in the source."""
+    weight = source.read(tensor.weight)
+    if tensor.encoding is Encoding.PLAIN:
+        return weight.to(torch.float32)
+    assert tensor.scale is not None
+    scale = source.read(tensor.scale)
+    if tensor.encoding is Encoding.FP8:
+        return dequantize_fp8(weight, scale)
+    return dequantize_mxfp4(weight.view(torch.uint8), scale.view(torch.uint8))
+
+
+def _compare(
+    packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report
+) -> TensorVerdict:
+    name = tensor.name
+    kind = packed.format_of(name)
+    claimed_exact = bool(packed.provenance(name)["exact"])
+    same = _same_bytes(packed, source, tensor) if kind == tensor.encoding else None
+    if same is None:
+        loss = _loss(packed, source, tensor, report)
+        exact = loss.errors == 0.0 and not loss.sign_flips
+        losses = None if exact else loss.to_dict()
+    else:
+        exact, losses = same, None
+    if claimed_exact and not exact:
+        report.add(
+            "inversion",
+            name,
+            "claimed exact, but the emitted bytes do not invert to the source's; repair or convert "
+            "again",
+        )
+    return TensorVerdict(name, kind, exact, losses)
+
+
+def _same_bytes(packed: PackedCheckpoint, source: Source, tensor: SourceTensor) -> bool:
+    """Whether a tensor carried in its own format has the source's very bytes."""
+    if tensor.encoding is Encoding.PLAIN:
+        stored = packed.store.tensor(tensor.name)
+        if str(stored.dtype) != str(source.read_rows(tensor.weight, 0, 0).dtype):
+            return False
+        return tuple(stored.shape) == tensor.shape and all(
+            torch.equal(_bytes(part), _bytes(stored[start:stop] if stored.dim() else stored))
+            for start, stop, part in _rows(source, tensor)
+        )
+    matrix = packed.store.matrix(tensor.name)
+    if not isinstance(matrix, Fp8Matrix):
+        return False
+    assert tensor.scale is not None
+    codes, scales = unpack_fp8(matrix)
+    return torch.equal(_bytes(codes), _bytes(source.read(tensor.weight))) and torch.equal(
+        _bytes(scales), _bytes(source.read(tensor.scale))
+    )
+
+
+def _rows(source: Source, tensor: SourceTensor) -> Iterator[tuple[int, int, Tensor]]:
+    if not tensor.shape:
+        yield 0, 0, source.read(tensor.weight)
+        return
+    for start in range(0, tensor.shape[0], TILE_ROWS):
+        stop = min(start + TILE_ROWS, tensor.shape[0])
+        yield start, stop, source.read_rows(tensor.weight, start, stop)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report) -> Loss:
+    """The measured loss; a rounded tensor is also held against the recomputed optimum."""
+    original = source_values(source, tensor)
+    emitted = packed.dequantize(tensor.name)
+    loss = Loss()
+    if emitted.shape != original.shape:
+        report.add(
+            "inversion",
+            tensor.name,
+            f"inverts to shape {tuple(emitted.shape)}, expected {tuple(original.shape)}",
+        )
+        loss.add(original, torch.zeros_like(original))
+        return loss
+    loss.add(original, emitted)
+    recorded = packed.provenance(tensor.name).get("loss")
+    if recorded is not None and not math.isclose(
+        recorded["rel_mse"], loss.rel_mse, rel_tol=OPTIMUM_SLACK, abs_tol=1e-30
+    ):
+        report.add(
+            "inversion",
+            tensor.name,
+            f"relative MSE is {loss.rel_mse:.3e}, but {recorded['rel_mse']:.3e} was recorded",
+        )
+    if loss.errors > 0.0:
+        optimum = Loss()
+        optimum.add(original, _optimum(source, tensor, original))
+        report.count("rounded tensors held against the optimum")
+        if loss.errors > optimum.errors * (1 + OPTIMUM_SLACK):
+            report.add(
+                "optimum",
+                tensor.name,
+                f"relative MSE {loss.rel_mse:.3e} is above {optimum.rel_mse:.3e}, which the format "
+                "allows; convert again",
+            )
+    return loss
+
+
+def _optimum(source: Source, tensor: SourceTensor, original: Tensor) -> Tensor:
+    """The best the packed format can do for this tensor, recomputed from the source."""
+    if tensor.encoding is Encoding.MXFP4:
+        assert tensor.scale is not None
+        codes = source.read(tensor.weight).view(torch.uint8)
+        scales = source.read(tensor.scale).view(torch.uint8)
+        return dequantize_nvfp4(cast_mxfp4_to_nvfp4(codes, scales, name=tensor.name)[0])
+    return dequantize_nvfp4(quantize_nvfp4(original, name=tensor.name))

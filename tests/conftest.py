@@ -1,0 +1,52 @@
+"""Checkpoints and stores that many tests read. Tests that damage a store copy it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv4.convert.engine import convert
+from dsv4.convert.tiny import TINY, write_tiny
+from dsv4.formats.config import ModelConfig
+from dsv4.formats.inventory import DraftKind
+
+MakeSource = Callable[[ModelConfig, DraftKind], Path]
+
+
+@pytest.fixture(scope="session")
+def make_source(tmp_path_factory: pytest.TempPathFactory) -> MakeSource:
+    """Writes the tiny checkpoint of a configuration once a session."""
+    made: dict[tuple[ModelConfig, DraftKind], Path] = {}
+
+    def make(config: ModelConfig, draft: DraftKind) -> Path:
+        key = (config, draft)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("source") / "hub"
+            write_tiny(made[key], config, draft=draft)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_source(make_source: MakeSource) -> Path:
+    """The default tiny checkpoint, MTP block included."""
+    return make_source(TINY, DraftKind.MTP)
+
+
+@pytest.fixture(scope="session")
+def native_store(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, packed by recipe `native`. Not to be written to."""
+    out = tmp_path_factory.mktemp("native") / "packed"
+    convert(tiny_source, out, recipe="native")
+    return out
+
+
+@pytest.fixture(scope="session")
+def standard_store(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, packed by recipe `standard`. Not to be written to."""
+    out = tmp_path_factory.mktemp("standard") / "packed"
+    convert(tiny_source, out, recipe="standard")
+    return out

@@ -1,0 +1,163 @@
+"""Small models of the real architecture: their configs and their random weights.
+
+Weights are hub-named float32 tensors. Nothing is left at a neutral value: norms differ from one,
+sinks, `ape`, biases and mixing matrices from zero, or a dropped term would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.formats.config import AttentionKind, ModelConfig, YarnConfig
+
+YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)
+
+# All three attention kinds, hash and score routing, and the real window and ratios.
+REAL_SHAPED = ModelConfig(
+    vocab_size=500,
+    hidden_size=256,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    head_dim=128,
+    qk_rope_head_dim=64,
+    q_lora_rank=64,
+    o_lora_rank=64,
+    o_groups=2,
+    moe_intermediate_size=128,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    num_hash_layers=2,
+    compress_ratios=(0, 0, 4, 128, 4),
+    index_n_heads=4,
+    index_head_dim=128,
+    yarn=YARN,
+)
+
+# No dimension is a multiple of 128, or of the quantisation blocks; the SwiGLU clamp often binds.
+ODD_SHAPED = ModelConfig(
+    vocab_size=333,
+    hidden_size=120,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    head_dim=72,
+    qk_rope_head_dim=24,
+    q_lora_rank=40,
+    o_lora_rank=20,
+    o_groups=3,
+    moe_intermediate_size=56,
+    n_routed_experts=12,
+    num_experts_per_tok=5,
+    num_hash_layers=1,
+    compress_ratios=(4, 128, 0, 4),
+    routed_scaling_factor=2.5,
+    swiglu_limit=1.5,
+    sliding_window=37,
+    index_n_heads=3,
+    index_head_dim=32,
+    yarn=YARN,
+)
+
+# The config of transformers' own DeepSeek-V4 tests (no YaRN, two residual streams).
+TRANSFORMERS_TINY = ModelConfig(
+    vocab_size=99,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=8,
+    q_lora_rank=32,
+    o_lora_rank=16,
+    o_groups=2,
+    moe_intermediate_size=64,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    num_hash_layers=0,
+    compress_ratios=(128, 4),
+    sliding_window=8,
+    index_n_heads=2,
+    index_head_dim=16,
+    index_topk=1024,
+    hc_mult=2,
+    hc_sinkhorn_iters=3,
+)
+
+
+def random_ids(config: ModelConfig, count: int, seed: int = 0) -> Tensor:
+    """int64 `[count]`."""
+    return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Every backbone tensor, float32 (`tid2eid` int64), under its hub name."""
+    rng = torch.Generator().manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+
+    def normal(name: str, *shape: int, mean: float = 0.0, std: float = 1.0) -> None:
+        weights[name] = mean + std * torch.randn(shape, generator=rng)
+
+    def matrix(name: str, rows: int, cols: int) -> None:
+        normal(f"{name}.weight", rows, cols, std=cols**-0.5)
+
+    def norm(name: str, width: int) -> None:
+        normal(f"{name}.weight", width, mean=1.0, std=0.2)
+
+    def hyper(prefix: str, rows: int, scales: int) -> None:
+        width = config.hc_mult * config.hidden_size
+        normal(f"{prefix}_fn", rows, width, std=width**-0.5)
+        normal(f"{prefix}_base", rows, std=0.5)
+        normal(f"{prefix}_scale", scales, mean=1.0, std=0.2)
+
+    def compressor(prefix: str, width: int, ratio: int, halves: int) -> None:
+        normal(f"{prefix}.ape", ratio, halves * width, std=0.5)
+        norm(f"{prefix}.norm", width)
+        matrix(f"{prefix}.wkv", halves * width, config.hidden_size)
+        matrix(f"{prefix}.wgate", halves * width, config.hidden_size)
+
+    def attention(prefix: str, layer: int) -> None:
+        c = config
+        heads = c.num_attention_heads * c.head_dim
+        matrix(f"{prefix}.wq_a", c.q_lora_rank, c.hidden_size)
+        norm(f"{prefix}.q_norm", c.q_lora_rank)
+        matrix(f"{prefix}.wq_b", heads, c.q_lora_rank)
+        matrix(f"{prefix}.wkv", c.head_dim, c.hidden_size)
+        norm(f"{prefix}.kv_norm", c.head_dim)
+        normal(f"{prefix}.attn_sink", c.num_attention_heads)
+        matrix(f"{prefix}.wo_a", c.o_groups * c.o_lora_rank, heads // c.o_groups)
+        matrix(f"{prefix}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
+        kind, ratio = c.attention_kind(layer), c.compress_ratio(layer)
+        if kind is not AttentionKind.SLIDING:
+            halves = 2 if kind is AttentionKind.CSA else 1
+            compressor(f"{prefix}.compressor", c.head_dim, ratio, halves)
+        if kind is AttentionKind.CSA:
+            matrix(f"{prefix}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+            matrix(f"{prefix}.indexer.weights_proj", c.index_n_heads, c.hidden_size)
+            compressor(f"{prefix}.indexer.compressor", c.index_head_dim, ratio, 2)
+
+    def experts(prefix: str, layer: int) -> None:
+        c = config
+        matrix(f"{prefix}.gate", c.n_routed_experts, c.hidden_size)
+        if c.is_hash_layer(layer):
+            scores = torch.rand((c.vocab_size, c.n_routed_experts), generator=rng)
+            weights[f"{prefix}.gate.tid2eid"] = scores.argsort(-1)[:, : c.num_experts_per_tok]
+        else:
+            normal(f"{prefix}.gate.bias", c.n_routed_experts, std=0.2)
+        members = ["shared_experts", *(f"experts.{e}" for e in range(c.n_routed_experts))]
+        for member in members:
+            matrix(f"{prefix}.{member}.w1", c.moe_intermediate_size, c.hidden_size)
+            matrix(f"{prefix}.{member}.w3", c.moe_intermediate_size, c.hidden_size)
+            matrix(f"{prefix}.{member}.w2", c.hidden_size, c.moe_intermediate_size)
+
+    normal("embed.weight", config.vocab_size, config.hidden_size)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"layers.{layer}"
+        norm(f"{prefix}.attn_norm", config.hidden_size)
+        norm(f"{prefix}.ffn_norm", config.hidden_size)
+        hyper(f"{prefix}.hc_attn", config.hc_mix, 3)
+        hyper(f"{prefix}.hc_ffn", config.hc_mix, 3)
+        attention(f"{prefix}.attn", layer)
+        experts(f"{prefix}.ffn", layer)
+    hyper("hc_head", config.hc_mult, 1)
+    norm("norm", config.hidden_size)
+    matrix("head", config.vocab_size, config.hidden_size)
+    return weights

@@ -1,0 +1,503 @@
+"""Interruptions of every kind: the same bytes in the end, and nothing valid before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from dsv4.formats.errors import ConflictError, OutOfSpaceError, SourceError, StoreError
+from dsv4.formats.store import durable
+from dsv4.formats.store.integrity import check_root
+from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.schema import JOURNAL, LOCK, MARKER, ArraySpec
+from dsv4.formats.store.writer import StoreWriter
+from tests.store import packing
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, bytes]]:
+    """Root and bytes of the sample written in one go."""
+    out = tmp_path_factory.mktemp("reference") / "packed"
+    return packing.write(out), packing.tree(out)
+
+
+Reference = tuple[str, dict[str, bytes]]
+
+
+def _shuffled(seed: int) -> Callable[[list[Any]], list[Any]]:
+    return lambda items: random.Random(seed).sample(items, len(items))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_writing_does_not_matter(
+    tmp_path: Path, reference: Reference, seed: int
+) -> None:
+    root = packing.write(tmp_path / "packed", order=_shuffled(seed))
+    assert (root, packing.tree(tmp_path / "packed")) == reference
+
+
+def test_threads_do_not_matter(tmp_path: Path, reference: Reference) -> None:
+    what = packing.sample()
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer, ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(writer.write, file, parts) for file, parts in what.files()]
+        jobs += [pool.submit(writer.write_asset, n, d) for n, d in packing.ASSETS.items()]
+        for job in jobs:
+            job.result()
+        root = writer.finish(what.groups, list(reversed(what.arrays)), what.manifest)
+    assert (root, packing.tree(tmp_path)) == reference
+
+
+def test_another_content_has_another_root(tmp_path: Path, reference: Reference) -> None:
+    assert packing.write(tmp_path / "packed", packing.sample(seed=1)) != reference[0]
+
+
+def test_a_finished_store_holds_no_traces(reference: Reference) -> None:
+    assert not {JOURNAL, LOCK} & reference[1].keys()
+    assert not [key for key in reference[1] if key.endswith(".partial")]
+    text = reference[1]["zarr.json"].decode()
+    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+# --- interruptions ------------------------------------------------------------------------------
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.store import packing
+from dsv4.formats.store.writer import StoreWriter
+
+def parts_then_death(parts):
+    yield from parts[:-1]
+    yield parts[-1][:1]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with StoreWriter(Path(sys.argv[1]), packing.IDENTITY) as writer:
+    for number, (file, parts) in enumerate(packing.sample().files()):
+        writer.write(file, parts_then_death(parts) if number == int(sys.argv[2]) else parts)
+"""
+
+
+@pytest.mark.parametrize("survivors", [0, 3, 17])
+def test_resume_after_sigkill(tmp_path: Path, reference: Reference, survivors: int) -> None:
+    out = tmp_path / "packed"
+    run = subprocess.run([sys.executable, "-c", _KILLED, str(out), str(survivors)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert list(out.rglob("*.partial"))
+    with pytest.raises(StoreError, match="unfinished"):
+        PackedStore.open(out)
+    with StoreWriter(out, packing.IDENTITY) as writer:
+        kept = [file.key for file, _ in packing.sample().files() if writer.has(file)]
+    assert len(kept) == survivors
+    assert (packing.write(out), packing.tree(out)) == reference
+
+
+class _PowerLossError(BaseException):
+    """Not an Exception: nothing may catch it and go on."""
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "write", "mkdir"])
+def test_resume_after_a_crash_at_any_step(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Crash at the n-th call, for n over the whole conversion, each time going on from there."""
+    out, calls, crash_at = tmp_path / "packed", 0, 0
+    original = getattr(os, operation)
+
+    def crash(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == crash_at:
+            raise _PowerLossError
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(os, operation, crash)
+    steps = iter([1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233])
+    crashes = 0
+    while True:
+        calls, crash_at = 0, next(steps, 0)
+        try:
+            root = packing.write(out)
+            break
+        except _PowerLossError:
+            crashes += 1
+            with pytest.raises(StoreError, match=r"unfinished|no packed checkpoint"):
+                PackedStore.open(out)
+    monkeypatch.undo()
+    assert crashes >= 3
+    assert (root, packing.tree(out)) == reference
+
+
+def test_a_torn_last_line_of_the_journal_is_forgotten(tmp_path: Path, reference: Reference) -> None:
+    files = list(packing.sample().files())
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        for file, parts in files[:5]:
+            writer.write(file, parts)
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-9])
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        assert [writer.has(file) for file, _ in files[:6]] == [True] * 4 + [False] * 2
+    assert (packing.write(tmp_path), packing.tree(tmp_path)) == reference
+
+
+def test_a_torn_first_line_is_a_fresh_start(tmp_path: Path, reference: Reference) -> None:
+    (tmp_path / JOURNAL).write_bytes(b'{"dsv4_jour')
+    assert (packing.write(tmp_path), packing.tree(tmp_path)) == reference
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        for file, parts in list(packing.sample().files())[:3]:
+            writer.write(file, parts)
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    for broken in (b"{]\n", b"7\n", b'{"path": "x", "bytes": true}\n'):
+        (tmp_path / JOURNAL).write_bytes(b"".join([*lines[:2], broken, *lines[3:]]))
+        with pytest.raises(StoreError, match=r"journal|malformed"):
+            StoreWriter(tmp_path, packing.IDENTITY)
+
+
+def test_a_file_that_lost_bytes_is_written_again(tmp_path: Path, reference: Reference) -> None:
+    files = list(packing.sample().files())
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        for file, parts in files:
+            writer.write(file, parts)
+    os.truncate(tmp_path / files[2][0].key, 1)
+    (tmp_path / files[4][0].key).unlink()
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        assert [f.key for f, _ in files if not writer.has(f)] == [files[i][0].key for i in (2, 4)]
+    assert (packing.write(tmp_path), packing.tree(tmp_path)) == reference
+
+
+def test_notes_survive(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        writer.note("a", {"x": [1, 0.1]})
+        writer.note("b", 1)
+        writer.note("b", 2)
+        with pytest.raises(StoreError, match="note c"):
+            writer.note("c", float("inf"))
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        assert writer.notes() == {"a": {"x": [1, 0.1]}, "b": 2}
+
+
+def test_ctrl_c_leaves_a_resumable_state(tmp_path: Path, reference: Reference) -> None:
+    files = list(packing.sample().files())
+
+    def interrupted() -> Iterator[torch.Tensor]:
+        yield files[1][1][0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        writer.write(*files[0])
+        writer.write(files[1][0], interrupted())
+    assert not list(tmp_path.rglob("*.partial"))
+    assert (packing.write(tmp_path), packing.tree(tmp_path)) == reference
+
+
+# --- no space, I/O errors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "hint"),
+    [
+        (errno.ENOSPC, OutOfSpaceError, "run the same command again"),
+        (errno.EDQUOT, OutOfSpaceError, "run the same command again"),
+        (errno.EIO, StoreError, "run the same command again"),
+    ],
+)
+def test_a_failing_disk(
+    tmp_path: Path,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    error: type[Exception],
+    hint: str,
+) -> None:
+    original, budget = os.write, 300_000
+
+    def limited(descriptor: int, data: Any) -> int:
+        nonlocal budget
+        budget -= len(data)
+        if budget < 0:
+            raise OSError(code, os.strerror(code))
+        return original(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    with pytest.raises(error, match=hint) as caught:
+        packing.write(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert not list(tmp_path.rglob("*.partial"))
+    monkeypatch.undo()
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        assert any(writer.has(file) for file, _ in packing.sample().files())
+    assert (packing.write(tmp_path), packing.tree(tmp_path)) == reference
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """/dev/full: the kernel's own ENOSPC through the same path."""
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with (
+            pytest.raises(OutOfSpaceError, match="disk is full"),
+            durable.storage_errors(tmp_path, "x"),
+        ):
+            durable.write_all(descriptor, b"x")
+    finally:
+        os.close(descriptor)
+
+
+def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        writer.require_space(1)
+        with pytest.raises(OutOfSpaceError, match="GB are free"):
+            writer.require_space(1 << 60)
+
+
+def test_errors_of_the_source_are_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    def failing(part: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "from the source")
+
+    file, _ = next(packing.sample().files())
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer, pytest.raises(OSError, match="source"):
+        writer.write(file, map(failing, [0]))
+
+
+# --- whose directory ----------------------------------------------------------------------------
+
+_HOLD = """
+import sys
+from pathlib import Path
+from tests.store import packing
+from dsv4.formats.store.writer import StoreWriter
+with StoreWriter(Path(sys.argv[1]), packing.IDENTITY):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConflictError, match=f"{tmp_path}: another process"):
+            StoreWriter(tmp_path, packing.IDENTITY)
+        holder.communicate("")
+    StoreWriter(tmp_path, packing.IDENTITY).close()
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(ConflictError, match=r"thesis\.tex"):
+        StoreWriter(tmp_path, packing.IDENTITY)
+    assert packing.tree(tmp_path) == {"thesis.tex": b"dear"}
+
+
+def test_a_foreign_journal_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text('{"diary": "monday"}\n')
+    with pytest.raises(ConflictError, match="no journal of this dsv4"):
+        StoreWriter(tmp_path, packing.IDENTITY)
+    assert (tmp_path / JOURNAL).read_text() == '{"diary": "monday"}\n'
+
+
+def test_a_complete_store_is_left_alone(tmp_path: Path) -> None:
+    packing.write(tmp_path)
+    before = packing.tree(tmp_path)
+    with pytest.raises(ConflictError, match="complete"):
+        StoreWriter(tmp_path, packing.IDENTITY)
+    assert packing.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("field", ["tool", "recipe", "source"])
+def test_another_conversion_is_left_alone(tmp_path: Path, field: str) -> None:
+    StoreWriter(tmp_path, packing.IDENTITY).close()
+    other = packing.IDENTITY | {field: "something else"}
+    with pytest.raises(ConflictError, match=f"differs in {field} .*something else") as caught:
+        StoreWriter(tmp_path, other)
+    assert all(f"{f} (" not in str(caught.value) for f in packing.IDENTITY if f != field)
+
+
+def test_directories_behind_symlinks_are_refused(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out = tmp_path / "out"
+    StoreWriter(out, packing.IDENTITY).close()
+    (out / "norm").symlink_to(elsewhere)
+    with StoreWriter(out, packing.IDENTITY) as writer, pytest.raises(StoreError, match="norm"):
+        for file, parts in packing.sample().files():
+            writer.write(file, parts)
+    assert not list(elsewhere.iterdir())
+
+
+# --- what write and finish refuse ---------------------------------------------------------------
+
+
+def test_parts_must_fill_the_file(tmp_path: Path) -> None:
+    (file,) = ArraySpec.whole("x", (4, 4), "float32").files()
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        for parts in ([], [torch.zeros(15)], [torch.zeros(8), torch.zeros(9)]):
+            with pytest.raises(StoreError, match="expected 64"):
+                writer.write(file, parts)
+        with pytest.raises(StoreError, match="contiguous"):
+            writer.write(file, [torch.zeros(4, 8).t()])
+        assert not writer.has(file)
+        assert not [path for path in tmp_path.rglob("x/*") if path.is_file()]
+        writer.write(file, [torch.ones(8), torch.ones(2, 4)])
+        assert writer.has(file)
+
+
+def test_a_part_may_span_pieces_and_chunks(
+    tmp_path: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "PIECE_BYTES", 1000)
+    what = packing.sample()
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        for file, parts in what.files():
+            writer.write(file, [torch.cat([part.view(torch.uint8).reshape(-1) for part in parts])])
+        for name, data in packing.ASSETS.items():
+            writer.write_asset(name, data)
+        root = writer.finish(what.groups, what.arrays, what.manifest)
+    assert (root, packing.tree(tmp_path)) == reference
+
+
+def _written(out: Path) -> StoreWriter:
+    writer = StoreWriter(out, packing.IDENTITY)
+    for file, parts in packing.sample().files():
+        writer.write(file, parts)
+    return writer
+
+
+def test_finish_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    what = packing.sample()
+    groups, arrays = what.groups, list(what.arrays)
+    extra = ArraySpec.whole("extra", (4,), "uint8", packing.plain("extra"))
+    nan = groups | {"head": {"dsv4": {**groups["head"]["dsv4"], "rel_mse": float("nan")}}}
+    without_names = [*arrays[1:], ArraySpec.whole("norm/weight", (packing.HIDDEN,), "bfloat16")]
+    no_config = {key: value for key, value in what.manifest.items() if key != "config"}
+    with _written(tmp_path) as writer:
+        for pattern, arguments in {
+            "not written, first extra": (groups, [*arrays, extra], what.manifest),
+            "belong to no array": (groups, arrays[1:], what.manifest),
+            "same path": (groups, [*arrays, arrays[0]], what.manifest),
+            "cannot be stored.*JSON": (nan, arrays, what.manifest),
+            "neither part": (groups, without_names, what.manifest),
+            "no quantised matrix": (groups | {"lone": {"dsv4": {}}}, arrays, what.manifest),
+            "contains others": (groups | {"norm/weight/x": {}}, arrays, what.manifest),
+            "config.*missing": (groups, arrays, no_config),
+            "layouts": (groups, arrays, what.manifest | {"layouts": {"secret": {}}}),
+        }.items():
+            with pytest.raises(StoreError, match=pattern):
+                writer.finish(*arguments)
+            assert not (tmp_path / MARKER).exists()
+        (tmp_path / "note.txt").write_text("x")
+        with pytest.raises(StoreError, match=r"note\.txt"):
+            writer.finish(groups, arrays, what.manifest)
+        (tmp_path / "note.txt").unlink()
+        writer.finish(groups, arrays, what.manifest)
+    check_root(PackedStore.open(tmp_path))
+
+
+def test_a_closed_writer_refuses(tmp_path: Path) -> None:
+    file, parts = next(packing.sample().files())
+    writer = StoreWriter(tmp_path, packing.IDENTITY)
+    writer.close()
+    writer.close()
+    for action in (
+        lambda: writer.write(file, parts),
+        lambda: writer.has(file),
+        lambda: writer.write_asset("a", b""),
+        lambda: writer.finish({}, [], {}),
+    ):
+        with pytest.raises(StoreError, match="closed"):
+            action()
+
+
+def test_assets_are_checked_and_kept(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        with pytest.raises(SourceError, match="asset name"):
+            writer.write_asset("../evil", b"x")
+        writer.write_asset("tokenizer.json", b"one")
+        first = (tmp_path / "assets/tokenizer.json").stat()
+        writer.write_asset("tokenizer.json", b"one")
+        assert (tmp_path / "assets/tokenizer.json").stat().st_ino == first.st_ino
+        writer.write_asset("tokenizer.json", b"two")
+        assert (tmp_path / "assets/tokenizer.json").read_bytes() == b"two"
+    assert packing.tree(tmp_path).keys() == {JOURNAL, LOCK, "assets/tokenizer.json"}
+
+
+def test_every_file_is_synced_before_its_journal_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that durability rests on: data, rename, directory, journal."""
+    events: list[str] = []
+    names: dict[int, str] = {}
+    real_open, real_fsync, real_replace = os.open, os.fsync, Path.replace
+
+    def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+        descriptor = real_open(path, *args, **kwargs)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    def synced(descriptor: int) -> None:
+        events.append(f"sync {names[descriptor]}")
+        real_fsync(descriptor)
+
+    def replaced(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.name}")
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    (file,) = ArraySpec.whole("x", (4,), "float32").files()
+    with StoreWriter(tmp_path / "out", packing.IDENTITY) as writer:
+        events.clear()
+        writer.write(file, [torch.zeros(4)])
+    assert events == [
+        "sync x",  # c in x
+        "sync out",  # x in out
+        "sync 0.partial",
+        "rename 0.partial",
+        "sync c",
+        f"sync {JOURNAL}",
+    ]
+
+
+def test_journal_lines_are_plain_json(tmp_path: Path) -> None:
+    file, parts = next(packing.sample().files())
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        writer.write(file, parts)
+    identity, entry = map(json.loads, (tmp_path / JOURNAL).read_text().splitlines())
+    assert identity["identity"] == packing.IDENTITY
+    assert (entry["path"], entry["bytes"]) == (file.key, file.nbytes)
+
+
+def test_two_writers_in_threads_of_one_process(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY):
+        errors: list[Exception] = []
+
+        def second() -> None:
+            try:
+                StoreWriter(tmp_path, packing.IDENTITY)
+            except ConflictError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert len(errors) == 1

@@ -1,0 +1,166 @@
+"""The validator: it passes good stores, and every planted fault makes it fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dsv4
+from dsv4.convert.engine import convert
+from dsv4.convert.tiny import write_tiny
+from dsv4.formats.errors import SourceError
+
+
+@pytest.fixture
+def store(standard_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(standard_store, tmp_path / "store"))
+
+
+def test_a_good_store_passes_and_says_what_was_checked(
+    tiny_source: Path, standard_store: Path
+) -> None:
+    report = dsv4.validate(standard_store, source=tiny_source)
+    assert report.ok
+    assert report.findings == []
+    assert len(report.tensors) == len(dsv4.open(standard_store).names())
+    assert sum(not verdict.exact for verdict in report.tensors) == 8
+    assert report.checks["chunk checksums"] >= report.checks["file hashes"] > 300
+    assert report.root == dsv4.open(standard_store).store.manifest["root"]
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+
+
+def _grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _flip(path: Path, offset: int = 0) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 0x10
+    path.write_bytes(raw)
+
+
+def _payload(store: Path, array: str) -> Path:
+    return sorted((store / array / "c").rglob("0"))[-1]
+
+
+FILE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "bit of expert codes": lambda s: _flip(_payload(s, "layers/2/ffn/experts/w13/codes"), 77),
+    "bit of expert scales": lambda s: _flip(_payload(s, "layers/2/ffn/experts/w2/scales"), 5),
+    "bit of a global scale": lambda s: _flip(_payload(s, "layers/2/ffn/experts/w2/global_scale")),
+    "bit of an FP8 code": lambda s: _flip(_payload(s, "layers/3/attn/wq_b/codes"), 9),
+    "bit of an E8M0 scale": lambda s: _flip(_payload(s, "layers/3/attn/wq_b/scales")),
+    "bit of a norm": lambda s: _flip(_payload(s, "layers/0/attn_norm/weight"), 3),
+    "bit of tid2eid": lambda s: _flip(_payload(s, "layers/0/ffn/gate/tid2eid"), 8),
+    "bit of the draft layer": lambda s: _flip(_payload(s, "mtp/0/e_proj/codes"), 1),
+    "bit of the tokenizer": lambda s: _flip(s / "assets" / "tokenizer.json", 40),
+    "truncated file": lambda s: _payload(s, "head/codes").write_bytes(b"\0" * 100),
+    "grown file": lambda s: _grow(_payload(s, "head/codes")),
+    "missing file": lambda s: _payload(s, "embed/weight").unlink(),
+    "missing node document": lambda s: (s / "head" / "zarr.json").unlink(),
+    "edited node document": lambda s: (s / "head" / "zarr.json").write_text("{}"),
+    "edited root document": lambda s: _flip(s / "zarr.json", 1000),
+    "stranger": lambda s: (s / "head" / "extra.bin").write_bytes(b"x"),
+    "missing marker": lambda s: (s / "dsv4.complete").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", FILE_FAULTS)
+def test_a_damaged_store_fails_without_the_source(store: Path, fault: str) -> None:
+    FILE_FAULTS[fault](store)
+    report = dsv4.validate(store)
+    assert not report.ok
+    assert report.findings
+
+
+def test_quick_sees_sizes_but_not_bits(store: Path) -> None:
+    _flip(_payload(store, "layers/2/ffn/experts/w13/codes"))
+    assert dsv4.validate(store, quick=True).ok
+    _payload(store, "head/codes").unlink()
+    assert not dsv4.validate(store, quick=True).ok
+
+
+def _tampered_source(tiny_source: Path, tmp_path: Path, edit: Callable[[bytearray], None]) -> Path:
+    """A copy of the source with one shard's bytes edited, as a wrong packer would have read it."""
+    wrong = Path(shutil.copytree(tiny_source, tmp_path / "wrong"))
+    shard = wrong / "model-00004-of-00009.safetensors"
+    raw = bytearray(shard.read_bytes())
+    edit(raw)
+    shard.write_bytes(raw)
+    return wrong
+
+
+def _range(source: Path, name: str) -> tuple[int, int]:
+    from dsv4.convert.source import LocalSource
+
+    entry = LocalSource(source).entries[name]
+    return entry.begin, entry.end
+
+
+def _swap(name_a: str, name_b: str) -> Callable[[Path, bytearray], None]:
+    def edit(source: Path, raw: bytearray) -> None:
+        (a, a_end), (b, b_end) = _range(source, name_a), _range(source, name_b)
+        raw[a:a_end], raw[b:b_end] = raw[b:b_end], raw[a:a_end]
+
+    return edit
+
+
+def _nibbles(name: str) -> Callable[[Path, bytearray], None]:
+    def edit(source: Path, raw: bytearray) -> None:
+        begin, end = _range(source, name)
+        values = np.frombuffer(bytes(raw[begin:end]), np.uint8)
+        raw[begin:end] = ((values >> 4) | (values << 4)).astype(np.uint8).tobytes()
+
+    return edit
+
+
+def _shift_scales(name: str) -> Callable[[Path, bytearray], None]:
+    def edit(source: Path, raw: bytearray) -> None:
+        begin, end = _range(source, name)
+        raw[begin:end] = raw[begin + 8 : end] + raw[begin : begin + 8]
+
+    return edit
+
+
+E3 = "layers.2.ffn.experts.3"
+SELF_CONSISTENT: dict[str, Callable[[Path, bytearray], None]] = {
+    "gate and up swapped": _swap(f"{E3}.w1.weight", f"{E3}.w3.weight"),
+    "experts swapped": _swap(f"{E3}.w2.weight", "layers.2.ffn.experts.4.w2.weight"),
+    "nibble order": _nibbles(f"{E3}.w1.weight"),
+    "scale rows shifted": _shift_scales(f"{E3}.w1.scale"),
+    "one FP8 byte": lambda source, raw: raw.__setitem__(
+        _range(source, "layers.2.attn.wkv.weight")[0], 0x11
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SELF_CONSISTENT)
+def test_a_self_consistent_store_of_wrong_bytes_fails_with_the_source(
+    tiny_source: Path, tmp_path: Path, fault: str
+) -> None:
+    """Checksums all hold, because the wrong bytes were packed: only inversion can tell."""
+    wrong = _tampered_source(
+        tiny_source, tmp_path, lambda raw: SELF_CONSISTENT[fault](tiny_source, raw)
+    )
+    convert(wrong, tmp_path / "packed", recipe="native")
+    assert dsv4.validate(tmp_path / "packed").ok
+    report = dsv4.validate(tmp_path / "packed", source=tiny_source)
+    assert not report.ok
+    assert {finding.check for finding in report.findings} <= {"inversion", "optimum"}
+    assert all("layers.2." in finding.where for finding in report.findings)
+
+
+def test_another_seed_is_another_checkpoint(standard_store: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "hub", seed=1)
+    report = dsv4.validate(standard_store, source=tmp_path / "hub")
+    assert not report.ok
+    assert len(report.findings) > 200
+
+
+def test_an_unreadable_source_is_refused(standard_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="not a directory"):
+        dsv4.validate(standard_store, source=tmp_path / "nowhere")
