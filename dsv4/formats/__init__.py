@@ -1,0 +1,1 @@
+"""What bytes mean: codecs, layouts with their inverses, dialects, the packed store, the config."""

@@ -136,7 +136,6 @@ class ModelConfig:
         ratios, csa_ratio, draft_layers = _attention_schedule(raw, layers)
         head_dim = _integer(raw, "head_dim")
         main_theta, compress_theta, yarn = _rope(raw)
-        eos = raw.get("eos_token_id", 1)
         optional: dict[str, Any] = {}
         for name, read in _OPTIONAL_FIELDS.items():
             if raw.get(name) is not None:
@@ -154,7 +153,7 @@ class ModelConfig:
             rope_theta=main_theta,
             compress_rope_theta=compress_theta,
             yarn=yarn,
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),),
+            eos_token_ids=_eos_token_ids(raw),
         )
 
 
@@ -170,6 +169,21 @@ def _number(raw: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"config.json: {name} is {value!r}, expected a finite number")
     return float(value)
+
+
+def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} is {value!r}, expected an object")
+    return value or {}
+
+
+def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    value = raw.get("eos_token_id", 1)
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise ConfigError(f"config.json: eos_token_id is {value!r}, expected token ids")
+    return tuple(ids)
 
 
 _REQUIRED_INTEGERS = (
@@ -252,8 +266,8 @@ def _attention_schedule(raw: Mapping[str, Any], layers: int) -> tuple[tuple[int,
             "config.json: neither compress_ratios (hub) nor layer_types (transformers) "
             f"with {layers} entries was found"
         )
-    rates = dict(raw.get("compress_rates") or {})
-    table = {name: rates.get(name, default) for name, default in _TRANSFORMERS_KINDS.items()}
+    rates = dict(_TRANSFORMERS_KINDS) | dict(_object(raw, "compress_rates"))
+    table = {name: _integer(rates, name) for name in _TRANSFORMERS_KINDS}
     if bad_kinds := sorted(set(kinds) - set(table)):
         raise ConfigError(f"config.json: layer_types holds {bad_kinds}, expected {sorted(table)}")
     return (
@@ -289,7 +303,7 @@ def _rope_head_dim(raw: Mapping[str, Any], head_dim: int) -> int:
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float, YarnConfig | None]:
     """-> (theta of sliding layers, theta of compressed layers, YaRN of compressed layers)."""
-    nested = raw.get("rope_parameters") or {}
+    nested = _object(raw, "rope_parameters")
     main, compress = nested.get("main"), nested.get("compress")
     if isinstance(main, Mapping) and isinstance(compress, Mapping):
         return (
@@ -301,7 +315,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, float, YarnConfig | None]:
     compress_theta = (
         _number(raw, "compress_rope_theta") if "compress_rope_theta" in raw else 160000.0
     )
-    return theta, compress_theta, _yarn(raw.get("rope_scaling") or nested)
+    return theta, compress_theta, _yarn(_object(raw, "rope_scaling") or nested)
 
 
 def _yarn(raw: Mapping[str, Any]) -> YarnConfig | None:
@@ -310,15 +324,15 @@ def _yarn(raw: Mapping[str, Any]) -> YarnConfig | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"config.json: rope scaling type is {kind!r}, expected 'yarn' or none")
-    if float(raw.get("attention_factor") or 1.0) != 1.0:
+    if raw.get("attention_factor") not in (None, 1.0):
         raise ConfigError(
             f"config.json: attention_factor is {raw['attention_factor']!r}, expected 1.0"
         )
     return YarnConfig(
         factor=_number(raw, "factor"),
         original_max_position_embeddings=_integer(raw, "original_max_position_embeddings"),
-        beta_fast=float(raw.get("beta_fast", 32)),
-        beta_slow=float(raw.get("beta_slow", 1)),
+        beta_fast=_number({"beta_fast": 32.0, **raw}, "beta_fast"),
+        beta_slow=_number({"beta_slow": 1.0, **raw}, "beta_slow"),
     )
 
 

@@ -59,19 +59,24 @@ def sample(kind: str, rows: int, cols: int, seed: int = 0) -> Tensor:
     return (w * (0.75 / w.abs().max())).to(torch.bfloat16)  # amax / 6 = 2^-3, the largest scale
 
 
-def standard_error(original: Tensor, decoded: Tensor) -> float:
-    """Of the relative MSE, a ratio of sums over independent blocks."""
+def margin(kind: str, original: Tensor, decoded: Tensor) -> float:
+    """Three standard errors of the relative MSE, a ratio of sums over independent blocks.
+
+    t3 has no fourth moment: its sampled energy hangs on a few weights, and 3 % are allowed.
+    """
+    if kind == "t3":
+        return 0.03 * BOUNDS[kind]
     energy = original.double().square().view(-1, 16).sum(dim=1)
     error = (decoded.double() - original.double()).square().view(-1, 16).sum(dim=1)
     residual = error - energy * float(error.sum() / energy.sum())
-    return float(residual.square().sum().sqrt() / energy.sum())
+    return 3 * float(residual.square().sum().sqrt() / energy.sum())
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_quality_is_that_of_an_exhaustive_search(kind: str) -> None:
     w = sample(kind, 1024, 1024)
     decoded = ml_nvfp4(quantize_nvfp4(w))
-    assert relative_mse(w, decoded) <= BOUNDS[kind] + 3 * standard_error(w, decoded)
+    assert relative_mse(w, decoded) <= BOUNDS[kind] + margin(kind, w, decoded)
 
 
 @pytest.mark.long
@@ -79,7 +84,7 @@ def test_quality_is_that_of_an_exhaustive_search(kind: str) -> None:
 def test_quality_on_eight_million_weights(kind: str) -> None:
     w = sample(kind, 2048, 4096, seed=1)
     decoded = dequantize_nvfp4(quantize_nvfp4(w))
-    assert relative_mse(w, decoded) <= BOUNDS[kind] + 3 * standard_error(w, decoded)
+    assert relative_mse(w, decoded) <= BOUNDS[kind] + margin(kind, w, decoded)
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
@@ -89,7 +94,7 @@ def test_quality_hardly_depends_on_where_in_its_octave_amax_lies(kind: str) -> N
     for phase in (1.1, 1.25, 1.4, 1.55, 1.7, 1.85):
         w = (sample(kind, 256, 512).float() * phase).to(torch.bfloat16)
         decoded = ml_nvfp4(quantize_nvfp4(w))
-        assert relative_mse(w, decoded) <= BOUNDS[kind] * loss + 3 * standard_error(w, decoded)
+        assert relative_mse(w, decoded) <= BOUNDS[kind] * loss + margin(kind, w, decoded)
 
 
 @pytest.mark.parametrize("kind", BOUNDS)

@@ -101,7 +101,12 @@ class Directories:
 
 def sync_directory(path: Path) -> None:
     """fsync a directory, so that the names in it survive."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync_file(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path, flags: int = os.O_NOFOLLOW) -> None:
+    """fsync a file, so that its content survives."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:
@@ -115,16 +120,21 @@ def write_all(descriptor: int, data: memoryview | bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def write_unsynced(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, which may lose it until it is synced; follows no symbolic link."""
+    descriptor = os.open(path, _CREATE, 0o644)
+    try:
+        write_all(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: all of it or nothing, on disk when this returns."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        descriptor = os.open(partial, _CREATE, 0o644)
-        try:
-            write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_unsynced(partial, data)
+        sync_file(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

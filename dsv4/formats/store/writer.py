@@ -30,9 +30,10 @@ from dsv4.formats.store.durable import (
     DirectoryLock,
     storage_errors,
     sync_directory,
-    write_all,
+    sync_file,
     write_atomic,
     write_file,
+    write_unsynced,
 )
 from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
 from dsv4.formats.store.integrity import sizes, walk
@@ -79,8 +80,9 @@ class StoreWriter:
         try:
             with storage_errors(self.out, "examining the directory"):
                 _refuse_foreign(self.out)
-                _remove_leftovers(self.out)
             self._journal = Journal(self.out / JOURNAL, identity)
+            with storage_errors(self.out, "removing what an interrupted run left behind"):
+                _remove_leftovers(self.out)
         except BaseException:
             self.close()
             raise
@@ -233,15 +235,10 @@ class StoreWriter:
         touched = {self.out}
         for key, content in documents.items():
             self._directories.ensure(key.rpartition("/")[0])
-            with (self.out / key).open("wb", buffering=0) as stream:
-                write_all(stream.fileno(), content)
+            write_unsynced(self.out / key, content)
             touched.add((self.out / key).parent)
-        for key in documents:
-            descriptor = os.open(self.out / key, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        for key in documents:  # after all are written: the disk sees them in few transactions
+            sync_file(self.out / key)
         for directory in sorted(touched):
             sync_directory(directory)
 
@@ -280,11 +277,20 @@ def _refuse_foreign(out: Path) -> None:
             f"{out}: it already holds a complete packed checkpoint; choose another directory or "
             "remove it"
         )
-    if JOURNAL not in names and (others := sorted(names - {LOCK})):
+    if not _has_begun(out / JOURNAL) and (others := sorted(names - {LOCK, JOURNAL})):
         raise ConflictError(
             f"{out}: it is not empty ({others[0]}) and holds no conversion; choose an empty "
             "directory"
         )
+
+
+def _has_begun(journal: Path) -> bool:
+    """Whether the journal has its first line; nothing else of a store is written before it."""
+    try:
+        with journal.open("rb") as stream:
+            return stream.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
 
 
 def _remove_leftovers(out: Path) -> None:
