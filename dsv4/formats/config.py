@@ -298,6 +298,11 @@ def _hash_layers(raw: Mapping[str, Any], layers: int) -> int:
 def _rope_head_dim(raw: Mapping[str, Any], head_dim: int) -> int:
     if raw.get("qk_rope_head_dim") is not None:
         return _integer(raw, "qk_rope_head_dim")
+    if raw.get("partial_rotary_factor") is None:
+        raise ConfigError(
+            "config.json: neither qk_rope_head_dim (hub) nor partial_rotary_factor (transformers) "
+            "was found"
+        )
     return int(head_dim * _number(raw, "partial_rotary_factor"))
 
 
@@ -345,6 +350,10 @@ def _check(c: ModelConfig) -> None:
             raise ConfigError(f"config: {field.name} is {value}, expected a positive integer")
         if type(value) is int and value > 1 << 31:
             raise ConfigError(f"config: {field.name} is {value}, larger than any real model's")
+        if type(value) is float and value < 0:
+            raise ConfigError(f"config: {field.name} is {value}, expected a positive number")
+    if bad := [ratio for ratio in c.compress_ratios if not 0 <= ratio <= 1 << 16]:
+        raise ConfigError(f"config: compress_ratios holds {bad[0]}, expected 0 or a block length")
     if len(c.compress_ratios) != c.num_hidden_layers:
         raise ConfigError(
             f"config: {len(c.compress_ratios)} compress ratios for {c.num_hidden_layers} layers"

@@ -13,16 +13,14 @@ from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from tests.formats.judges import (
     E2M1_GRID,
     E4M3_POSITIVE,
-    ml_e4m3,
     ml_e8m0,
     ml_mxfp4,
     ml_nvfp4,
-    nibbles,
 )
 
 
 def source(
-    low: int, high: int, rows: int = 48, cols: int = 256, seed: int = 0
+    low: int, high: int, rows: int = 24, cols: int = 256, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Random codes with scale bytes over [low, high], both ends taken; some blocks of zeros."""
     generator = torch.Generator().manual_seed(seed + 1000 * (high - low))
@@ -209,5 +207,3 @@ def test_the_check_catches_a_wrong_cast(fault: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(globals(), "cast_mxfp4_to_nvfp4", lambda *_, **__: (wrong, report))
     with pytest.raises(AssertionError):
         check_cast(codes, scales)
-    assert not torch.equal(nibbles(wrong.codes), nibbles(codes)) or fault != "nibbles"
-    assert bool(ml_e4m3(wrong.scales).isfinite().all())

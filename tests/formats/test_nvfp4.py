@@ -87,7 +87,7 @@ def test_quality_on_eight_million_weights(kind: str) -> None:
     assert relative_mse(w, decoded) <= BOUNDS[kind] + margin(kind, w, decoded)
 
 
-@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.parametrize("kind", ["gauss", "laplace", "uniform"])
 def test_quality_hardly_depends_on_where_in_its_octave_amax_lies(kind: str) -> None:
     """A power of two cannot put the largest scale at 256: light tails lose up to 2.6 %."""
     loss = 1.03 if kind == "uniform" else 1.003

@@ -33,9 +33,6 @@ def store(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "packed"))
 
 
-# --- damage -------------------------------------------------------------------------------------
-
-
 def _flip(path: Path, offset: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[offset] ^= 0x10

@@ -32,8 +32,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, 
 Reference = tuple[str, dict[str, bytes]]
 
 
-# --- interruptions ------------------------------------------------------------------------------
-
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
