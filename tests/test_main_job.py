@@ -17,7 +17,7 @@ from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.inventory import DraftKind
 from tests.conftest import MakeSource
-from tests.oracles import source_values
+from tests.oracles import source_values, stored_tensors
 from tests.runtime.transformers_oracle import transformers_logits
 
 POSITIONS = 430
@@ -165,3 +165,21 @@ def test_real_layout_of_experts_survives_the_round_trip(tmp_path: Path) -> None:
     assert all(_same(packed, name, values[name]) for name in experts)
     report = dsv4.validate(tmp_path / "packed", source=tmp_path / "hub")
     assert report.ok, report.findings
+
+
+def test_provenance_names_the_very_bytes_of_the_source(
+    tiny_source: Path, native_store: Path
+) -> None:
+    """Every recorded range, read from the recorded file, is the tensor safetensors gives."""
+    packed = dsv4.open(native_store)
+    stored = stored_tensors(tiny_source)
+    for name in packed.names():
+        sources = packed.provenance(name)["sources"]
+        expected = {"weight": name, "scale": name.removesuffix("weight") + "scale"}
+        assert sources.keys() == {role for role, key in expected.items() if key in stored}
+        for role, place in sources.items():
+            with (tiny_source / place["file"]).open("rb") as file:
+                file.seek(place["begin"])
+                raw = file.read(place["end"] - place["begin"])
+            tensor = stored[expected[role]].contiguous().reshape(-1).view(torch.uint8)
+            assert raw == tensor.numpy().tobytes(), name

@@ -170,10 +170,14 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
 
 
 def _manifest(plan: Plan, source: Source) -> dict[str, Any]:
+    description = source.description()
+    listed = [file["name"] for file in description["files"]]
+    if listed[: len(plan.source_files)] != list(plan.source_files):
+        raise SourceError("the source's shards changed while it was converted; convert it again")
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
         "recipe": plan.recipe.to_dict(),
-        "source": source.description(),
+        "source": description,
     }

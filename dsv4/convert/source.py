@@ -197,8 +197,11 @@ class LocalSource:
         return {name: self._path(name) for name in AUX_FILES if (self._directory / name).exists()}
 
     def _files(self) -> list[str]:
-        """Everything the output depends on, sorted by name."""
-        return sorted({*self._sizes, *self.aux_files()})
+        """Everything the output depends on: the shards sorted by name, then the other files.
+
+        Lineage counts the shards from 0, so nothing may come before them.
+        """
+        return [*sorted(self._sizes), *sorted(self.aux_files())]
 
     def _path(self, name: str) -> Path:
         """The regular file `name` (links are followed: the hub's cache is made of them)."""

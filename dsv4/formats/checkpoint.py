@@ -188,7 +188,7 @@ class PackedCheckpoint:
         source_files = self.store.manifest["source"].get("files", [])
         try:
             return {
-                role: _source_range(source_files[file], begin, end)
+                role: _source_range(source_files, file, begin, end)
                 for role, (file, begin, end) in sources.items()
             }
         except (AttributeError, LookupError, TypeError, ValueError):
@@ -197,9 +197,10 @@ class PackedCheckpoint:
             ) from None
 
 
-def _source_range(file: Mapping[str, Any], begin: int, end: int) -> dict[str, Any]:
-    """Raises ValueError for a range that is not inside the file."""
-    if not 0 <= begin <= end <= file.get("bytes", end):
+def _source_range(files: list[Any], index: int, begin: int, end: int) -> dict[str, Any]:
+    """Raises ValueError for a range that is not inside the file, LookupError without the file."""
+    file = files[index]
+    if index < 0 or not 0 <= begin <= end <= file.get("bytes", end):
         raise ValueError
     return {"file": file["name"], "begin": begin, "end": end}
 

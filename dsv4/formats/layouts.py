@@ -42,9 +42,10 @@ def tile_scales(scales: Tensor) -> Tensor:
     """
     *lead, rows, cols = scales.shape
     row_tiles, col_tiles = -(-rows // SF_ROWS), -(-cols // SF_COLS)
-    padded = pad(scales, (0, col_tiles * SF_COLS - cols, 0, row_tiles * SF_ROWS - rows))
-    parts = padded.reshape(*lead, row_tiles, SF_COLS, _SF_INNER_ROWS, col_tiles, SF_COLS)
-    return parts.transpose(-4, -2).reshape(*lead, row_tiles, col_tiles, SF_TILE_BYTES)
+    padded = _pad(scales, row_tiles * SF_ROWS - rows, col_tiles * SF_COLS - cols)
+    words = _words(padded).reshape(*lead, row_tiles, SF_COLS, _SF_INNER_ROWS, col_tiles)
+    tiles = words.movedim(-1, -3).transpose(-1, -2).contiguous().view(torch.uint8)
+    return tiles.view(*lead, row_tiles, col_tiles, SF_TILE_BYTES)
 
 
 def untile_scales(tiled: Tensor, rows: int, kb: int) -> Tensor:
@@ -56,8 +57,9 @@ def untile_scales(tiled: Tensor, rows: int, kb: int) -> Tensor:
             f"tiled scales have shape {tuple(tiled.shape)}, expected {expected} at the end "
             f"for {rows} rows of {kb} scales"
         )
-    parts = tiled.reshape(*lead, row_tiles, col_tiles, _SF_INNER_ROWS, SF_COLS, SF_COLS)
-    padded = parts.transpose(-4, -2).reshape(*lead, row_tiles * SF_ROWS, col_tiles * SF_COLS)
+    words = _words(tiled).reshape(*lead, row_tiles, col_tiles, _SF_INNER_ROWS, SF_COLS)
+    rowwise = words.transpose(-1, -2).movedim(-3, -1).contiguous().view(torch.uint8)
+    padded = rowwise.view(*lead, row_tiles * SF_ROWS, col_tiles * SF_COLS)
     return padded[..., :rows, :kb].contiguous()
 
 
@@ -99,8 +101,8 @@ def pack_nvfp4(parts: Sequence[NVFP4Tensor], *, slabs: int = 1, interleave: int 
         codes = interleave_rows(codes, parts[1].codes, interleave)
         scales = interleave_rows(scales, parts[1].scales, interleave)
     padded = -(-cols // NVFP4_K_ALIGN) * NVFP4_K_ALIGN
-    codes = _to_slabs(pad(codes, (0, padded // 2 - codes.shape[1])), slabs)
-    scales = _to_slabs(pad(scales, (0, padded // NVFP4_BLOCK - scales.shape[1])), slabs)
+    codes = _to_slabs(_pad(codes, 0, padded // 2 - codes.shape[1]), slabs)
+    scales = _to_slabs(_pad(scales, 0, padded // NVFP4_BLOCK - scales.shape[1]), slabs)
     return Nvfp4Matrix(
         codes=codes,
         scales=tile_scales(scales),
@@ -191,6 +193,18 @@ LAYOUTS: Mapping[str, Layout] = types.MappingProxyType(
         )
     }
 )
+
+
+def _pad(x: Tensor, rows: int, cols: int) -> Tensor:
+    """`x` with zeros below and to the right; `x` itself where there is nothing to add."""
+    return pad(x, (0, cols, 0, rows)) if rows or cols else x
+
+
+def _words(x: Tensor) -> Tensor:
+    """Bytes `[..., 4 n]` as int32 `[..., n]`: the four scales of a row move together."""
+    if not x.is_contiguous() or x.storage_offset() % 4:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)
 
 
 def _to_slabs(x: Tensor, slabs: int) -> Tensor:

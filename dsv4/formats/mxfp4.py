@@ -38,6 +38,7 @@ _MAX_SCALE_EXPONENT = 8  # 2^8 is the largest power of two in E4M3
 _MIN_SCALE_EXPONENT = -9  # 2^-9 the smallest (subnormal, byte 0x01)
 _MAGNITUDE_NIBBLES = 0x7777777777777777
 _CHUNK = 1 << 16
+_CHECK_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +73,10 @@ def cast_mxfp4_to_nvfp4(
     exponents = scales.to(torch.int16).sub_(_E8M0_BIAS)
     top = _largest_exponent(halves, exponents)
     shift = min(max(top - _MAX_SCALE_EXPONENT, MIN_GLOBAL_EXPONENT), MAX_GLOBAL_EXPONENT)
-    table = torch.tensor([_scale_byte(b - _E8M0_BIAS - shift) for b in range(E8M0_NAN)])
-    per_block = table.to(torch.uint8)[scales.int()]
-    out_scales = torch.stack((per_block, per_block), dim=-1).flatten(-2)
+    out_scales = _scale_bytes(scales, shift)
     out_codes, recoded, rounded, lost = codes, 0, 0, 0.0
-    outside = (out_scales == 0).flatten().nonzero().flatten()
-    if outside.numel():
+    if out_scales.numel() and not int(out_scales.min()):
+        outside = (out_scales == 0).flatten().nonzero().flatten()
         out_codes = codes.clone(memory_format=torch.contiguous_format)
         for index in torch.split(outside, _CHUNK):
             octaves = (exponents.flatten()[index // 2] - shift).double()
@@ -124,11 +123,15 @@ def _as_halves(codes: Tensor) -> Tensor:
     return codes.view(torch.int64)
 
 
-def _scale_byte(exponent: int) -> int:
-    """The E4M3 byte of 2^exponent, or 0 where there is none."""
-    if not _MIN_SCALE_EXPONENT <= exponent <= _MAX_SCALE_EXPONENT:
-        return 0
-    return (exponent + 7) << 3 if exponent >= -6 else 1 << (exponent - _MIN_SCALE_EXPONENT)
+def _scale_bytes(scales: Tensor, shift: int) -> Tensor:
+    """E8M0 bytes `[N, K/32]` -> E4M3 bytes of 2^(k - shift) `[N, K/16]`, 0 where there is none."""
+    table = torch.zeros(256, dtype=torch.int16)
+    for exponent in range(_MIN_SCALE_EXPONENT, _MAX_SCALE_EXPONENT + 1):
+        byte = (exponent + 7) << 3 if exponent >= -6 else 1 << (exponent - _MIN_SCALE_EXPONENT)
+        if 0 <= exponent + shift + _E8M0_BIAS < E8M0_NAN:
+            table[exponent + shift + _E8M0_BIAS] = byte << 8 | byte
+    pairs = table.index_select(0, scales.flatten().to(torch.int32))
+    return pairs.view(torch.uint8).view(scales.shape[0], -1)
 
 
 def _largest_exponent(halves: Tensor, exponents: Tensor) -> int:
@@ -136,15 +139,15 @@ def _largest_exponent(halves: Tensor, exponents: Tensor) -> int:
 
     Exponents are tried from the top, so that an ordinary tensor's codes are hardly read.
     """
-    words, flat = halves.view(-1, 2), exponents.flatten()
-    while flat.numel():
-        top = int(flat.max())
-        if top < -_E8M0_BIAS:
-            break
-        for index in torch.split((flat == top).nonzero().flatten(), _CHUNK):
-            if bool((words[index] & _MAGNITUDE_NIBBLES).any()):
+    words = halves.view(*exponents.shape, 2)
+    while exponents.numel() and (top := int(exponents.max())) >= -_E8M0_BIAS:
+        for part, part_words in zip(
+            torch.split(exponents, _CHECK_ROWS), torch.split(words, _CHECK_ROWS), strict=True
+        ):
+            hit = part == top
+            if bool(hit.any()) and bool((part_words[hit] & _MAGNITUDE_NIBBLES).any()):
                 return top
-        flat = flat.masked_fill(flat == top, -_E8M0_BIAS - 1)
+        exponents = exponents.masked_fill(exponents == top, -_E8M0_BIAS - 1)
     return _MAX_SCALE_EXPONENT
 
 

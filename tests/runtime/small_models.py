@@ -90,74 +90,81 @@ def random_ids(config: ModelConfig, count: int, seed: int = 0) -> Tensor:
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Every backbone tensor, float32 (`tid2eid` int64), under its hub name."""
-    rng = torch.Generator().manual_seed(seed)
-    weights: dict[str, Tensor] = {}
+    return _Maker(config, seed).weights
 
-    def normal(name: str, *shape: int, mean: float = 0.0, std: float = 1.0) -> None:
-        weights[name] = mean + std * torch.randn(shape, generator=rng)
 
-    def matrix(name: str, rows: int, cols: int) -> None:
-        normal(f"{name}.weight", rows, cols, std=cols**-0.5)
+class _Maker:
+    """Draws tensor after tensor, so that a seed gives the same weights everywhere."""
 
-    def norm(name: str, width: int) -> None:
-        normal(f"{name}.weight", width, mean=1.0, std=0.2)
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config = config
+        self.rng = torch.Generator().manual_seed(seed)
+        self.weights: dict[str, Tensor] = {}
+        self.normal("embed.weight", config.vocab_size, config.hidden_size)
+        for layer in range(config.num_hidden_layers):
+            prefix = f"layers.{layer}"
+            self.norm(f"{prefix}.attn_norm", config.hidden_size)
+            self.norm(f"{prefix}.ffn_norm", config.hidden_size)
+            self.hyper(f"{prefix}.hc_attn", config.hc_mix, 3)
+            self.hyper(f"{prefix}.hc_ffn", config.hc_mix, 3)
+            self.attention(f"{prefix}.attn", layer)
+            self.experts(f"{prefix}.ffn", layer)
+        self.hyper("hc_head", config.hc_mult, 1)
+        self.norm("norm", config.hidden_size)
+        self.matrix("head", config.vocab_size, config.hidden_size)
 
-    def hyper(prefix: str, rows: int, scales: int) -> None:
-        width = config.hc_mult * config.hidden_size
-        normal(f"{prefix}_fn", rows, width, std=width**-0.5)
-        normal(f"{prefix}_base", rows, std=0.5)
-        normal(f"{prefix}_scale", scales, mean=1.0, std=0.2)
+    def normal(self, name: str, *shape: int, mean: float = 0.0, std: float = 1.0) -> None:
+        self.weights[name] = mean + std * torch.randn(shape, generator=self.rng)
 
-    def compressor(prefix: str, width: int, ratio: int, halves: int) -> None:
-        normal(f"{prefix}.ape", ratio, halves * width, std=0.5)
-        norm(f"{prefix}.norm", width)
-        matrix(f"{prefix}.wkv", halves * width, config.hidden_size)
-        matrix(f"{prefix}.wgate", halves * width, config.hidden_size)
+    def matrix(self, name: str, rows: int, cols: int) -> None:
+        self.normal(f"{name}.weight", rows, cols, std=cols**-0.5)
 
-    def attention(prefix: str, layer: int) -> None:
-        c = config
+    def norm(self, name: str, width: int) -> None:
+        self.normal(f"{name}.weight", width, mean=1.0, std=0.2)
+
+    def hyper(self, prefix: str, rows: int, scales: int) -> None:
+        width = self.config.hc_mult * self.config.hidden_size
+        self.normal(f"{prefix}_fn", rows, width, std=width**-0.5)
+        self.normal(f"{prefix}_base", rows, std=0.5)
+        self.normal(f"{prefix}_scale", scales, mean=1.0, std=0.2)
+
+    def compressor(self, prefix: str, width: int, ratio: int, halves: int) -> None:
+        self.normal(f"{prefix}.ape", ratio, halves * width, std=0.5)
+        self.norm(f"{prefix}.norm", width)
+        self.matrix(f"{prefix}.wkv", halves * width, self.config.hidden_size)
+        self.matrix(f"{prefix}.wgate", halves * width, self.config.hidden_size)
+
+    def attention(self, prefix: str, layer: int) -> None:
+        c = self.config
         heads = c.num_attention_heads * c.head_dim
-        matrix(f"{prefix}.wq_a", c.q_lora_rank, c.hidden_size)
-        norm(f"{prefix}.q_norm", c.q_lora_rank)
-        matrix(f"{prefix}.wq_b", heads, c.q_lora_rank)
-        matrix(f"{prefix}.wkv", c.head_dim, c.hidden_size)
-        norm(f"{prefix}.kv_norm", c.head_dim)
-        normal(f"{prefix}.attn_sink", c.num_attention_heads)
-        matrix(f"{prefix}.wo_a", c.o_groups * c.o_lora_rank, heads // c.o_groups)
-        matrix(f"{prefix}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
+        self.matrix(f"{prefix}.wq_a", c.q_lora_rank, c.hidden_size)
+        self.norm(f"{prefix}.q_norm", c.q_lora_rank)
+        self.matrix(f"{prefix}.wq_b", heads, c.q_lora_rank)
+        self.matrix(f"{prefix}.wkv", c.head_dim, c.hidden_size)
+        self.norm(f"{prefix}.kv_norm", c.head_dim)
+        self.normal(f"{prefix}.attn_sink", c.num_attention_heads)
+        self.matrix(f"{prefix}.wo_a", c.o_groups * c.o_lora_rank, heads // c.o_groups)
+        self.matrix(f"{prefix}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
         kind, ratio = c.attention_kind(layer), c.compress_ratio(layer)
         if kind is not AttentionKind.SLIDING:
             halves = 2 if kind is AttentionKind.CSA else 1
-            compressor(f"{prefix}.compressor", c.head_dim, ratio, halves)
+            self.compressor(f"{prefix}.compressor", c.head_dim, ratio, halves)
         if kind is AttentionKind.CSA:
-            matrix(f"{prefix}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
-            matrix(f"{prefix}.indexer.weights_proj", c.index_n_heads, c.hidden_size)
-            compressor(f"{prefix}.indexer.compressor", c.index_head_dim, ratio, 2)
+            indexer = f"{prefix}.indexer"
+            self.matrix(f"{indexer}.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+            self.matrix(f"{indexer}.weights_proj", c.index_n_heads, c.hidden_size)
+            self.compressor(f"{indexer}.compressor", c.index_head_dim, ratio, 2)
 
-    def experts(prefix: str, layer: int) -> None:
-        c = config
-        matrix(f"{prefix}.gate", c.n_routed_experts, c.hidden_size)
+    def experts(self, prefix: str, layer: int) -> None:
+        c = self.config
+        self.matrix(f"{prefix}.gate", c.n_routed_experts, c.hidden_size)
         if c.is_hash_layer(layer):
-            scores = torch.rand((c.vocab_size, c.n_routed_experts), generator=rng)
-            weights[f"{prefix}.gate.tid2eid"] = scores.argsort(-1)[:, : c.num_experts_per_tok]
+            scores = torch.rand((c.vocab_size, c.n_routed_experts), generator=self.rng)
+            table = scores.argsort(-1)[:, : c.num_experts_per_tok]
+            self.weights[f"{prefix}.gate.tid2eid"] = table
         else:
-            normal(f"{prefix}.gate.bias", c.n_routed_experts, std=0.2)
-        members = ["shared_experts", *(f"experts.{e}" for e in range(c.n_routed_experts))]
-        for member in members:
-            matrix(f"{prefix}.{member}.w1", c.moe_intermediate_size, c.hidden_size)
-            matrix(f"{prefix}.{member}.w3", c.moe_intermediate_size, c.hidden_size)
-            matrix(f"{prefix}.{member}.w2", c.hidden_size, c.moe_intermediate_size)
-
-    normal("embed.weight", config.vocab_size, config.hidden_size)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"layers.{layer}"
-        norm(f"{prefix}.attn_norm", config.hidden_size)
-        norm(f"{prefix}.ffn_norm", config.hidden_size)
-        hyper(f"{prefix}.hc_attn", config.hc_mix, 3)
-        hyper(f"{prefix}.hc_ffn", config.hc_mix, 3)
-        attention(f"{prefix}.attn", layer)
-        experts(f"{prefix}.ffn", layer)
-    hyper("hc_head", config.hc_mult, 1)
-    norm("norm", config.hidden_size)
-    matrix("head", config.vocab_size, config.hidden_size)
-    return weights
+            self.normal(f"{prefix}.gate.bias", c.n_routed_experts, std=0.2)
+        for member in ("shared_experts", *(f"experts.{e}" for e in range(c.n_routed_experts))):
+            self.matrix(f"{prefix}.{member}.w1", c.moe_intermediate_size, c.hidden_size)
+            self.matrix(f"{prefix}.{member}.w3", c.moe_intermediate_size, c.hidden_size)
+            self.matrix(f"{prefix}.{member}.w2", c.hidden_size, c.moe_intermediate_size)

@@ -87,7 +87,7 @@ def manifest() -> dict[str, Any]:
         "recipe": "standard",
         "source": {
             "kind": "local",
-            "files": [{"name": "a.safetensors"}, {"name": "b.safetensors"}],
+            "files": [{"name": f"{n}.safetensors", "bytes": 4096} for n in "ab"],
         },
         "layouts": {NVFP4_LAYOUT: {}, FP8_LAYOUT: {}, "plain": {}},
     }

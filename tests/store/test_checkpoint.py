@@ -124,7 +124,20 @@ def test_unknown_names_get_suggestions(packed: PackedCheckpoint) -> None:
         packed.dequantize("zzz")
 
 
-@pytest.mark.parametrize("sources", [{"weight": [9, 0, 1]}, {"weight": [0]}, [], 7, {"weight": 1}])
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"weight": [9, 0, 1]},
+        {"weight": [-1, 0, 1]},
+        {"weight": [0, 0, 4097]},
+        {"weight": [0, 2, 1]},
+        {"weight": [0, -1, 1]},
+        {"weight": [0]},
+        {"weight": 1},
+        [],
+        7,
+    ],
+)
 def test_sources_that_do_not_fit_are_refused(tmp_path: Path, sources: object) -> None:
     packing.write(tmp_path)
     packing.edit_metadata(
