@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
 
+PIPE_WIDTH = 160
 EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
-out = Console(highlight=False, soft_wrap=True)
+# Piped output keeps names and hashes on one line.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -38,7 +38,7 @@ def size(count: float) -> str:
 
 def _facts(title: str, rows: Mapping[str, object]) -> Table:
     table = Table(title=escape(title), show_header=False, title_justify="left", box=None)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, escape(str(value)))
@@ -152,8 +152,9 @@ def report_tables(report: Report) -> Iterator[Table]:
 
 def _losses(rounded: list[TensorVerdict]) -> Table:
     table = Table(title="rounded tensors, worst first", title_justify="left")
-    for column in ("tensor", "relative MSE", "SQNR dB", "cosine", "max error / amax"):
-        table.add_column(column, justify="left" if column == "tensor" else "right")
+    table.add_column("tensor", overflow="fold")
+    for column in ("relative MSE", "SQNR dB", "cosine", "max error / amax"):
+        table.add_column(column, justify="right")
     for verdict in rounded[:MAX_ROWS]:
         loss = {key: value or 0.0 for key, value in (verdict.loss or {}).items()}
         table.add_row(
