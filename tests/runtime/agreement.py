@@ -33,9 +33,9 @@ def token_errors(found: Tensor, expected: Tensor) -> Tensor:
 def chosen_by_others(choices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Run the indexers, but attend to what somebody else chose, one `[T, k]` per CSA layer.
 
-    Yields a list that fills, layer by layer and step by step, with the largest gap between the
-    scores of the blocks this runtime picks and of those the other picked, in standard deviations
-    of the scores. Two right choices can differ only among equal scores.
+    Yields a list that fills, layer by layer and step by step, with each token's largest gap
+    between the scores of the blocks this runtime picks and of those the other picked: `[T]`, in
+    standard deviations of the scores. Two right choices can differ only among equal scores.
     """
     gaps: list[Tensor] = []
     layers = itertools.cycle(choices)
@@ -51,7 +51,7 @@ def chosen_by_others(choices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             scores.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, 0).sort(1).values
             for picked in (own, theirs)
         ]
-        gaps.append((best[0] - best[1]).abs().max() / scores[visible].std())
+        gaps.append((best[0] - best[1]).abs().amax(1) / scores[visible].std())
         return theirs
 
     with patch.object(Indexer, "__call__", call):
