@@ -33,7 +33,8 @@ _CODE_ZERO = (2 * (127 + 22)) + 1  # (fp32 bits of that number) >> 22
 def e2m1_encode(x: Tensor) -> Tensor:
     """Encode floats of any shape to E2M1 codes 0..15 (uint8), saturating at +-6.
 
-    What rounds to zero becomes +0 (code 0), whatever its sign. Raises FormatError on NaN.
+    What rounds to zero becomes +0 (code 0), whatever its sign. Float64 is rounded to float32
+    first. Raises FormatError on NaN.
     """
     if bool(x.isnan().any()):
         raise FormatError("E2M1 has no NaN, and the values to encode hold one")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class NVFP4Tensor:
     global_scale: Tensor
     shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        *lead, cols = self.shape
+        blocks = -(-cols // NVFP4_BLOCK)
+        for what, tensor, expected in (
+            ("codes", self.codes, (*lead, blocks * NVFP4_BLOCK // 2)),
+            ("scales", self.scales, (*lead, blocks)),
+        ):
+            if tensor.dtype != torch.uint8 or tuple(tensor.shape) != expected:
+                raise FormatError(
+                    f"NVFP4 {what} are {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                    f"expected torch.uint8 of shape {expected}"
+                )
+
 
 def global_scale_for(amax: float) -> float:
     """The power of two g with `amax / (6 g)` in (128, 256], at least 2^-126; 1 for `amax` 0."""
@@ -71,30 +85,20 @@ def quantize_nvfp4(
     amax = _amax(w, name)
     scale = global_scale_for(amax) if global_scale is None else global_scale
     _check_global_scale(scale, amax, name)
-    cols = w.shape[-1]
-    rows = w.reshape(-1, cols)
-    blocks = -(-cols // NVFP4_BLOCK)
-    weights = None if importance is None else _column_weights(importance, cols, name)
+    rows = w.reshape(-1, w.shape[-1])
+    weights = None if importance is None else _column_weights(importance, w.shape[-1], name)
+    blocks = -(-w.shape[-1] // NVFP4_BLOCK)
     codes = torch.empty(rows.shape[0], blocks, NVFP4_BLOCK // 2, dtype=torch.uint8)
     scales = torch.empty(rows.shape[0], blocks, dtype=torch.uint8)
     tile = min(_TILE_BLOCKS * torch.get_num_threads(), scales.numel())
-    wide = min(blocks, tile)
-    tall = max(1, tile // wide)
-    encoder = BlockEncoder(wide * tall)
-    for r in range(0, rows.shape[0], tall):
-        for b in range(0, blocks, wide):
-            part = rows[r : r + tall, b * NVFP4_BLOCK : (b + wide) * NVFP4_BLOCK]
-            lanes = _lanes(part).mul_(1.0 / scale)
-            lane_weights = (
-                None
-                if weights is None
-                else _lanes(
-                    weights[b * NVFP4_BLOCK : (b + wide) * NVFP4_BLOCK].expand(part.shape[0], -1)
-                )
-            )
-            packed, raw = encoder.encode(lanes, lane_weights)
-            codes[r : r + tall, b : b + wide] = packed.view(part.shape[0], -1, NVFP4_BLOCK // 2)
-            scales[r : r + tall, b : b + wide] = raw.view(part.shape[0], -1)
+    encoder = BlockEncoder(tile)
+    for part, span in _tiles(rows.shape[0], blocks, tile):
+        cols = slice(span.start * NVFP4_BLOCK, span.stop * NVFP4_BLOCK)
+        values = rows[part, cols]
+        lane_weights = None if weights is None else _lanes(weights[cols].expand(len(values), -1))
+        packed, raw = encoder.encode(_lanes(values).mul_(1.0 / scale), lane_weights)
+        codes[part, span] = packed.view(codes[part, span].shape)
+        scales[part, span] = raw.view(scales[part, span].shape)
     return NVFP4Tensor(
         codes=codes.view(*w.shape[:-1], blocks * NVFP4_BLOCK // 2),
         scales=scales.view(*w.shape[:-1], blocks),
@@ -108,6 +112,15 @@ def dequantize_nvfp4(t: NVFP4Tensor) -> Tensor:
     blocks = e2m1_decode(unpack_nibbles(t.codes)).view(*t.scales.shape, NVFP4_BLOCK)
     values = blocks.mul_(e4m3_decode(t.scales).unsqueeze(-1)).mul_(t.global_scale).flatten(-2)
     return values[..., : t.shape[-1]].contiguous()
+
+
+def _tiles(rows: int, blocks: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """(rows, blocks) cut into tiles of at most `size` blocks: whole rows where they fit."""
+    wide = min(blocks, size)
+    tall = size // wide
+    for row in range(0, rows, tall):
+        for block in range(0, blocks, wide):
+            yield slice(row, row + tall), slice(block, min(block + wide, blocks))
 
 
 def _lanes(part: Tensor) -> Tensor:

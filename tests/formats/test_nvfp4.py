@@ -306,3 +306,13 @@ def test_columns_without_importance() -> None:
 def test_bad_importance_is_refused(bad: Tensor) -> None:
     with pytest.raises(FormatError, match="x: importance"):
         quantize_nvfp4(torch.ones(2, 16), importance=bad, name="x")
+
+
+def test_parts_that_do_not_fit_together_are_refused() -> None:
+    t = quantize_nvfp4(torch.ones(3, 40))
+    with pytest.raises(
+        FormatError, match=r"NVFP4 scales .* expected torch\.uint8 of shape \(3, 3\)"
+    ):
+        dataclasses.replace(t, scales=t.scales[:, :2])
+    with pytest.raises(FormatError, match=r"NVFP4 codes are torch\.float32"):
+        dataclasses.replace(t, codes=t.codes.float())
