@@ -6,6 +6,7 @@ Data goes to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 a ch
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -125,10 +126,14 @@ def convert(
     from dsv4.convert import engine
     from dsv4.render import conversion_progress, summary_table
 
-    with conversion_progress(err) as progress:
-        summary = engine.convert(
-            source, target, recipe, workers, progress, keep=keep, revision=revision
-        )
+    try:
+        with conversion_progress(err) as progress:
+            summary = engine.convert(
+                source, target, recipe, workers, progress, keep=keep, revision=revision
+            )
+    except KeyboardInterrupt:
+        err.print("dsv4: nothing finished is lost; run the same command again to continue")
+        raise
     out.print(summary_table(summary))
 
 
@@ -184,11 +189,18 @@ def inspect(directory: Path, tensor: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--seed", type=int, default=0, show_default=True)
-def tiny(directory: Path, seed: int) -> None:
+@click.option(
+    "--flavour",
+    type=click.Choice(("official", "base", "modelopt", "compressed-tensors", "bf16")),
+    default="official",
+    show_default=True,
+    help="Whose on-disk format: the same model in every dialect that convert reads.",
+)
+def tiny(directory: Path, seed: int, flavour: str) -> None:
     """Write a small random checkpoint: the real architecture in the real on-disk format."""
     from dsv4.convert.tiny import write_tiny
 
-    write_tiny(directory, seed=seed)
+    write_tiny(directory, seed=seed, flavour=flavour)
     size = sum(path.stat().st_size for path in directory.iterdir())
     out.print(f"{directory}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB")
 
@@ -315,3 +327,31 @@ def _chat(
 def _write(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+@cli.group()
+def bench() -> None:
+    """Measure: each line a figure, its bound, the fraction of it, and correctness."""
+
+
+@bench.command("quantize")
+@click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_quantize(elements: int, threads: int, as_json: bool) -> None:
+    """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
+    from dsv4.bench.quantize import quality, speed
+    from dsv4.render import quality_table, speed_table
+
+    qualities = list(quality(elements))
+    speeds = speed(elements, threads)
+    if as_json:
+        _print_json(
+            {
+                "quality": [dataclasses.asdict(line) for line in qualities],
+                "speed": [dataclasses.asdict(line) | {"of_copy": line.of_copy} for line in speeds],
+            }
+        )
+        return
+    out.print(quality_table(qualities))
+    out.print(speed_table(speeds, threads))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Event, Summary
     from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.validate.report import Report, TensorVerdict
@@ -55,7 +56,7 @@ def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
         "rounded to NVFP4": f"{len(plan['rounded_tensors'])} (router gates, lm_head, ...)"
         if plan["rounded_tensors"]
         else "none",
-        "skipped": plan["skipped_tensors"],
+        "left behind": _left_behind(plan),
         "reads": size(plan["source_bytes"]),
         "network": size(plan["network_bytes"]),
         "writes": f"{size(plan['output_bytes'])} in {plan['files']} files",
@@ -64,6 +65,16 @@ def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
         "units of work": plan["units"],
     }
     return _facts(f"plan for {source}", rows)
+
+
+def _left_behind(plan: Mapping[str, Any]) -> str:
+    """What is in the source and not in the store."""
+    counts = {
+        "vision tensors": plan["skipped_tensors"],
+        "scales of activations": plan["ignored_input_scales"],
+        "draft copies of embedding and head": len(plan["ignored_draft_copies"]),
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
 
 
 @contextlib.contextmanager
@@ -108,6 +119,7 @@ def summary_table(summary: Summary) -> Table:
     rows: dict[str, object] = {
         "recipe": plan["recipe"]["name"],
         "tensors": f"{plan['tensors']}, {plan['exact_tensors']} carried exactly",
+        "left behind": _left_behind(plan),
         "written": f"{size(plan['output_bytes'])} in {plan['files']} files",
         "root": summary.root,
     }
@@ -187,3 +199,32 @@ def store_table(packed: PackedCheckpoint) -> Table:
 def provenance_table(name: str, provenance: Mapping[str, Any]) -> Table:
     """Where one tensor's bytes came from and what they hold."""
     return _facts(name, provenance)
+
+
+def quality_table(lines: Sequence[Quality]) -> Table:
+    """Relative MSE per distribution and method, all on the same weights."""
+    table = Table(title="relative MSE of rounding to NVFP4", title_justify="left")
+    table.add_column("weights")
+    for method in lines[0].rel_mse:
+        table.add_column(method, justify="right")
+    for line in lines:
+        values = ("not installed" if v is None else f"{v:.4e}" for v in line.rel_mse.values())
+        table.add_row(line.distribution, *values)
+    return table
+
+
+def speed_table(lines: Sequence[Speed], threads: int) -> Table:
+    """Rates, and their fraction of a plain copy of the same bytes in the same run."""
+    table = Table(title=f"speed, {threads} thread(s), median", title_justify="left")
+    table.add_column("operation")
+    for column in ("Melem/s", "GB/s in + out", "of a plain copy", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        table.add_row(
+            line.operation,
+            f"{line.elements / line.seconds / 1e6:.0f}",
+            f"{line.nbytes / line.seconds / 1e9:.2f}",
+            f"{line.of_copy:.3f}",
+            "right" if line.correct else "WRONG",
+        )
+    return table

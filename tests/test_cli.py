@@ -242,8 +242,9 @@ def test_an_unfinished_store_is_refused(standard_store: Path, tmp_path: Path) ->
     assert "dsv4.complete is missing" in refused("run", store, "--prompt", "a")
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
 def test_an_interrupted_conversion_resumes(
-    tiny_source: Path, standard_store: Path, tmp_path: Path
+    tiny_source: Path, standard_store: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     out = tmp_path / "packed"
     command = [sys.executable, "-m", "dsv4", "convert", "--hf", str(tiny_source)]
@@ -255,7 +256,12 @@ def test_an_interrupted_conversion_resumes(
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.005)
-        process.kill()
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert b"run the same command again to continue" in errors
+        assert b"Traceback" not in errors
     message = refused("convert", "--hf", tiny_source, "--out", out, "--recipe", "native")
     assert "recipe" in message  # another recipe does not continue this one
     done = dsv4_command("convert", "--hf", tiny_source, "--out", out)

@@ -183,3 +183,22 @@ def test_provenance_names_the_very_bytes_of_the_source(
                 raw = file.read(place["end"] - place["begin"])
             tensor = stored[expected[role]].contiguous().reshape(-1).view(torch.uint8)
             assert raw == tensor.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_recipe_runs_and_stays_close_to_native(
+    tiny_source: Path, native_store: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Rounding gates and head, and then all dense matrices, moves logits more and more."""
+    ids = torch.arange(40, 72)
+    exact = dsv4.load(native_store).session(64).forward(ids)
+    distances = []
+    for recipe in ("native", "standard", "nvfp4"):
+        out = tmp_path / recipe
+        dsv4.convert(tiny_source, out, recipe=recipe)
+        logits = dsv4.load(out, dtype=dtype).session(64).forward(ids)
+        assert logits.dtype == torch.float32
+        distances.append(float((logits - exact).square().mean().sqrt() / exact.std()))
+    native, standard, nvfp4 = distances
+    assert native <= (0.0 if dtype == torch.float32 else 0.1)
+    assert native < standard < nvfp4 < 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,11 +11,10 @@ import pytest
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConfigError, SourceError
 from dsv4.formats.inventory import DraftKind, detect_draft
-from dsv4.formats.official import check_inventory, expected_tensors, is_vision
-from dsv4.formats.safetensors_header import DTYPE_BITS, TensorEntry
+from dsv4.formats.safetensors_header import TensorEntry
+from dsv4.formats.source_inventory import check_inventory, is_vision
+from tests.dialects.headers import Entries, entries_of, stored_by
 from tests.real_configs import FLASH, FLASH_0731, PRO_0813, PUBLISHED
-
-Entries = dict[str, TensorEntry]
 
 SMALL = FLASH | {
     "compress_ratios": [0, 0, 4, 128, 0],
@@ -24,17 +22,6 @@ SMALL = FLASH | {
     "n_routed_experts": 8,
     "vocab_size": 1024,
 }
-
-
-def entries_of(config: ModelConfig, draft: DraftKind, stages: int | None = None) -> Entries:
-    """Headers as a complete checkpoint would have them."""
-    entries: Entries = {}
-    for expected in expected_tensors(config, draft, stages):
-        size = math.prod(expected.shape) * DTYPE_BITS[expected.dtypes[0]] // 8
-        entries[expected.name] = TensorEntry(
-            expected.name, expected.dtypes[0], expected.shape, 0, size, "model.safetensors"
-        )
-    return entries
 
 
 @pytest.mark.parametrize("release", PUBLISHED)
@@ -47,7 +34,7 @@ def test_counts_and_bytes_are_the_published_ones(release: str) -> None:
     assert inventory.draft_stages == config.num_draft_layers
     assert inventory.tensors == len(entries) == published.tensors
     assert inventory.payload_bytes == published.payload_bytes
-    assert inventory.skipped == ()
+    assert inventory.vision == ()
     if published.by_dtype is not None:
         assert inventory.by_dtype.keys() == published.by_dtype.keys()
         for dtype, (count, size) in published.by_dtype.items():
@@ -57,7 +44,7 @@ def test_counts_and_bytes_are_the_published_ones(release: str) -> None:
 
 def test_shapes_are_the_published_ones_of_flash() -> None:
     config = ModelConfig.from_hf(FLASH)
-    found = {e.name: (e.dtypes, e.shape) for e in expected_tensors(config, DraftKind.MTP)}
+    found = {e.name: ((e.dtype,), e.shape) for e in stored_by(config, DraftKind.MTP)}
     attn, expert = "layers.2.attn", "layers.2.ffn.experts.255"
     assert found[f"{attn}.wq_a.weight"] == (("F8_E4M3",), (1024, 4096))
     assert found[f"{attn}.wq_b.weight"] == (("F8_E4M3",), (32768, 1024))
@@ -78,7 +65,7 @@ def test_real_flash_shards_are_layers() -> None:
     """69,187 = 1,199 direct + 365 block scales + 66,048 expert parts + 1,575 draft tensors."""
     config = ModelConfig.from_hf(FLASH)
     kinds: Counter[str] = Counter()
-    for expected in expected_tensors(config, DraftKind.MTP):
+    for expected in stored_by(config, DraftKind.MTP):
         if expected.name.startswith("mtp."):
             kinds["mtp"] += 1
         elif ".experts." in expected.name:
@@ -112,10 +99,14 @@ def _alter(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[[Entries],
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_drop("layers.1.attn.wq_a.weight"), r"1 missing \(layers\.1\.attn\.wq_a\.weight\)"),
-        (_drop("layers.3.ffn.experts.7.w2.scale"), r"layers\.3\.ffn\.experts\.7\.w2\.scale"),
+        (_drop("layers.1.attn.q_norm.weight"), r"1 missing \(layers\.1\.attn\.q_norm\.weight\)"),
+        (_drop("layers.1.attn.wq_a.weight"), r"layers\.1\.attn\.wq_a\.weight .* is missing"),
+        (
+            _drop("layers.3.ffn.experts.7.w2.scale"),
+            r"layers\.3\.ffn\.experts\.7\.w2\.weight is stored as weight I8 .* expected scale",
+        ),
         (_drop("mtp.0.hc_head_base"), r"1 missing \(mtp\.0\.hc_head_base\)"),
-        (_drop("mtp.0.e_proj.weight"), r"neither mtp\.0\.e_proj\.weight"),
+        (_drop("mtp.0.e_proj.weight"), r"mtp\.0\.e_proj\.weight .* its weight is missing"),
         (_add("layers.4.attn_norm.weight"), r"1 unexplained \(layers\.4\.attn_norm\.weight\)"),
         (_add("layers.3.ffn.experts.8.w1.weight"), "unexplained"),
         (_add("layers.0.attn.indexer.wq_b.weight"), "unexplained"),
@@ -124,14 +115,17 @@ def _alter(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[[Entries],
         (_add("mtp.2.norm.weight"), r"draft stages are mtp\.\[0, 2\], expected a gapless run"),
         (
             _alter("embed.weight", "F16", (1024, 4096)),
-            r"1 of another dtype or shape \(embed\.weight is F16 \[1024, 4096\], expected BF16",
+            r"1 malformed .*embed\.weight is stored as weight F16 \[1024, 4096\]; such a weight",
         ),
         (
             _alter("layers.0.attn.wq_a.weight", "F8_E4M3", (1023, 4096)),
-            r"is F8_E4M3 \[1023, 4096\], expected F8_E4M3 \[1024, 4096\]",
+            r"is fp8 \[1023, 4096\], expected fp8, nvfp4, BF16 or F32 \[1024, 4096\]",
         ),
-        (_alter("layers.0.attn.wq_a.scale", "F32", (8, 32)), "expected F8_E8M0"),
-        (_alter("layers.0.ffn.gate.tid2eid", "I32", (1024, 6)), "expected I64"),
+        (_alter("layers.0.attn.wq_a.scale", "U8", (8, 32)), "scales cannot be U8"),
+        (_alter("layers.0.attn.wq_a.scale", "F32", (8, 31)), r"expected \[8, 32\] for fp8"),
+        (_alter("layers.0.ffn.gate.tid2eid", "I32", (1024, 6)), "expected .*I64"),
+        (_alter("layers.0.ffn.gate.tid2eid", "F32", (1024, 6)), "F32 .* expected I64"),
+        (_alter("layers.0.attn.q_norm.weight", "I64", (1024,)), "I64 .* such a weight"),
     ],
 )
 def test_any_difference_is_refused_by_name(
@@ -151,7 +145,7 @@ def test_many_differences_are_counted_and_the_first_named() -> None:
     for name in [name for name in entries if name.startswith("layers.1.")]:
         del entries[name]
     with pytest.raises(
-        SourceError, match=r"7\d missing \(layers\.1\.attn_norm\.weight; .*; \.\.\.\)"
+        SourceError, match=r"45 missing \(layers\.1\.attn_norm\.weight; .*; \.\.\.\)"
     ):
         check_inventory(entries, config)
 
@@ -206,13 +200,13 @@ def test_vision_tensors_are_skipped_and_reported() -> None:
         _add(name)(entries)
     assert len(entries) == 72_633  # published
     inventory = check_inventory(entries, config)
-    assert sorted(inventory.skipped) == sorted(vision)
+    assert sorted(inventory.vision) == sorted(vision)
     assert inventory.tensors == 72_317
 
 
 def test_no_text_tensor_is_taken_for_vision() -> None:
     config = ModelConfig.from_hf(PRO_0813)
-    assert not any(is_vision(e.name) for e in expected_tensors(config, DraftKind.DSPARK))
+    assert not any(is_vision(e.name) for e in stored_by(config, DraftKind.DSPARK))
     assert is_vision("vision.norm.weight")
     assert not is_vision("layers.0.ffn.gate.bias")
     assert not is_vision("visions")
@@ -227,4 +221,4 @@ def test_a_config_of_absurd_size_is_refused_before_it_costs_anything() -> None:
 def test_fp4_columns_must_fill_blocks() -> None:
     config = dataclasses.replace(ModelConfig.from_hf(SMALL), moe_intermediate_size=48)
     with pytest.raises(SourceError, match="48 columns, expected a multiple of 32"):
-        check_inventory({}, config)
+        check_inventory(entries_of(config, DraftKind.NONE), config)

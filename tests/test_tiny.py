@@ -30,7 +30,7 @@ from dsv4.convert.tiny_weights import EXACT_SPAN
 from dsv4.formats.config import AttentionKind, ModelConfig
 from dsv4.formats.errors import ConfigError, ConflictError
 from dsv4.formats.inventory import DraftKind
-from dsv4.formats.official import check_inventory
+from dsv4.formats.source_inventory import check_inventory
 from tests.oracles import source_values, stored_tensors
 
 # Of all tensors of TINY, seed 0, names sorted: name, then bytes.

@@ -1,4 +1,4 @@
-"""Matrices rounded to NVFP4: router gate and lm_head (recipe `standard`), attention (`nvfp4`).
+"""Matrices in NVFP4: carried where the source has them so, else rounded as the recipe asks for.
 
 The global scale needs the amax of the whole matrix, so a large source is read twice, a tile of
 rows at a time; memory does not grow with the matrix.
@@ -17,6 +17,7 @@ from dsv4.convert.outputs import (
     TILE_BYTES,
     Emit,
     FileIndex,
+    Losses,
     Output,
     Result,
     Unit,
@@ -25,8 +26,8 @@ from dsv4.convert.outputs import (
 )
 from dsv4.convert.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
 from dsv4.convert.plain import count, float_rows
+from dsv4.convert.read import read_nvfp4, read_values
 from dsv4.convert.source import Source
-from dsv4.formats.codecs import dequantize_fp8
 from dsv4.formats.layouts import pack_nvfp4
 from dsv4.formats.matrices import NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.formats.metrics import Loss
@@ -37,7 +38,7 @@ from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, group_of
 
 @dataclasses.dataclass(frozen=True)
 class Nvfp4Output(Output):
-    """One matrix rounded to NVFP4 at the optimal block scales."""
+    """One matrix in NVFP4: the source's own, or rounded at the optimal block scales."""
 
     tensor: SourceTensor
 
@@ -66,6 +67,12 @@ class Nvfp4Output(Output):
         return (Unit(self.path, self, (self.tensor,), files),)
 
     def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+        if not self.rounded:
+            packed = pack_nvfp4([read_nvfp4(source, self.tensor)], slabs=self.slabs)
+            parts = (packed.codes, packed.scales, packed.global_scales)
+            for file, part in zip(unit.files, parts, strict=True):
+                emit(file, [part])
+            return {"loss": Loss().to_dict(), "exact": True}
         amax = max(float(tile.abs().amax()) for tile in self._tiles(source))
         global_scale = global_scale_for(amax)
         loss = Loss()
@@ -83,14 +90,13 @@ class Nvfp4Output(Output):
         emit(codes_file, codes())
         emit(scales_file, scales)
         emit(scale_file, [torch.tensor([global_scale], dtype=torch.float32)])
-        return {"loss": loss.to_dict()}
+        return {"loss": loss.to_dict(), "exact": loss.errors == 0.0 and not loss.sign_flips}
 
     def _tiles(self, source: Source) -> Iterator[Tensor]:
         """The matrix in float32, whole when it is cut into slabs, else a tile of rows at a time."""
         rows, cols = self._shape
         if self.tensor.encoding is Encoding.FP8:
-            assert self.tensor.scale is not None
-            yield dequantize_fp8(source.read(self.tensor.weight), source.read(self.tensor.scale))
+            yield read_values(source, self.tensor)
             return
         step = rows if self.slabs > 1 else tile_rows(rows, cols * 4, SF_ROWS)
         for start in range(0, rows, step):
@@ -103,10 +109,13 @@ class Nvfp4Output(Output):
             "parameters": {"slabs": self.slabs, "interleave": 0},
             "shape": list(self.tensor.shape),
             "names": [self.tensor.name],
-            "exact": results[0]["loss"]["rel_mse"] == 0.0,
-            "loss": results[0]["loss"],
+            "exact": results[0]["exact"],
+            **({"loss": results[0]["loss"]} if self.rounded else {}),
             "sources": lineage(self.tensor, files),
         }
+
+    def losses(self, results: Sequence[Result]) -> Losses:
+        return {self.tensor.name: results[0]["loss"]} if self.rounded else {}
 
     def peak_bytes(self) -> int:
         elements = count(self.tensor.shape)
@@ -116,7 +125,7 @@ class Nvfp4Output(Output):
 
     @property
     def rounded(self) -> bool:
-        return True
+        return self.tensor.encoding is not Encoding.NVFP4
 
 
 def nvfp4_arrays(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.outputs import Output, Result, Unit
+from dsv4.convert.outputs import Losses, Output, Result, Unit
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
@@ -39,7 +39,7 @@ class Summary:
     root: str
     plan: Plan
     resumed_units: int
-    losses: dict[str, dict[str, float | None]]  # rounded tensors only
+    losses: Losses  # rounded tensors only
 
 
 def open_source(src: str | Path, revision: str | None = None) -> Source:
@@ -146,12 +146,12 @@ def _run(
 
 def _metadata(
     plan: Plan, results: dict[str, Result]
-) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], dict[str, dict[str, float | None]]]:
+) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], Losses]:
     """-> (group attributes by path, arrays, losses of the rounded tensors)."""
     files = {name: index for index, name in enumerate(plan.source_files)}
     groups: dict[str, dict[str, Any]] = {}
     arrays: list[ArraySpec] = []
-    losses: dict[str, dict[str, float | None]] = {}
+    losses: Losses = {}
     for output in plan.outputs:
         measured = [results[unit.key] for unit in output.units()]
         attributes = {"dsv4": output.attributes(measured, files)}
@@ -160,8 +160,7 @@ def _metadata(
         else:
             groups[output.path] = attributes
             arrays += output.arrays()
-        if output.rounded:
-            losses[output.units()[0].inputs[0].name] = measured[0]["loss"]
+        losses |= output.losses(measured)
     return groups, arrays, losses
 
 

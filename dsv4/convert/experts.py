@@ -1,8 +1,15 @@
-"""Expert stacks: every routed expert of a layer, carried from MXFP4 into NVFP4.
+"""Expert stacks: every routed expert of a layer under one leading dimension.
 
-`w13` stacks gate (w1) and up (w3), their rows interleaved for the fused SwiGLU epilogue; `w2`
-is cut into K-slabs. An expert's projections keep their own global scales, so the cast is exact
-whenever each projection's exponents span at most 17 octaves (facts: MXFP4 -> NVFP4).
+`w13` stacks gate (w1) and up (w3), `w2` the down projections. What a stack holds depends on what
+the experts are and on the recipe:
+
+    from MXFP4    NVFP4, exact whenever a projection's exponents span at most 17 octaves
+    from NVFP4    NVFP4, the source's bytes with the source's global scales
+    from FP8      carried by `native`, else rounded to NVFP4 at the optimum
+    from BF16/F32 carried by `native`, else rounded to NVFP4 at the optimum
+
+An expert's projections keep their own global scales. Rows of w1 and w3 are interleaved for the
+fused SwiGLU epilogue; in FP8, whose scales cover 128 rows, w1's rows come first, then w3's.
 """
 
 from __future__ import annotations
@@ -13,27 +20,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsv4.convert.dense import nvfp4_arrays
-from dsv4.convert.outputs import Emit, FileIndex, Output, Result, Unit
-from dsv4.convert.partition import expert_shards, interleave_of, nvfp4_row_units, nvfp4_slabs
+from dsv4.convert.outputs import Emit, FileIndex, Losses, Output, Result, Unit
+from dsv4.convert.partition import (
+    ALIGNMENT,
+    cut_by_columns,
+    expert_shards,
+    fp8_slabs,
+    interleave_of,
+    nvfp4_row_units,
+    nvfp4_slabs,
+    row_units,
+)
+from dsv4.convert.plain import ELEMENT_OF
+from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4, read_values
 from dsv4.convert.source import Source
-from dsv4.formats.layouts import pack_nvfp4
+from dsv4.formats.errors import SourceError
+from dsv4.formats.layouts import interleave_rows, pack_fp8, pack_nvfp4
+from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK
+from dsv4.formats.metrics import Loss
 from dsv4.formats.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
-from dsv4.formats.nvfp4 import NVFP4Tensor
-from dsv4.formats.source_tensor import SourceTensor
+from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.contents import EXPERT, LINEAGE_COLUMNS
-from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, path_of
+from dsv4.formats.store.schema import ELEMENTS, LAYOUT_OF, ArraySpec, path_of
+
+_ABSENT = (-1, -1, -1)  # lineage of a scale that the source does not have
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsOutput(Output):
-    """One stack of a layer. `experts[e]` holds its projections: (w1, w3) or (w2,)."""
+    """One stack of a layer. `experts[e]` holds its projections: (w1, w3) or (w2,).
+
+    carried: FP8 and unquantised experts stay what they are; otherwise everything becomes NVFP4.
+    Raises SourceError when experts to be carried cannot share one stack.
+    """
 
     prefix: str  # "layers.2.ffn.experts"
     stack: str  # "w13" or "w2"
     experts: tuple[tuple[SourceTensor, ...], ...]
     files: tuple[str, ...]  # source files, in the manifest's order
+    carried: bool = False
+
+    def __post_init__(self) -> None:
+        if self.carried and (self.rounded or self.format is not Encoding.NVFP4):
+            self._check_uniform()
 
     @property
     def path(self) -> str:
@@ -44,6 +77,13 @@ class ExpertsOutput(Output):
         return len(self.experts[0])
 
     @property
+    def format(self) -> Encoding:
+        """What the stack is stored as."""
+        encoding = self.experts[0][0].encoding
+        kept = self.carried and encoding is not Encoding.MXFP4
+        return encoding if kept else Encoding.NVFP4
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Logical [N, K] of one projection."""
         rows, cols = self.experts[0][0].shape
@@ -51,43 +91,72 @@ class ExpertsOutput(Output):
 
     @property
     def interleave(self) -> int:
-        return interleave_of(self.shape[0]) if self.projections == 2 else 0
+        if self.projections == 1 or self.format is Encoding.FP8:
+            return 0
+        return interleave_of(self.shape[0])
 
     @property
     def slabs(self) -> int:
-        return nvfp4_slabs(*self.shape) if self.stack == "w2" else 1
+        cut = {Encoding.NVFP4: nvfp4_slabs, Encoding.FP8: fp8_slabs}.get(self.format)
+        return cut(*self.shape) if cut and self._by_columns else 1
 
     @property
     def shards(self) -> int:
+        count = len(self.experts)
         rows, cols = self.shape
-        return expert_shards(len(self.experts), self.projections * rows * cols // 2)
+        per_element = {Encoding.NVFP4: 0.5, Encoding.FP8: 1}.get(self.format, 2)
+        return expert_shards(count, int(self.projections * rows * cols * per_element))
 
-    def arrays(self) -> tuple[ArraySpec, ...]:
-        rows, cols = self.shape[0] * self.projections, self.shape[1]
-        count, shards = len(self.experts), self.shards
-        units = 1 if self.stack == "w2" else nvfp4_row_units(rows, cols)
-        codes, scales = nvfp4_arrays(self.path, (count,), rows, cols, units, self.slabs, shards)
-        globals_ = (count, self.projections)
-        lineage = (*globals_, LINEAGE_COLUMNS)
-        return (
-            codes,
-            scales,
-            _whole(f"{self.path}/global_scale", globals_, "float32", shards),
-            _whole(f"{self.path}/lineage", lineage, "int64", shards),
+    @property
+    def rounded(self) -> bool:
+        return self.format is Encoding.NVFP4 and any(
+            tensor.encoding in (Encoding.FP8, Encoding.PLAIN)
+            for expert in self.experts
+            for tensor in expert
         )
 
+    @property
+    def _by_columns(self) -> bool:
+        return cut_by_columns(self.experts[0][0].name)
+
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        count, shards = len(self.experts), self.shards
+        per_projection = (count, self.projections)
+        lineage = _whole(
+            f"{self.path}/lineage", (*per_projection, LINEAGE_COLUMNS), "int64", shards
+        )
+        rows, cols = self.shape[0] * self.projections, self.shape[1]
+        if self.format is Encoding.NVFP4:
+            units = 1 if self._by_columns else nvfp4_row_units(rows, cols)
+            codes, scales = nvfp4_arrays(self.path, (count,), rows, cols, units, self.slabs, shards)
+            globals_ = _whole(f"{self.path}/global_scale", per_projection, "float32", shards)
+            return codes, scales, globals_, lineage
+        first = self.experts[0][0]
+        element = ELEMENT_OF[first.weight.dtype]
+        multiple = FP8_BLOCK if self.format is Encoding.FP8 else 2 * self.interleave
+        row_bytes = cols * ELEMENTS[element].nbytes
+        units = 1 if self._by_columns else row_units(rows, row_bytes, multiple)
+        cut = units > 1 or self.slabs > 1 or shards > 1 or rows * row_bytes % ALIGNMENT == 0
+        weights = ArraySpec(
+            f"{self.path}/{'codes' if first.scale else 'weight'}",
+            (count, rows, cols),
+            element,
+            (1 if cut else count, rows // units, cols // self.slabs),
+            (count // shards, rows, cols),
+        )
+        if first.scale is None:
+            return weights, lineage
+        tiles = (count, -(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))
+        scale_element = ELEMENT_OF[first.scale.dtype]
+        return weights, _whole(f"{self.path}/scales", tiles, scale_element, shards), lineage
+
     def units(self) -> tuple[Unit, ...]:
-        per_shard = len(self.experts) // self.shards
         by_shard = zip(*(array.files() for array in self.arrays()), strict=True)
         return tuple(
             Unit(
                 f"{self.path}#{shard}",
                 self,
-                tuple(
-                    tensor
-                    for expert in self.experts[shard * per_shard : (shard + 1) * per_shard]
-                    for tensor in expert
-                ),
+                tuple(tensor for expert in self._of_shard(shard) for tensor in expert),
                 files,
                 shard,
             )
@@ -95,33 +164,23 @@ class ExpertsOutput(Output):
         )
 
     def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
-        per_shard = len(self.experts) // self.shards
-        experts = self.experts[unit.shard * per_shard : (unit.shard + 1) * per_shard]
-        scales: list[Tensor] = []
-        global_scales: list[Tensor] = []
-        lineage: list[list[int]] = []
         reports: list[CastReport] = []
+        # What is small waits in memory until the experts' weights have streamed into their file.
+        waiting: list[list[Tensor]] = [[] for _ in unit.files[1:-1]]
 
-        def codes() -> Iterator[Tensor]:
-            for expert in experts:
-                parts: list[NVFP4Tensor] = []
-                for tensor in expert:
-                    part, report = cast_mxfp4_to_nvfp4(
-                        *_read_mxfp4(source, tensor), name=tensor.name
-                    )
-                    parts.append(part)
-                    reports.append(report)
-                    lineage.append(self._lineage(tensor, report))
-                packed = pack_nvfp4(parts, slabs=self.slabs, interleave=self.interleave)
-                scales.append(packed.scales)
-                global_scales.append(packed.global_scales)
-                yield packed.codes
+        def weights() -> Iterator[Tensor]:
+            for expert in self._of_shard(unit.shard):
+                first, *others = self._pack(source, expert, reports)
+                for held, tensor in zip(waiting, others, strict=True):
+                    held.append(tensor)
+                yield first
 
-        codes_file, scales_file, globals_file, lineage_file = unit.files
-        emit(codes_file, codes())
-        emit(scales_file, scales)
-        emit(globals_file, global_scales)
-        emit(lineage_file, [torch.tensor(lineage, dtype=torch.int64)])
+        weights_file, *small_files, lineage_file = unit.files
+        emit(weights_file, weights())
+        for file, tensors in zip(small_files, waiting, strict=True):
+            emit(file, tensors)
+        rows = [self._lineage(t, r) for t, r in zip(unit.inputs, reports, strict=True)]
+        emit(lineage_file, [torch.tensor(rows, dtype=torch.int64)])
         return {
             "blocks": sum(report.blocks for report in reports),
             "recoded_blocks": sum(report.recoded_blocks for report in reports),
@@ -129,28 +188,14 @@ class ExpertsOutput(Output):
             "rel_mse": max(report.rel_mse for report in reports),
         }
 
-    def _lineage(self, tensor: SourceTensor, report: CastReport) -> list[int]:
-        weight, scale = tensor.weight, tensor.scale
-        assert scale is not None
-        return [
-            self.files.index(weight.file),
-            weight.begin,
-            weight.end,
-            self.files.index(scale.file),
-            scale.begin,
-            scale.end,
-            report.recoded_blocks,
-            report.rounded_blocks,
-        ]
-
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         totals = {
             key: sum(result[key] for result in results)
             for key in ("blocks", "recoded_blocks", "rounded_blocks")
         }
         return {
-            "format": "nvfp4",
-            "layout": NVFP4_LAYOUT,
+            "format": str(self.format),
+            "layout": LAYOUT_OF[self.format],
             "parameters": {"slabs": self.slabs, "interleave": self.interleave},
             "shape": list(self.shape),
             "names": [
@@ -162,18 +207,76 @@ class ExpertsOutput(Output):
             **totals,
         }
 
+    def losses(self, results: Sequence[Result]) -> Losses:
+        if not self.rounded:
+            return {}
+        worst = max(result["rel_mse"] for result in results)
+        return {f"{self.prefix}.{EXPERT}.{self.stack}": {"rel_mse": worst}}
+
     def peak_bytes(self) -> int:
         rows, cols = self.shape
         per_expert = self.projections * rows * cols
-        shard_scales = per_expert // NVFP4_SCALE_SHARE * (len(self.experts) // self.shards)
-        return 4 * per_expert + shard_scales
+        shard_scales = per_expert // NVFP4_BLOCK * (len(self.experts) // self.shards)
+        return (24 if self.rounded else 4) * per_expert + shard_scales
 
-    @property
-    def rounded(self) -> bool:
-        return False
+    def _of_shard(self, shard: int) -> tuple[tuple[SourceTensor, ...], ...]:
+        per_shard = len(self.experts) // self.shards
+        return self.experts[shard * per_shard : (shard + 1) * per_shard]
+
+    def _pack(
+        self, source: Source, expert: tuple[SourceTensor, ...], reports: list[CastReport]
+    ) -> tuple[Tensor, ...]:
+        """One expert's part of every array but the lineage, in the order of `arrays`."""
+        if self.format is Encoding.NVFP4:
+            parts = []
+            for tensor in expert:
+                part, report = _to_nvfp4(source, tensor)
+                parts.append(part)
+                reports.append(report)
+            packed = pack_nvfp4(parts, slabs=self.slabs, interleave=self.interleave)
+            return packed.codes, packed.scales, packed.global_scales
+        reports += [CastReport(0, 0, 0, 0.0)] * len(expert)
+        if self.format is Encoding.FP8:
+            pairs = [read_fp8(source, tensor) for tensor in expert]
+            codes, scales = (torch.cat(list(column)) for column in zip(*pairs, strict=True))
+            return pack_fp8(codes, scales, slabs=self.slabs).codes, scales
+        values = [source.read(tensor.weight) for tensor in expert]
+        if self.interleave:
+            return (interleave_rows(values[0], values[1], self.interleave),)
+        return (values[0],)
+
+    def _lineage(self, tensor: SourceTensor, report: CastReport) -> list[int]:
+        weight, scale = tensor.weight, tensor.scale
+        return [
+            self.files.index(weight.file),
+            weight.begin,
+            weight.end,
+            *((self.files.index(scale.file), scale.begin, scale.end) if scale else _ABSENT),
+            report.recoded_blocks,
+            report.rounded_blocks,
+        ]
+
+    def _check_uniform(self) -> None:
+        """One stack has one encoding and one dtype, and FP8 has whole scale tiles."""
+        first, *others = (tensor for expert in self.experts for tensor in expert)
+        for tensor in others:
+            if _kind(tensor) != _kind(first):
+                raise SourceError(
+                    f"{tensor.weight.file}: {tensor.name} is {_kind(tensor)}, but {first.name} is "
+                    f"{_kind(first)}, and one stack cannot carry both as they are; convert with "
+                    "recipe standard, which rounds them to NVFP4"
+                )
+        if self.format is Encoding.FP8 and self.projections == 2 and self.shape[0] % FP8_BLOCK:
+            raise SourceError(
+                f"{first.weight.file}: {first.name} is FP8 with {self.shape[0]} rows, expected a "
+                f"multiple of {FP8_BLOCK} to be stacked as it is; convert with recipe standard, "
+                "which rounds it to NVFP4"
+            )
 
 
-NVFP4_SCALE_SHARE = 16
+def _kind(tensor: SourceTensor) -> str:
+    """Encoding and dtypes, such as `fp8 F8_E4M3 F32`."""
+    return " ".join((tensor.encoding, *(entry.dtype for entry in tensor.entries.values())))
 
 
 def _whole(path: str, shape: tuple[int, ...], element: str, shards: int) -> ArraySpec:
@@ -182,8 +285,20 @@ def _whole(path: str, shape: tuple[int, ...], element: str, shards: int) -> Arra
     return ArraySpec(path, shape, element, per_shard, per_shard)
 
 
-def _read_mxfp4(source: Source, tensor: SourceTensor) -> tuple[Tensor, Tensor]:
-    """-> (codes uint8 [N, K/2], E8M0 bytes uint8 [N, K/32]), bit views, never value casts."""
-    assert tensor.scale is not None
-    codes = source.read(tensor.weight).view(torch.uint8)
-    return codes, source.read(tensor.scale).view(torch.uint8)
+def _to_nvfp4(source: Source, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
+    """A projection in NVFP4: taken over, cast, or rounded, as its encoding asks for."""
+    if tensor.encoding is Encoding.NVFP4:
+        part = read_nvfp4(source, tensor)
+        return part, CastReport(part.scales.numel(), 0, 0, 0.0)
+    if tensor.encoding is Encoding.MXFP4:
+        return cast_mxfp4_to_nvfp4(*read_mxfp4(source, tensor), name=tensor.name)
+    values = read_values(source, tensor)
+    part = quantize_nvfp4(values, name=tensor.name)
+    rounded = dequantize_nvfp4(part)
+    loss = Loss()
+    loss.add(values, rounded)
+    # NVFP4 could hold -0, but its quantiser writes +0: such a block is not the source's either.
+    changed = (values != rounded) | (values.signbit() & (values == 0))
+    changed = pad(changed, (0, -values.shape[-1] % NVFP4_BLOCK))
+    blocks = int(changed.view(-1, NVFP4_BLOCK).any(1).sum())
+    return part, CastReport(part.scales.numel(), 0, blocks, loss.rel_mse)

@@ -23,6 +23,9 @@ Emit = Callable[[FileSpec, Iterable[Tensor]], None]
 Result = dict[str, Any]
 """What a unit measured (JSON types only); kept in the journal until the metadata is written."""
 
+Losses = dict[str, dict[str, float | None]]
+"""Name of a rounded tensor, or template of a stack -> its loss (of a stack's worst expert)."""
+
 TILE_BYTES = 32 << 20  # rows are streamed in tiles of about this many source bytes
 
 
@@ -70,6 +73,10 @@ class Output(abc.ABC):
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         """The node's attributes, once every unit has run."""
 
+    def losses(self, results: Sequence[Result]) -> Losses:
+        """What rounding cost, once every unit has run; empty when nothing was rounded."""
+        return {}
+
     @abc.abstractmethod
     def peak_bytes(self) -> int:
         """An upper bound on the memory one of its units holds at once."""
@@ -85,9 +92,10 @@ FileIndex = dict[str, int]
 
 
 def lineage(tensor: SourceTensor, files: FileIndex) -> dict[str, list[int]]:
-    """Where a tensor's bytes came from: `[file index, begin, end]` of weight and scale."""
-    entries = {"weight": tensor.weight} | ({"scale": tensor.scale} if tensor.scale else {})
-    return {role: [files[entry.file], entry.begin, entry.end] for role, entry in entries.items()}
+    """Where a tensor's bytes came from: `[file index, begin, end]` of weight and its scales."""
+    return {
+        role: [files[entry.file], entry.begin, entry.end] for role, entry in tensor.entries.items()
+    }
 
 
 def tile_rows(rows: int, row_bytes: int, multiple: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsv4.convert.dense import Nvfp4Output
@@ -15,9 +15,9 @@ from dsv4.convert.plain import Fp8Output, PlainOutput
 from dsv4.convert.recipes import Recipe, Role, role_of
 from dsv4.convert.source import Source
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import SourceError
-from dsv4.formats.official import check_inventory
-from dsv4.formats.source_tensor import Encoding, SourceTensor, group_official
+from dsv4.formats.errors import ConfigError
+from dsv4.formats.source_inventory import Inventory, check_inventory
+from dsv4.formats.source_tensor import Encoding, SourceTensor
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
 STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -31,7 +31,7 @@ class Plan:
     recipe: Recipe
     outputs: tuple[Output, ...]
     source_files: tuple[str, ...]
-    skipped: tuple[str, ...] = ()  # recognised tensors that are not carried (vision)
+    inventory: Inventory
 
     def units(self) -> Iterable[Unit]:
         """Every unit of work, in order."""
@@ -79,7 +79,9 @@ class Plan:
             "files": sum(len(unit.files) for unit in self.units()),
             "exact_tensors": len(tensors) - len(rounded),
             "rounded_tensors": rounded,
-            "skipped_tensors": len(self.skipped),
+            "skipped_tensors": len(self.inventory.vision),
+            "ignored_input_scales": self.inventory.input_scales,
+            "ignored_draft_copies": [tensor.name for tensor, _ in self.inventory.copies],
         }
 
 
@@ -87,21 +89,17 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Plan the conversion of `source`. Raises ConfigError or SourceError by name."""
     config = ModelConfig.from_hf(source.config)
     inventory = check_inventory(source.entries, config)
-    skipped = set(inventory.skipped)
-    tensors = group_official(
-        {name: entry for name, entry in source.entries.items() if name not in skipped}
-    )
     files = tuple(sorted({entry.file for entry in source.entries.values()}))
     outputs = [
-        *_stacks(tensors, files),
+        *_stacks(inventory.by_name, recipe, files),
         *(
             _single(tensor, recipe)
-            for tensor in tensors.values()
+            for tensor in inventory.by_name.values()
             if role_of(tensor.name) is not Role.EXPERT
         ),
     ]
     outputs.sort(key=lambda output: natural_key(output.path))
-    return Plan(config, recipe, tuple(outputs), files, tuple(sorted(skipped)))
+    return Plan(config, recipe, tuple(outputs), files, inventory)
 
 
 def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
@@ -112,26 +110,17 @@ def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def _single(tensor: SourceTensor, recipe: Recipe) -> Output:
-    if recipe.rounds(tensor.name):
+    if tensor.encoding is Encoding.NVFP4 or recipe.rounds(tensor.name):
         return Nvfp4Output(tensor)
-    if tensor.encoding is Encoding.FP8:
-        return Fp8Output(tensor)
-    if tensor.encoding is Encoding.PLAIN:
-        return PlainOutput(tensor)
-    raise SourceError(
-        f"{tensor.weight.file}: {tensor.name} is MXFP4, expected only of routed experts"
-    )
+    return Fp8Output(tensor) if tensor.encoding is Encoding.FP8 else PlainOutput(tensor)
 
 
-def _stacks(tensors: Mapping[str, SourceTensor], files: tuple[str, ...]) -> list[ExpertsOutput]:
+def _stacks(
+    tensors: Mapping[str, SourceTensor], recipe: Recipe, files: tuple[str, ...]
+) -> list[ExpertsOutput]:
     by_prefix: dict[str, dict[tuple[int, str], SourceTensor]] = {}
     for tensor in tensors.values():
         if match := _EXPERT.fullmatch(tensor.name):
-            if tensor.encoding is not Encoding.MXFP4:
-                raise SourceError(
-                    f"{tensor.weight.file}: {tensor.name} is {tensor.weight.dtype}, expected I8 "
-                    "(MXFP4); this version packs checkpoints with MXFP4 experts only"
-                )
             key = (int(match["index"]), match["projection"])
             by_prefix.setdefault(match["prefix"], {})[key] = tensor
     outputs = []
@@ -142,5 +131,17 @@ def _stacks(tensors: Mapping[str, SourceTensor], files: tuple[str, ...]) -> list
                 tuple(found[index, projection] for projection in projections)
                 for index in range(count)
             )
-            outputs.append(ExpertsOutput(prefix, stack, experts, files))
+            carried = _carried(f"{prefix}.*.{stack}", experts, recipe)
+            outputs.append(ExpertsOutput(prefix, stack, experts, files, carried))
     return outputs
+
+
+def _carried(what: str, experts: Sequence[Sequence[SourceTensor]], recipe: Recipe) -> bool:
+    """Whether the recipe leaves a stack as it is. Raises ConfigError when it splits one."""
+    decisions = {recipe.rounds(tensor.name) for expert in experts for tensor in expert}
+    if len(decisions) > 1:
+        raise ConfigError(
+            f"--keep matches some experts of {what} and not others; a stack is kept as a whole "
+            "or not at all, so match all of them"
+        )
+    return False in decisions

@@ -1,7 +1,8 @@
 """Recipes: which tensors are rounded to NVFP4 and which are carried as they are.
 
-Routed experts always become NVFP4 (exactly, from MXFP4). Norms, embeddings, biases, hc_*, sinks,
-ape and tid2eid are never quantised; a recipe only decides over the matrices named here.
+Routed experts that are 4 bits wide always become NVFP4, which carries MXFP4 and NVFP4 exactly; a
+recipe decides over wider ones (FP8, BF16) and over the dense matrices named here. Norms,
+embeddings, biases, hc_*, sinks, ape and tid2eid are never quantised.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
 
     def rounds(self, name: str) -> bool:
-        """Whether the tensor `name` is to be rounded to NVFP4."""
+        """Whether the tensor `name` is to be rounded to NVFP4, unless it has 4 bits already."""
         if role_of(name) not in self.rounded:
             return False
         return not any(fnmatch.fnmatchcase(name, glob) for glob in self.keep)
@@ -69,8 +70,8 @@ class Recipe:
 
 _ROUNDED = {
     "native": frozenset[Role](),
-    "standard": frozenset({Role.ROUTER_GATE, Role.LM_HEAD}),
-    "nvfp4": frozenset({Role.ROUTER_GATE, Role.LM_HEAD, Role.DENSE}),
+    "standard": frozenset({Role.EXPERT, Role.ROUTER_GATE, Role.LM_HEAD}),
+    "nvfp4": frozenset({Role.EXPERT, Role.ROUTER_GATE, Role.LM_HEAD, Role.DENSE}),
 }
 RECIPE_NAMES = tuple(_ROUNDED)
 DEFAULT_RECIPE = "standard"

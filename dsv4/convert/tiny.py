@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dsv4.convert.source import CONFIG_FILE, INDEX_FILE
+from dsv4.convert.tiny_flavours import FLAVOURS, Flavour
 from dsv4.convert.tiny_tokenizer import MIN_VOCABULARY, NOISE, build_tokenizer, tokenizer_files
-from dsv4.convert.tiny_weights import Encoder, official_tensors
 from dsv4.formats.config import ModelConfig, YarnConfig
 from dsv4.formats.errors import ConfigError, ConflictError
 from dsv4.formats.inventory import DSPARK_TAPS, DraftKind, Parameter, parameters
@@ -120,16 +120,18 @@ def write_tiny(
     config: ModelConfig = TINY,
     seed: int = 0,
     draft: DraftKind | None = None,
-    encode: Encoder = official_tensors,
+    flavour: str | Flavour = "official",
 ) -> None:
     """Write a random checkpoint of `config` into the directory `out`.
 
-    draft: the draft module; what `config` has when not given. encode: the dialect of the tensors.
+    draft: the draft module; what `config` has when not given. flavour: the dialect, a name of
+    `FLAVOURS` or one of your own.
     The tokenizer is left out when the vocabulary is smaller than the byte alphabet and markers.
     Raises ConflictError when `out` is not an empty directory, ConfigError when the configuration
     cannot have the draft module asked for.
     """
     out = Path(out)
+    flavour = _flavour(flavour)
     config, draft = _settle_draft(config, draft)
     _claim(out)
     shards = _shards(config, draft)
@@ -139,18 +141,30 @@ def write_tiny(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for parameter in shard:
-            tensors |= encode(parameter, config, seed)
+            tensors |= flavour.encode(parameter, config, seed)
         (out / file).write_bytes(save(tensors, metadata={"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     _write_json(out / INDEX_FILE, index)
-    _write_json(out / CONFIG_FILE, hub_config(config, draft))
+    fields = {**hub_config(config, draft), **flavour.config}
+    for field, value in flavour.config.items():
+        if value is None:
+            del fields[field]
+    _write_json(out / CONFIG_FILE, fields)
     _write_json(out / "generation_config.json", _generation_config(config))
     (out / "LICENSE").write_text(_LICENSE, encoding="utf-8")
     files = tokenizer_files(config.vocab_size, config.max_position_embeddings)
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
+
+
+def _flavour(flavour: str | Flavour) -> Flavour:
+    if isinstance(flavour, Flavour):
+        return flavour
+    if flavour not in FLAVOURS:
+        raise ConfigError(f"flavour {flavour!r} is unknown; choose one of {', '.join(FLAVOURS)}")
+    return FLAVOURS[flavour]
 
 
 def draft_of(config: ModelConfig) -> DraftKind:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4.formats.codecs import MXFP4_BLOCK
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.inventory import Kind, Parameter
-from dsv4.formats.official import FP4_BLOCK, FP8_BLOCK, scale_name
+from dsv4.formats.matrices import FP8_BLOCK
 
 Encoder = Callable[[Parameter, ModelConfig, int], dict[str, Tensor]]
 """(parameter, config, seed) -> the stored tensors of one dialect, by name."""
@@ -64,11 +65,10 @@ def official_tensors(parameter: Parameter, config: ModelConfig, seed: int) -> di
     name, shape = parameter.name, parameter.shape
     match parameter.kind:
         case Kind.EXPERT:
-            gain = EXPERT_W2_GAIN if name.endswith("w2.weight") else 1.0
-            weight, scale = _fp4(seed, name, shape, gain / math.sqrt(shape[-1]))
+            weight, scale = _fp4(seed, name, shape, expert_spread(parameter))
             return {name: weight, scale_name(name): scale}
         case Kind.LINEAR:
-            weight, scale = _fp8(seed, name, shape, _spread(name, shape))
+            weight, scale = fp8_tensors(seed, name, shape, _spread(name, shape))
             return {name: weight, scale_name(name): scale}
         case Kind.TABLE:
             return {name: _expert_table(seed, name, shape, config.n_routed_experts)}
@@ -78,6 +78,17 @@ def official_tensors(parameter: Parameter, config: ModelConfig, seed: int) -> di
             return {name: _plain(seed, name, shape).to(torch.bfloat16)}
 
 
+def expert_spread(parameter: Parameter) -> float:
+    """Standard deviation of an expert matrix."""
+    gain = EXPERT_W2_GAIN if parameter.name.endswith("w2.weight") else 1.0
+    return gain / math.sqrt(parameter.shape[-1])
+
+
+def scale_name(weight_name: str) -> str:
+    """The block scales' name of a quantised weight: `X.weight` -> `X.scale`."""
+    return weight_name.removesuffix("weight") + "scale"
+
+
 def _bytes(
     seed: int, name: str, purpose: str, count: int
 ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -85,7 +96,7 @@ def _bytes(
     return np.frombuffer(stream, dtype=np.uint8)
 
 
-def _noise(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+def noise(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Bell-shaped float32 of unit variance within +-3.46: the sum of four random bytes."""
     parts = _bytes(seed, name, "noise", 4 * math.prod(shape)).reshape(-1, 4)
     total = parts.sum(axis=1, dtype=np.int32) - 510
@@ -99,29 +110,29 @@ def _spread(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _plain(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    noise = _noise(seed, name, shape)
+    drawn = noise(seed, name, shape)
     if len(shape) == 1:  # a norm
         return (
             COMPRESSED_NORM if name.endswith("attn.compressor.norm.weight") else 1
-        ) + 0.1 * noise
+        ) + 0.1 * drawn
     if name == "embed.weight" or name.endswith("markov_w1.weight"):
-        return noise
-    return noise * _spread(name, shape)
+        return drawn
+    return drawn * _spread(name, shape)
 
 
 def _float32(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    noise = _noise(seed, name, shape)
+    drawn = noise(seed, name, shape)
     if name.endswith("_fn"):
-        return noise / math.sqrt(shape[-1])
+        return drawn / math.sqrt(shape[-1])
     if name.endswith("_scale"):
-        return 1 + 0.3 * noise
+        return 1 + 0.3 * drawn
     if name.endswith(".ape"):
-        return 0.5 * noise
+        return 0.5 * drawn
     if name.endswith(".gate.bias"):
-        return 0.1 * noise
+        return 0.1 * drawn
     if name.endswith(".attn_sink"):
-        return SINK_MEAN + noise
-    return noise  # hc_*_base
+        return SINK_MEAN + drawn
+    return drawn  # hc_*_base
 
 
 def _expert_table(seed: int, name: str, shape: tuple[int, ...], experts: int) -> Tensor:
@@ -132,22 +143,24 @@ def _expert_table(seed: int, name: str, shape: tuple[int, ...], experts: int) ->
     return torch.from_numpy(chosen.astype(np.int64))
 
 
-def _fp8(seed: int, name: str, shape: tuple[int, ...], spread: float) -> tuple[Tensor, Tensor]:
+def fp8_tensors(
+    seed: int, name: str, shape: tuple[int, ...], spread: float
+) -> tuple[Tensor, Tensor]:
     """-> E4M3 codes `[out, in]`, E8M0 scales `[ceil(out/128), ceil(in/128)]`."""
     tiles = tuple(-(-size // FP8_BLOCK) for size in shape)
     picks = _bytes(seed, name, "tiles", math.prod(tiles)) % len(_TILE_EXPONENTS)
     exponents = _TILE_EXPONENTS[picks]
     inner = spread / _rms(exponents)
     base = math.floor(math.log2(inner / FP8_MIN_DEVIATION))
-    codes = _noise(seed, name, shape) * (inner / 2.0**base)
+    codes = noise(seed, name, shape) * (inner / 2.0**base)
     return codes.to(torch.float8_e4m3fn), _e8m0(exponents + base, tiles)
 
 
 def _fp4(seed: int, name: str, shape: tuple[int, ...], spread: float) -> tuple[Tensor, Tensor]:
     """-> packed E2M1 codes I8 `[out, in/2]`, E8M0 scales `[out, in/32]`."""
     rows, cols = shape
-    blocks = rows * cols // FP4_BLOCK
-    packed = _bytes(seed, name, "codes", rows * cols // 2).reshape(blocks, FP4_BLOCK // 2).copy()
+    blocks = rows * cols // MXFP4_BLOCK
+    packed = _bytes(seed, name, "codes", rows * cols // 2).reshape(blocks, MXFP4_BLOCK // 2).copy()
     base = round(math.log2(spread / (E2M1_RMS * _BLOCK_RMS)))
     exponents = base + _BLOCK_EXPONENTS[_bytes(seed, name, "exponents", blocks)]
     order = np.argsort(_bytes(seed, name, "places", 4 * blocks).view("<u4"), kind="stable")
@@ -158,7 +171,7 @@ def _fp4(seed: int, name: str, shape: tuple[int, ...], spread: float) -> tuple[T
     exponents[top] = base + _TOP_EXPONENT
     exponents[bottom] = base + _TOP_EXPONENT - EXACT_SPAN
     codes = torch.from_numpy(packed.view(np.int8)).reshape(rows, cols // 2)
-    return codes, _e8m0(exponents, (rows, cols // FP4_BLOCK))
+    return codes, _e8m0(exponents, (rows, cols // MXFP4_BLOCK))
 
 
 def _e8m0(exponents: Int16s, shape: tuple[int, ...]) -> Tensor:

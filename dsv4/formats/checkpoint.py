@@ -18,12 +18,15 @@ from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import StoreError
-from dsv4.formats.layouts import dequantize, unpack_fp8, unpack_nvfp4
-from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
+from dsv4.formats.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
+from dsv4.formats.matrices import FP8_BLOCK, Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import ATTRIBUTE, PLAIN_LAYOUT
+
+Stored = NVFP4Tensor | Fp8Matrix | Tensor
+"""A logical tensor as it is stored, its layout undone."""
 
 SUGGESTIONS = 3
 _E4M3_MAGNITUDE = 0x7F
@@ -78,14 +81,32 @@ class PackedCheckpoint:
         A new tensor of `dtype`; integer tables (`tid2eid`) keep int64. Raises StoreError for an
         unknown name (with the nearest ones) and for bytes that do not match their checksum.
         """
+        stored = self.stored(name)
+        if isinstance(stored, Tensor):
+            return stored.to(dtype, copy=True) if stored.is_floating_point() else stored.clone()
+        if isinstance(stored, Fp8Matrix):
+            return dequantize(stored).to(dtype)
+        return dequantize_nvfp4(stored).to(dtype)
+
+    def stored(self, name: str) -> Stored:
+        """`name` alone, rows and columns in the source's order, in the format it is stored in.
+
+        May share memory with the mapped files. Raises as `dequantize`.
+        """
         place = self._place(name)
         if place.group is None:
-            tensor = self.store.tensor(name)
-            return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
-        operand = self._operand(name, place)
-        if isinstance(operand, Fp8Matrix):
-            return dequantize(operand).to(dtype)
-        return dequantize_nvfp4(operand).to(dtype)
+            return self.store.tensor(name)
+        if place.expert is None:
+            matrix = self.store.matrix(name)
+        else:
+            matrix = self.store.stack(place.group).matrix(place.expert)
+        if isinstance(matrix, Nvfp4Matrix):
+            return unpack_nvfp4(matrix)[place.projection]
+        if len(place.group.names) == 1:
+            return matrix
+        if isinstance(matrix, Tensor):
+            return deinterleave_rows(matrix, place.group.interleave)[place.projection]
+        return _fp8_rows(matrix, place.group.rows, place.projection)
 
     def provenance(self, name: str) -> dict[str, Any]:
         """Where `name` came from and what became of it.
@@ -102,12 +123,15 @@ class PackedCheckpoint:
             facts = _free_fields(own) | {"format": "plain", "layout": PLAIN_LAYOUT}
         else:
             own = place.group.attributes
-            facts = _free_fields(own) | {
-                "format": place.group.format,
-                "layout": own["layout"],
-                "parameters": dict(own["parameters"]),
-                "scales": self._scale_statistics(self._operand(name, place)),
-            }
+            facts = (
+                _free_fields(own)
+                | {
+                    "format": place.group.format,
+                    "layout": own["layout"],
+                    "parameters": dict(own["parameters"]),
+                }
+                | _scale_statistics(self.stored(name))
+            )
         facts |= {"name": name, "path": place.path, "shape": list(self.shape(name))}
         facts["exact"] = own["exact"]
         if place.expert is not None:
@@ -135,35 +159,6 @@ class PackedCheckpoint:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise StoreError(f"{self.store.root}: there is no tensor {name!r}{hint}")
         return place
-
-    def _operand(self, name: str, place: _Place) -> NVFP4Tensor | Fp8Matrix:
-        """The projection `name` alone, with its rows and columns in order."""
-        assert place.group is not None
-        if place.expert is None:
-            matrix = self.store.matrix(name)
-        else:
-            matrix = self.store.expert_matrix(place.group, place.expert)
-        if isinstance(matrix, Nvfp4Matrix):
-            return unpack_nvfp4(matrix)[place.projection]
-        assert isinstance(matrix, Fp8Matrix)
-        return matrix
-
-    def _scale_statistics(self, operand: NVFP4Tensor | Fp8Matrix) -> dict[str, Any]:
-        if isinstance(operand, Fp8Matrix):
-            values = unpack_fp8(operand)[1].to(torch.float32)
-            return {"min": float(values.min()), "max": float(values.max())}
-        scales = operand.scales
-        values = scales.view(torch.float8_e4m3fn).to(torch.float32)
-        magnitude = scales & _E4M3_MAGNITUDE
-        subnormal = (magnitude > 0) & (magnitude <= _E4M3_SUBNORMAL_MAX)
-        return {
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "blocks": scales.numel(),
-            "subnormal": int(subnormal.sum()),
-            "zero": int((magnitude == 0).sum()),
-            "global": float(operand.global_scale),
-        }
 
     def _lineage(self, place: _Place) -> dict[str, Any]:
         """Sources and block counts of one expert's projection; empty without the lineage array."""
@@ -195,6 +190,40 @@ class PackedCheckpoint:
             raise StoreError(
                 f"{self.store.root}: sources {sources!r} do not fit the manifest's source files"
             ) from None
+
+
+def _fp8_rows(matrix: Fp8Matrix, rows: int, projection: int) -> Fp8Matrix:
+    """Rows of one of several projections that follow each other; `rows` is whole scale tiles."""
+    tiles = rows // FP8_BLOCK
+    return Fp8Matrix(
+        matrix.codes[:, projection * rows : (projection + 1) * rows],
+        matrix.scales[projection * tiles : (projection + 1) * tiles],
+        rows,
+        matrix.cols,
+    )
+
+
+def _scale_statistics(stored: Stored) -> dict[str, dict[str, Any]]:
+    """`{"scales": statistics}` of a quantised tensor; nothing of an unquantised one."""
+    if isinstance(stored, Tensor):
+        return {}
+    if isinstance(stored, Fp8Matrix):
+        values = unpack_fp8(stored)[1].to(torch.float32)
+        return {"scales": {"min": float(values.min()), "max": float(values.max())}}
+    scales = stored.scales
+    values = scales.view(torch.float8_e4m3fn).to(torch.float32)
+    magnitude = scales & _E4M3_MAGNITUDE
+    subnormal = (magnitude > 0) & (magnitude <= _E4M3_SUBNORMAL_MAX)
+    return {
+        "scales": {
+            "min": float(values.min()),
+            "max": float(values.max()),
+            "blocks": scales.numel(),
+            "subnormal": int(subnormal.sum()),
+            "zero": int((magnitude == 0).sum()),
+            "global": float(stored.global_scale),
+        }
+    }
 
 
 def _source_range(files: list[Any], index: int, begin: int, end: int) -> dict[str, Any]:

@@ -36,6 +36,9 @@ from dsv4.formats.scale_search import ONE_BYTE, BlockEncoder
 _E8M0_BIAS = 127
 _MAX_SCALE_EXPONENT = 8  # 2^8 is the largest power of two in E4M3
 _MIN_SCALE_EXPONENT = -9  # 2^-9 the smallest (subnormal, byte 0x01)
+_MIN_NORMAL = -6
+_E4M3_BIAS = 7
+_TWO_NORMALS = 0x0808  # times a biased exponent: that power of two as two E4M3 bytes
 _MAGNITUDE_NIBBLES = 0x7777777777777777
 _CHUNK = 1 << 16
 _CHECK_ROWS = 256
@@ -70,12 +73,12 @@ def cast_mxfp4_to_nvfp4(
     """
     _check(codes, scales, name)
     halves = _as_halves(codes)
-    exponents = scales.to(torch.int16).sub_(_E8M0_BIAS)
-    top = _largest_exponent(halves, exponents)
+    top = _largest_exponent(halves, scales)
     shift = min(max(top - _MAX_SCALE_EXPONENT, MIN_GLOBAL_EXPONENT), MAX_GLOBAL_EXPONENT)
     out_scales = _scale_bytes(scales, shift)
     out_codes, recoded, rounded, lost = codes, 0, 0, 0.0
     if out_scales.numel() and not int(out_scales.min()):
+        exponents = scales.to(torch.int16).sub_(_E8M0_BIAS)
         outside = (out_scales == 0).flatten().nonzero().flatten()
         out_codes = codes.clone(memory_format=torch.contiguous_format)
         for index in torch.split(outside, _CHUNK):
@@ -84,14 +87,15 @@ def cast_mxfp4_to_nvfp4(
             _as_halves(out_codes).view(-1)[index] = fit.codes
             out_scales.view(-1)[index] = fit.scales
             recoded, rounded, lost = recoded + fit.recoded, rounded + fit.rounded, lost + fit.lost
-    rel_mse = lost / _energy(codes, exponents - shift) if lost else 0.0
+        if lost:
+            lost /= _energy(codes, exponents - shift)
     tensor = NVFP4Tensor(
         codes=out_codes,
         scales=out_scales,
-        global_scale=torch.tensor(2.0**shift, dtype=torch.float32),
+        global_scale=torch.tensor(2.0**shift, dtype=torch.float32, device=codes.device),
         shape=(codes.shape[0], codes.shape[1] * 2),
     )
-    return tensor, CastReport(out_scales.numel(), recoded, rounded, rel_mse)
+    return tensor, CastReport(out_scales.numel(), recoded, rounded, lost)
 
 
 def _check(codes: Tensor, scales: Tensor, name: str) -> None:
@@ -125,29 +129,37 @@ def _as_halves(codes: Tensor) -> Tensor:
 
 def _scale_bytes(scales: Tensor, shift: int) -> Tensor:
     """E8M0 bytes `[N, K/32]` -> E4M3 bytes of 2^(k - shift) `[N, K/16]`, 0 where there is none."""
+    unit = shift + _E8M0_BIAS  # the E8M0 byte of 2^shift
+    low, high = (int(scales.min()), int(scales.max())) if scales.numel() else (0, 0)
+    if low - unit >= _MIN_NORMAL and high - unit <= _MAX_SCALE_EXPONENT:
+        pairs = scales.to(torch.int16).sub_(unit - _E4M3_BIAS).mul_(_TWO_NORMALS)
+        return pairs.view(torch.uint8).view(scales.shape[0], -1)
     table = torch.zeros(256, dtype=torch.int16)
     for exponent in range(_MIN_SCALE_EXPONENT, _MAX_SCALE_EXPONENT + 1):
-        byte = (exponent + 7) << 3 if exponent >= -6 else 1 << (exponent - _MIN_SCALE_EXPONENT)
+        normal = exponent >= _MIN_NORMAL
+        byte = (exponent + _E4M3_BIAS) << 3 if normal else 1 << (exponent - _MIN_SCALE_EXPONENT)
         if 0 <= exponent + shift + _E8M0_BIAS < E8M0_NAN:
             table[exponent + shift + _E8M0_BIAS] = byte << 8 | byte
-    pairs = table.index_select(0, scales.flatten().to(torch.int32))
+    pairs = table.to(scales.device).index_select(0, scales.flatten().to(torch.int32))
     return pairs.view(torch.uint8).view(scales.shape[0], -1)
 
 
-def _largest_exponent(halves: Tensor, exponents: Tensor) -> int:
+def _largest_exponent(halves: Tensor, scales: Tensor) -> int:
     """k_max over the blocks of 32 with a non-zero code; 8, for a global scale of 1, if none.
 
-    Exponents are tried from the top, so that an ordinary tensor's codes are hardly read.
+    Scales are tried from the top, so that an ordinary tensor's codes are hardly read.
     """
-    words = halves.view(*exponents.shape, 2)
-    while exponents.numel() and (top := int(exponents.max())) >= -_E8M0_BIAS:
+    words = halves.view(*scales.shape, 2)
+    top = int(scales.max()) if scales.numel() else -1
+    while top >= 0:
         for part, part_words in zip(
-            torch.split(exponents, _CHECK_ROWS), torch.split(words, _CHECK_ROWS), strict=True
+            torch.split(scales, _CHECK_ROWS), torch.split(words, _CHECK_ROWS), strict=True
         ):
             hit = part == top
             if bool(hit.any()) and bool((part_words[hit] & _MAGNITUDE_NIBBLES).any()):
-                return top
-        exponents = exponents.masked_fill(exponents == top, -_E8M0_BIAS - 1)
+                return top - _E8M0_BIAS
+        lower = scales[scales < top]
+        top = int(lower.max()) if lower.numel() else -1
     return _MAX_SCALE_EXPONENT
 
 
@@ -176,7 +188,7 @@ def _fit(halves: Tensor, scale: Tensor) -> _Fit:
     rounded, lost = ~(same | zero), 0.0
     if bool(rounded.any()):
         lanes = before[rounded].float().t().contiguous()
-        packed, scales[rounded] = BlockEncoder(lanes.shape[1]).encode(lanes)
+        packed, scales[rounded] = BlockEncoder(lanes.shape[1], lanes.device).encode(lanes)
         codes[rounded] = packed.view(torch.int64).flatten()
         after = _values(codes[rounded], e4m3_decode(scales[rounded]).double())
         lost = float((after - before[rounded]).square_().sum())

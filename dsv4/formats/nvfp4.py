@@ -26,6 +26,7 @@ MAX_GLOBAL_EXPONENT = 127
 
 _LARGEST_SCALE = 256.0
 _TILE_BLOCKS = 1 << 13  # per thread: what one operation touches stays in a core's cache
+_GPU_TILE_BLOCKS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,11 @@ def quantize_nvfp4(
     rows = w.reshape(-1, w.shape[-1])
     weights = None if importance is None else _column_weights(importance, w.shape[-1], name)
     blocks = -(-w.shape[-1] // NVFP4_BLOCK)
-    codes = torch.empty(rows.shape[0], blocks, NVFP4_BLOCK // 2, dtype=torch.uint8)
-    scales = torch.empty(rows.shape[0], blocks, dtype=torch.uint8)
-    tile = min(_TILE_BLOCKS * torch.get_num_threads(), scales.numel())
-    encoder = BlockEncoder(tile)
+    codes = rows.new_empty((rows.shape[0], blocks, NVFP4_BLOCK // 2), dtype=torch.uint8)
+    scales = rows.new_empty((rows.shape[0], blocks), dtype=torch.uint8)
+    tile = _TILE_BLOCKS * torch.get_num_threads() if w.device.type == "cpu" else _GPU_TILE_BLOCKS
+    tile = min(tile, scales.numel())
+    encoder = BlockEncoder(tile, w.device)
     for part, span in _tiles(rows.shape[0], blocks, tile):
         cols = slice(span.start * NVFP4_BLOCK, span.stop * NVFP4_BLOCK)
         values = rows[part, cols]
@@ -102,7 +104,7 @@ def quantize_nvfp4(
     return NVFP4Tensor(
         codes=codes.view(*w.shape[:-1], blocks * NVFP4_BLOCK // 2),
         scales=scales.view(*w.shape[:-1], blocks),
-        global_scale=torch.tensor(scale, dtype=torch.float32),
+        global_scale=torch.tensor(scale, dtype=torch.float32, device=w.device),
         shape=tuple(w.shape),
     )
 
@@ -127,7 +129,8 @@ def _lanes(part: Tensor) -> Tensor:
     """Rows `[R, C]` -> float32 `[16, R * ceil(C / 16)]`, the last block of a row zero-padded."""
     padded = pad(part, (0, -part.shape[1] % NVFP4_BLOCK)) if part.shape[1] % NVFP4_BLOCK else part
     blocks = padded.reshape(-1, NVFP4_BLOCK)
-    return torch.empty(NVFP4_BLOCK, blocks.shape[0]).copy_(blocks.t())
+    lanes = torch.empty(NVFP4_BLOCK, blocks.shape[0], device=part.device)
+    return lanes.copy_(blocks.t())
 
 
 def _amax(w: Tensor, name: str) -> float:

@@ -54,8 +54,8 @@ _NORMAL_TO_FP32 = (127 - 7) << 23  # added to an E4M3 byte shifted to its place
 class BlockEncoder:
     """Encodes tiles of up to `blocks` blocks; owns the scratch memory this takes."""
 
-    def __init__(self, blocks: int) -> None:
-        self._memory = torch.empty(3, blocks * NVFP4_BLOCK)
+    def __init__(self, blocks: int, device: torch.device | str = "cpu") -> None:
+        self._memory = torch.empty(3, blocks * NVFP4_BLOCK, device=device)
         self._scratch = _Scratch.of(self._memory, blocks)
 
     def encode(self, lanes: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -91,14 +91,15 @@ class BlockEncoder:
     ) -> tuple[Tensor, Tensor]:
         """-> (least error, its byte) over the window around `start` >= 11."""
         scratch = self._scratch_for(start)
-        offsets = torch.tensor(_WINDOW, dtype=torch.int32)
+        offsets = torch.tensor(_WINDOW, dtype=torch.int32, device=start.device)
         bytes_ = (start + offsets.unsqueeze(1)).clamp_(max=_LAST_BYTE)
         scales = (bytes_ << 20).add_(_NORMAL_TO_FP32).view(torch.float32)
         errors = torch.empty_like(scales)
         for offset, scale, error in zip(_WINDOW, scales, errors, strict=True):
             _error(scratch, magnitude, weights, scale, saturates=offset < 0, out=error)
         keys = _comparable(errors.mul_(scales.square_())).view(torch.int32)
-        key = keys.add_(torch.arange(len(_WINDOW), dtype=torch.int32).unsqueeze(1)).amin(dim=0)
+        ranks = torch.arange(len(_WINDOW), dtype=torch.int32, device=start.device)
+        key = keys.add_(ranks.unsqueeze(1)).amin(dim=0)
         best_byte = offsets[key & _RANK_BITS].add_(start).clamp_(max=_LAST_BYTE)
         return _comparable(key.view(torch.float32)), best_byte
 
@@ -118,7 +119,7 @@ class BlockEncoder:
         self, magnitude: Tensor, weights: Tensor, start: Tensor, best: Tensor, best_byte: Tensor
     ) -> None:
         """Lower `best_byte` in place where bytes below the window have less weighted error."""
-        index = torch.arange(start.numel())
+        index = torch.arange(start.numel(), device=start.device)
         for offset in range(-4, -_LAST_BYTE, -1):
             byte = start + offset
             limit = _scale(byte.clamp(min=1)).mul_(E2M1_MAX)
@@ -162,7 +163,7 @@ class _Scratch:
             power_bits=power.view(torch.int32),
             q=q,
             halves=(*((q[:n], q[n : 2 * n]) for n in (8, 4, 2)), (q[0], q[1])),
-            exponent_mask=torch.tensor(FP32_EXPONENT, dtype=torch.int32),
+            exponent_mask=torch.tensor(FP32_EXPONENT, dtype=torch.int32, device=memory.device),
         )
 
 

@@ -1,74 +1,207 @@
 """Logical source tensors: a weight together with the scales that give its bytes their meaning.
 
-A checkpoint stores one logical matrix as several safetensors entries. What they are is decided
-by the entries themselves (dtype and companions), never by what the config claims.
+A checkpoint stores one logical tensor as one to four safetensors entries. What they are is decided
+by the entries themselves (their roles and dtypes), never by what the config claims:
+
+    MXFP4   weight I8 [N, K/2]         scale F8_E8M0 [N, K/32]
+    NVFP4   weight U8 [N, K/2]         weight_scale F8_E4M3 [N, K/16]   weight_scale_2 F32
+    NVFP4   weight_packed U8 [N, K/2]  weight_scale F8_E4M3 [N, K/16]   weight_global_scale F32
+    FP8     weight F8_E4M3 [N, K]      scale | weight_scale | weight_scale_inv [N/128, K/128]
+    PLAIN   weight (or the tensor itself) BF16, F32 or I64
+
+ModelOpt's `weight_scale_2` multiplies, compressed-tensors' `weight_global_scale` divides. Scales of
+activations may stand beside quantised weights; weights do not need them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from dsv4.formats.codecs import MXFP4_BLOCK
 from dsv4.formats.errors import SourceError
+from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK
 from dsv4.formats.safetensors_header import TensorEntry
+
+ITSELF = ""  # the role of an entry that is the whole tensor under its own name
+INPUT_SCALES = ("input_scale", "input_global_scale")
+FLOATS = ("BF16", "F32")
 
 
 class Encoding(enum.StrEnum):
     """How the bytes of a logical tensor are read."""
 
-    MXFP4 = "mxfp4"  # I8-packed E2M1, one E8M0 scale per 32 columns
+    MXFP4 = "mxfp4"  # E2M1, one E8M0 scale per 32 columns
+    NVFP4 = "nvfp4"  # E2M1, one E4M3 scale per 16 columns and a global scale
     FP8 = "fp8"  # E4M3, one scale per 128x128 tile
     PLAIN = "plain"
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceTensor:
-    """One logical tensor: hub name, encoding, logical shape, and its entries in the files."""
+    """One logical tensor: hub name, encoding, logical shape, and its entries in the files.
+
+    reciprocal: the global scale divides instead of multiplying (compressed-tensors).
+    ignored: entries that belong to it but are not carried (scales of activations).
+    """
 
     name: str
     encoding: Encoding
     shape: tuple[int, ...]
     weight: TensorEntry
     scale: TensorEntry | None = None
+    global_scale: TensorEntry | None = None
+    reciprocal: bool = False
+    ignored: tuple[TensorEntry, ...] = ()
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """The entries that make its values, by role: weight, scale, global_scale."""
+        roles = {"weight": self.weight, "scale": self.scale, "global_scale": self.global_scale}
+        return {role: entry for role, entry in roles.items() if entry is not None}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its entries."""
-        entries = [self.weight] + ([self.scale] if self.scale else [])
-        return sum(entry.end - entry.begin for entry in entries)
+        """Bytes of the entries that make its values."""
+        return sum(entry.nbytes for entry in self.entries.values())
 
 
-def group_official(entries: Mapping[str, TensorEntry]) -> dict[str, SourceTensor]:
-    """Group the entries of an official checkpoint (`X.weight` with an optional `X.scale`).
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """One way to store a tensor: which roles, in which dtypes. scales: any one of these roles."""
 
-    Raises SourceError for a scale without its weight and a pair of dtypes that has no meaning.
+    encoding: Encoding
+    weight: str
+    dtypes: tuple[str, ...]
+    scales: tuple[str, ...] = ()
+    scale_dtypes: tuple[str, ...] = ()
+    global_scale: str | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{self.weight or 'tensor'} {'/'.join(self.dtypes)}"]
+        if self.scales:
+            parts.append(f"{'/'.join(self.scales)} {'/'.join(self.scale_dtypes)}")
+        if self.global_scale:
+            parts.append(f"{self.global_scale} F32")
+        return " + ".join(parts)
+
+
+_E4M3, _E8M0 = "F8_E4M3", "F8_E8M0"
+_FP8_SCALES = ("scale", "weight_scale", "weight_scale_inv")
+_FORMS = (
+    _Form(Encoding.MXFP4, "weight", ("I8",), ("scale",), (_E8M0,)),
+    _Form(Encoding.NVFP4, "weight", ("U8",), ("weight_scale",), (_E4M3,), "weight_scale_2"),
+    _Form(
+        Encoding.NVFP4,
+        "weight_packed",
+        ("U8",),
+        ("weight_scale",),
+        (_E4M3,),
+        "weight_global_scale",
+    ),
+    _Form(Encoding.FP8, "weight", (_E4M3,), _FP8_SCALES, (_E8M0, *FLOATS)),
+    _Form(Encoding.PLAIN, "weight", FLOATS),
+    _Form(Encoding.PLAIN, ITSELF, (*FLOATS, "I64")),
+)
+ROLES = frozenset(
+    {role for form in _FORMS for role in (form.weight, *form.scales, form.global_scale) if role}
+    | set(INPUT_SCALES)
+)
+
+
+def classify(name: str, members: Mapping[str, TensorEntry]) -> SourceTensor:
+    """The tensor of hub name `name` that the entries `members` (by role) store.
+
+    Raises SourceError when they store none: a role missing or too many, dtypes that have no
+    meaning together, scales of another shape than the weight implies.
     """
-    tensors: dict[str, SourceTensor] = {}
-    scales = {name for name in entries if name.endswith(".scale")}
-    for name, entry in entries.items():
-        if name in scales:
-            partner = name.removesuffix("scale") + "weight"
-            if partner not in entries:
-                raise SourceError(f"{entry.file}: {name} has no {partner} beside it")
-            continue
-        scale_name = name.removesuffix("weight") + "scale" if name.endswith(".weight") else ""
-        tensors[name] = _classify(name, entry, entries.get(scale_name))
-    return tensors
-
-
-def _classify(name: str, weight: TensorEntry, scale: TensorEntry | None) -> SourceTensor:
-    pair = (weight.dtype, scale.dtype if scale else None)
-    match pair:
-        case ("I8", "F8_E8M0"):
-            shape = (*weight.shape[:-1], weight.shape[-1] * 2)
-            return SourceTensor(name, Encoding.MXFP4, shape, weight, scale)
-        case ("F8_E4M3", "F8_E8M0" | "F32" | "BF16"):
-            return SourceTensor(name, Encoding.FP8, weight.shape, weight, scale)
-        case ("BF16" | "F32" | "I64", None):
-            return SourceTensor(name, Encoding.PLAIN, weight.shape, weight)
-    found = f"{pair[0]} with " + (f"a {pair[1]} scale" if pair[1] else "no scale")
-    raise SourceError(
-        f"{weight.file}: {name} is {found}, expected I8 or F8_E4M3 with a scale, "
-        f"or BF16, F32 or I64 without"
+    form = _form(name, members)
+    rest = {role: entry for role, entry in members.items() if role != form.weight}
+    ignored = tuple(rest.pop(role) for role in INPUT_SCALES if form.scales and role in rest)
+    scales = [role for role in form.scales if role in rest]
+    if form.scales and not scales:
+        raise _refusal(name, members, f"expected {' or '.join(form.scales)} beside it", form)
+    if len(scales) > 1:
+        raise _refusal(name, members, f"expected one of {' and '.join(scales)}, not both", form)
+    if form.global_scale is not None and form.global_scale not in rest:
+        raise _refusal(name, members, f"expected {form.global_scale} beside it", form)
+    scale = rest.pop(scales[0]) if scales else None
+    global_scale = rest.pop(form.global_scale) if form.global_scale else None
+    if rest:
+        raise _refusal(name, members, f"{', '.join(sorted(rest))} has no meaning beside it", form)
+    weight = members[form.weight]
+    if scale is not None and scale.dtype not in form.scale_dtypes:
+        raise _refusal(name, members, f"scales cannot be {scale.dtype}", form)
+    tensor = SourceTensor(
+        name,
+        form.encoding,
+        _logical_shape(form.encoding, weight),
+        weight,
+        scale,
+        global_scale,
+        form.global_scale == "weight_global_scale",
+        ignored,
     )
+    _check_scales(tensor)
+    return tensor
+
+
+def _form(name: str, members: Mapping[str, TensorEntry]) -> _Form:
+    for form in _FORMS:
+        if form.weight in members and members[form.weight].dtype in form.dtypes:
+            return form
+    weights = [role for role in ("weight", "weight_packed", ITSELF) if role in members]
+    problem = "such a weight is not known" if weights else "its weight is missing"
+    raise _refusal(name, members, problem)
+
+
+def _refusal(
+    name: str, members: Mapping[str, TensorEntry], problem: str, form: _Form | None = None
+) -> SourceError:
+    found = " + ".join(
+        f"{role or 'tensor'} {entry.dtype} {list(entry.shape)}" for role, entry in members.items()
+    )
+    file = next(iter(members.values())).file
+    forms: Iterable[_Form] = _FORMS if form is None else (form,)
+    return SourceError(
+        f"{file}: {name} is stored as {found}; {problem} (expected {'; '.join(map(str, forms))})"
+    )
+
+
+def _logical_shape(encoding: Encoding, weight: TensorEntry) -> tuple[int, ...]:
+    if encoding in (Encoding.MXFP4, Encoding.NVFP4) and weight.shape:
+        return (*weight.shape[:-1], weight.shape[-1] * 2)
+    return weight.shape
+
+
+def _check_scales(tensor: SourceTensor) -> None:
+    """Scales have the shape that the weight's implies. Raises SourceError."""
+    if tensor.scale is None:
+        return
+    if len(tensor.shape) != 2:
+        raise SourceError(
+            f"{tensor.weight.file}: {tensor.name} is {tensor.encoding} of shape "
+            f"{list(tensor.shape)}, expected a matrix [out, in]"
+        )
+    rows, cols = tensor.shape
+    block = {Encoding.MXFP4: MXFP4_BLOCK, Encoding.NVFP4: NVFP4_BLOCK}.get(tensor.encoding)
+    if block is None:
+        expected = (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))
+    elif cols % block:
+        raise SourceError(
+            f"{tensor.weight.file}: {tensor.name} has {cols} columns, expected a multiple of "
+            f"{block} for {tensor.encoding} blocks"
+        )
+    else:
+        expected = (rows, cols // block)
+    if tensor.scale.shape != expected:
+        raise SourceError(
+            f"{tensor.scale.file}: {tensor.scale.name} has shape {list(tensor.scale.shape)}, "
+            f"expected {list(expected)} for {tensor.encoding} of shape {list(tensor.shape)}"
+        )
+    scale = tensor.global_scale
+    if scale is not None and (scale.dtype != "F32" or scale.shape not in ((), (1,))):
+        raise SourceError(
+            f"{scale.file}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected one F32"
+        )

@@ -1,8 +1,9 @@
 """Inversion with the source: undo every transform from the emitted bytes and compare.
 
-Exact tensors must give the source's bytes (plain, FP8) or values, sign of zero included (MXFP4
-carried into NVFP4). Rounded tensors must be no worse than the optimum of the format, recomputed
-here from the source, and their recorded loss must be the measured one.
+Exact tensors must give the source's bytes (plain, FP8, NVFP4) or values, sign of zero included
+(MXFP4 carried into NVFP4). Rounded tensors must be no worse than the optimum of the format,
+recomputed here from the source, and their recorded loss must be the measured one. What was left
+behind as a copy must be one.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4, read_values
 from dsv4.convert.source import Source
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.layouts import unpack_fp8
-from dsv4.formats.matrices import Fp8Matrix
 from dsv4.formats.metrics import Loss
 from dsv4.formats.mxfp4 import cast_mxfp4_to_nvfp4
-from dsv4.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
-from dsv4.formats.official import check_inventory
-from dsv4.formats.source_tensor import Encoding, SourceTensor, group_official
+from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.source_inventory import check_inventory
+from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.validate.report import Report, TensorVerdict
 
 TILE_ROWS = 4096
@@ -35,10 +35,8 @@ def invert(packed: PackedCheckpoint, source: Source, report: Report) -> None:
     config = ModelConfig.from_hf(source.config)
     if config != packed.config:
         report.add("config", "manifest", "the model config is not the source's")
-    skipped = set(check_inventory(source.entries, config).skipped)
-    tensors = group_official(
-        {name: entry for name, entry in source.entries.items() if name not in skipped}
-    )
+    inventory = check_inventory(source.entries, config)
+    tensors = inventory.by_name
     names = set(packed.names())
     for name in sorted(tensors.keys() - names):
         report.add("inventory", name, "in the source, but not in the store: convert again")
@@ -48,18 +46,18 @@ def invert(packed: PackedCheckpoint, source: Source, report: Report) -> None:
         if name in names:
             report.tensors.append(_compare(packed, source, tensor, report))
     report.count("tensors compared with the source", len(report.tensors))
+    for copy, original in inventory.copies:
+        report.count("draft copies compared with what they copy")
+        if not _equal(source, copy, tensors[original]):
+            report.add("inversion", copy.name, f"was left behind, but differs from {original}")
 
 
-def source_values(source: Source, tensor: SourceTensor) -> Tensor:
-    """The logical tensor of the source in float32, shape as in the source."""
-    weight = source.read(tensor.weight)
-    if tensor.encoding is Encoding.PLAIN:
-        return weight.to(torch.float32)
-    assert tensor.scale is not None
-    scale = source.read(tensor.scale)
-    if tensor.encoding is Encoding.FP8:
-        return dequantize_fp8(weight, scale)
-    return dequantize_mxfp4(weight.view(torch.uint8), scale.view(torch.uint8))
+def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
+    """Whether two unquantised tensors have the same values, whatever their dtypes."""
+    return all(
+        torch.equal(part.float(), source.read_rows(original.weight, start, stop).float())
+        for start, stop, part in _rows(source, copy)
+    )
 
 
 def _compare(
@@ -87,21 +85,28 @@ def _compare(
 
 def _same_bytes(packed: PackedCheckpoint, source: Source, tensor: SourceTensor) -> bool:
     """Whether a tensor carried in its own format has the source's very bytes."""
-    if tensor.encoding is Encoding.PLAIN:
-        stored = packed.store.tensor(tensor.name)
+    stored = packed.stored(tensor.name)
+    if isinstance(stored, NVFP4Tensor):
+        expected = read_nvfp4(source, tensor)
+        return all(
+            torch.equal(_bytes(found), _bytes(part))
+            for found, part in (
+                (stored.codes, expected.codes),
+                (stored.scales, expected.scales),
+                (stored.global_scale, expected.global_scale),
+            )
+        )
+    if isinstance(stored, Tensor):
         if str(stored.dtype) != str(source.read_rows(tensor.weight, 0, 0).dtype):
             return False
         return tuple(stored.shape) == tensor.shape and all(
             torch.equal(_bytes(part), _bytes(stored[start:stop] if stored.dim() else stored))
             for start, stop, part in _rows(source, tensor)
         )
-    matrix = packed.store.matrix(tensor.name)
-    if not isinstance(matrix, Fp8Matrix):
-        return False
-    assert tensor.scale is not None
-    codes, scales = unpack_fp8(matrix)
-    return torch.equal(_bytes(codes), _bytes(source.read(tensor.weight))) and torch.equal(
-        _bytes(scales), _bytes(source.read(tensor.scale))
+    pairs = zip(unpack_fp8(stored), read_fp8(source, tensor), strict=True)
+    return all(
+        found.dtype == part.dtype and torch.equal(_bytes(found), _bytes(part))
+        for found, part in pairs
     )
 
 
@@ -120,7 +125,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report) -> Loss:
     """The measured loss; a rounded tensor is also held against the recomputed optimum."""
-    original = source_values(source, tensor)
+    original = read_values(source, tensor)
     emitted = packed.dequantize(tensor.name)
     loss = Loss()
     if emitted.shape != original.shape:
@@ -158,8 +163,6 @@ def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report
 def _optimum(source: Source, tensor: SourceTensor, original: Tensor) -> Tensor:
     """The best the packed format can do for this tensor, recomputed from the source."""
     if tensor.encoding is Encoding.MXFP4:
-        assert tensor.scale is not None
-        codes = source.read(tensor.weight).view(torch.uint8)
-        scales = source.read(tensor.scale).view(torch.uint8)
-        return dequantize_nvfp4(cast_mxfp4_to_nvfp4(codes, scales, name=tensor.name)[0])
+        cast, _ = cast_mxfp4_to_nvfp4(*read_mxfp4(source, tensor), name=tensor.name)
+        return dequantize_nvfp4(cast)
     return dequantize_nvfp4(quantize_nvfp4(original, name=tensor.name))

@@ -117,6 +117,11 @@ def _check_values(packed: PackedCheckpoint, report: Report) -> None:
 
 def _group_values(store: PackedStore, group: QuantizedGroup) -> Iterator[tuple[str, bool]]:
     """-> (what would be wrong, whether all is right) for each check of one group."""
+    if group.format == "plain":
+        stack = store.stack(group)
+        whole = all(bool(stack.weights.row(e).isfinite().all()) for e in range(group.experts or 0))
+        yield "its weights hold NaN or infinity", whole
+        return
     if group.format == "fp8":
         codes = _raw(store, f"{group.path}/codes")
         yield "its codes hold E4M3 NaN", not bool(((codes & E4M3_NAN) == E4M3_NAN).any())

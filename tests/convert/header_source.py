@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,28 @@ from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.inventory import DraftKind
-from dsv4.formats.official import expected_tensors
-from dsv4.formats.safetensors_header import DTYPE_BITS, TensorEntry
+from dsv4.formats.safetensors_header import TensorEntry
+from tests.dialects.headers import Dialect, entry, official, stored_by
 
 
 class HeaderSource:
     """Every tensor a real release has, one file per layer, with running offsets."""
 
-    def __init__(self, config: dict[str, Any], draft: DraftKind) -> None:
+    def __init__(
+        self, config: dict[str, Any], draft: DraftKind, dialect: Dialect = official
+    ) -> None:
         self.config = config
-        self.entries: Mapping[str, TensorEntry] = self._entries(draft)
+        self.entries: Mapping[str, TensorEntry] = self._entries(draft, dialect)
 
-    def _entries(self, draft: DraftKind) -> dict[str, TensorEntry]:
+    def _entries(self, draft: DraftKind, dialect: Dialect) -> dict[str, TensorEntry]:
         entries: dict[str, TensorEntry] = {}
         ends: dict[str, int] = {}
-        for tensor in expected_tensors(ModelConfig.from_hf(self.config), draft):
+        for tensor in stored_by(ModelConfig.from_hf(self.config), draft, dialect=dialect):
             parts = tensor.name.split(".")
             stem = "-".join(parts[:2]) if parts[0] in ("layers", "mtp") else "rest"
             file = f"model-{stem}.safetensors"
-            size = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtypes[0]] // 8
-            begin = ends.get(file, 8)
-            ends[file] = begin + size
-            entries[tensor.name] = TensorEntry(
-                name=tensor.name,
-                dtype=tensor.dtypes[0],
-                shape=tensor.shape,
-                begin=begin,
-                end=begin + size,
-                file=file,
-            )
+            entries[tensor.name] = entry(tensor, ends.get(file, 8), file)
+            ends[file] = entries[tensor.name].end
         return entries
 
     def read(self, entry: TensorEntry) -> Tensor:

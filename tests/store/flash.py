@@ -25,6 +25,7 @@ _MEASURED = {
     "recoded_blocks": 12345,
     "rounded_blocks": 0,
     "rel_mse": 0.0,
+    "exact": False,
     "loss": {"rel_mse": 0.0071234567891234, "cosine": 0.9964567891234567, "amax": 0.1328125},
 }
 

@@ -140,8 +140,12 @@ def test_no_copies(pristine: Path) -> None:
     assert _origin(stack.row(2)) == _origin(stack.row(3)) != _origin(stack.row(1))
     assert not shared(store.array("layers/0/attn/wo_b/codes").tensor)  # its columns are cut
     experts = store.experts(packing.STACK)
-    assert _origin(experts.w2(2).codes) == _origin(stack.row(2))
-    assert _origin(experts.w13(0).scales) == _origin(experts.w13(1).scales)
+    w2, first, second = experts.w2(2), experts.w13(0), experts.w13(1)
+    assert isinstance(w2, Nvfp4Matrix)
+    assert isinstance(first, Nvfp4Matrix)
+    assert isinstance(second, Nvfp4Matrix)
+    assert _origin(w2.codes) == _origin(stack.row(2))
+    assert _origin(first.scales) == _origin(second.scales)
 
 
 def test_writing_to_a_tensor_leaves_the_file_alone(store: Path) -> None:
@@ -164,8 +168,11 @@ def test_matrices(pristine: Path) -> None:
     assert isinstance(store.matrix("embed.weight"), Tensor)
     experts = store.experts(packing.STACK)
     assert (len(experts), experts.interleave) == (packing.EXPERTS, 8)
-    assert (experts.w13(1).rows, experts.w13(1).cols, experts.w13(1).interleave) == (256, 256, 8)
-    assert (experts.w2(1).rows, experts.w2(1).cols, experts.w2(1).interleave) == (256, 128, 0)
+    w13, w2 = experts.w13(1), experts.w2(1)
+    assert isinstance(w13, Nvfp4Matrix)
+    assert isinstance(w2, Nvfp4Matrix)
+    assert (w13.rows, w13.cols, w13.interleave) == (256, 256, 8)
+    assert (w2.rows, w2.cols, w2.interleave) == (256, 128, 0)
 
 
 def test_what_is_not_there_is_refused_by_name(pristine: Path) -> None:

@@ -9,7 +9,9 @@ A *plain tensor* is an array whose `dsv4` attribute has `"format": "plain"` and 
 
 `shape` is one projection's; two names (gate, up) have interleaved rows, so the codes have 2N.
 A *stack* holds E such matrices under a leading dimension, and names its experts by the template
-`layers.2.ffn.experts.{e}.w1.weight`. It may have an int64 array `lineage` `[E, P, 8]`.
+`layers.2.ffn.experts.{e}.w1.weight`. It may have an int64 array `lineage` `[E, P, 8]`. Two
+projections of FP8 follow each other whole (interleave 0), since a scale covers 128 rows. A stack
+may also be unquantised (`"format": "plain"`): one array `weight` instead of codes and scales.
 """
 
 from __future__ import annotations
@@ -23,22 +25,21 @@ from dsv4.formats.matrices import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYT
 from dsv4.formats.store.hierarchy import Hierarchy
 from dsv4.formats.store.schema import (
     ATTRIBUTE,
-    FP8_LAYOUT,
+    LAYOUT_OF,
     MAX_ARRAY_BYTES,
-    NVFP4_LAYOUT,
     ArraySpec,
     path_of,
 )
 
 EXPERT = "{e}"
 LINEAGE_COLUMNS = 8
-_LAYOUT_OF = {"nvfp4": NVFP4_LAYOUT, "fp8": FP8_LAYOUT}
 _FP8_SCALES = ("e8m0", "float32", "bfloat16")
+_FLOATS = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedGroup:
-    """A quantised matrix, or a stack of `experts` of them.
+    """A quantised matrix, or a stack of `experts` of them (which may be unquantised).
 
     rows, cols: logical shape of one projection. names: one per projection, templates in a stack.
     attributes: the group's whole `dsv4` attribute, with the free provenance fields.
@@ -62,7 +63,13 @@ class QuantizedGroup:
     @property
     def packed_cols(self) -> int:
         """Columns of the codes, with the padding of NVFP4."""
-        return self.cols if self.format == "fp8" else _up(self.cols, NVFP4_K_ALIGN) * NVFP4_K_ALIGN
+        padded = _up(self.cols, NVFP4_K_ALIGN) * NVFP4_K_ALIGN
+        return padded if self.format == "nvfp4" else self.cols
+
+    @property
+    def weights(self) -> str:
+        """The member array that holds the weights themselves."""
+        return "weight" if self.format == "plain" else "codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +139,14 @@ def _plain_name(spec: ArraySpec) -> str:
 
 
 def _read_group(path: str, own: Any, arrays: Mapping[str, ArraySpec]) -> QuantizedGroup:
-    codes = arrays.get(f"{path}/codes")
+    codes = arrays.get(f"{path}/codes", arrays.get(f"{path}/weight"))
     if not isinstance(own, dict) or codes is None:
         raise StoreError(f"group {path} has attributes, but is no quantised matrix with codes")
     kind, layout = own.get("format"), own.get("layout")
-    if not isinstance(kind, str) or kind not in _LAYOUT_OF or layout != _LAYOUT_OF[kind]:
+    if not isinstance(kind, str) or kind not in LAYOUT_OF or layout != LAYOUT_OF[kind]:
         raise StoreError(
             f"group {path}: format {kind!r} with layout {layout!r} is unknown, expected one of "
-            f"{_LAYOUT_OF}"
+            f"{LAYOUT_OF}"
         )
     parameters = own.get("parameters")
     if not isinstance(parameters, dict) or parameters.keys() - {"slabs", "interleave"}:
@@ -159,6 +166,8 @@ def _read_group(path: str, own: Any, arrays: Mapping[str, ArraySpec]) -> Quantiz
     if not isinstance(own.get("exact"), bool):
         raise StoreError(f"group {path}: exact is {own.get('exact')!r}, expected a bool")
     experts = codes.shape[0] if len(codes.shape) == 3 else None
+    if kind == "plain" and experts is None:
+        raise StoreError(f"group {path}: an unquantised matrix is an array, not a group")
     names = _read_names(path, own.get("names"), experts is not None)
     return QuantizedGroup(
         path, kind, slabs or 0, interleave, shape[0], shape[1], names, experts, own
@@ -179,7 +188,9 @@ def _read_names(path: str, names: Any, stacked: bool) -> tuple[str, ...]:
 
 def _check_members(group: QuantizedGroup, arrays: Mapping[str, ArraySpec]) -> list[str]:
     """-> paths of the group's arrays, each checked against what the attributes promise."""
-    expected = _nvfp4_arrays(group) if group.format == "nvfp4" else _fp8_arrays(group)
+    expected = _EXPECTED[group.format](group)
+    if group.experts is not None:
+        expected["lineage"] = ((group.experts, len(group.names), LINEAGE_COLUMNS), ("int64",))
     present = []
     for member, (shape, elements) in expected.items():
         spec = arrays.get(f"{group.path}/{member}")
@@ -197,13 +208,25 @@ def _check_members(group: QuantizedGroup, arrays: Mapping[str, ArraySpec]) -> li
     return present
 
 
-def _nvfp4_arrays(group: QuantizedGroup) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    projections, cols = len(group.names), group.packed_cols
+_Arrays = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
+
+def _check_interleave(group: QuantizedGroup) -> None:
+    projections = len(group.names)
     if (projections == 2) != (group.interleave > 0):
         raise StoreError(
             f"group {group.path}: interleave {group.interleave} with {projections} names; rows "
             "interleave exactly when there are two"
         )
+    if group.interleave and group.rows % group.interleave:
+        raise StoreError(
+            f"group {group.path}: {group.rows} rows do not divide into runs of {group.interleave}"
+        )
+
+
+def _nvfp4_arrays(group: QuantizedGroup) -> _Arrays:
+    projections, cols = len(group.names), group.packed_cols
+    _check_interleave(group)
     if group.slabs > 1 and group.cols % (group.slabs * NVFP4_K_ALIGN):
         raise StoreError(
             f"group {group.path}: {group.cols} columns do not divide into {group.slabs} slabs of "
@@ -211,36 +234,47 @@ def _nvfp4_arrays(group: QuantizedGroup) -> dict[str, tuple[tuple[int, ...], tup
         )
     lead = () if group.experts is None else (group.experts,)
     tiles = (_up(group.packed_rows, SF_ROWS), cols // NVFP4_K_ALIGN, SF_TILE_BYTES)
-    arrays: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    return {
         "codes": ((*lead, group.packed_rows, cols // 2), ("e2m1x2",)),
         "scales": ((*lead, *tiles), ("e4m3",)),
         "global_scale": ((*lead, projections), ("float32",)),
     }
-    if lead:
-        arrays["lineage"] = ((*lead, projections, LINEAGE_COLUMNS), ("int64",))
-    return arrays
 
 
-def _fp8_arrays(group: QuantizedGroup) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    if group.experts is not None:
-        raise StoreError(f"group {group.path}: a stack of FP8 experts is not part of the format")
-    if len(group.names) != 1 or group.interleave:
-        raise StoreError(f"group {group.path}: an FP8 matrix has one name and no interleave")
+def _fp8_arrays(group: QuantizedGroup) -> _Arrays:
+    stacked = group.experts is not None
+    if group.interleave or (len(group.names) == 2 and (not stacked or group.rows % FP8_BLOCK)):
+        raise StoreError(
+            f"group {group.path}: an FP8 matrix has one name and no interleave; two of a stack "
+            f"follow each other in multiples of {FP8_BLOCK} rows"
+        )
     if group.cols % group.slabs:
         raise StoreError(
             f"group {group.path}: {group.cols} columns do not divide into {group.slabs} slabs"
         )
-    tiles = (_up(group.rows, FP8_BLOCK), _up(group.cols, FP8_BLOCK))
-    return {"codes": ((group.rows, group.cols), ("e4m3",)), "scales": (tiles, _FP8_SCALES)}
+    lead = () if group.experts is None else (group.experts,)
+    tiles = (_up(group.packed_rows, FP8_BLOCK), _up(group.cols, FP8_BLOCK))
+    codes = (*lead, group.packed_rows, group.cols)
+    return {"codes": (codes, ("e4m3",)), "scales": ((*lead, *tiles), _FP8_SCALES)}
+
+
+def _plain_arrays(group: QuantizedGroup) -> _Arrays:
+    _check_interleave(group)
+    return {"weight": ((group.experts or 0, group.packed_rows, group.cols), _FLOATS)}
+
+
+_EXPECTED = {"nvfp4": _nvfp4_arrays, "fp8": _fp8_arrays, "plain": _plain_arrays}
 
 
 def _check_slabs(group: QuantizedGroup, arrays: Mapping[str, ArraySpec]) -> None:
     """Columns are cut into exactly `slabs` chunks, and then nothing else of a matrix is."""
     lead = 0 if group.experts is None else 1
-    for member in ("codes", "scales"):
+    for member in (group.weights, "scales"):
+        if f"{group.path}/{member}" not in arrays:
+            continue  # unquantised
         spec = arrays[f"{group.path}/{member}"]
         cuts = tuple(s // c for s, c in zip(spec.shape, spec.chunk, strict=True))
-        slabs = group.slabs if member == "codes" or group.format == "nvfp4" else 1
+        slabs = group.slabs if member != "scales" or group.format == "nvfp4" else 1
         row_cuts, col_cuts, rest = cuts[lead], cuts[lead + 1], cuts[lead + 2 :]
         if col_cuts != slabs or any(cut != 1 for cut in rest):
             raise StoreError(

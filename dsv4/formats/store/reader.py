@@ -52,27 +52,45 @@ _MAX_MARKER_BYTES = 1 << 16
 class ExpertStack:
     """The routed experts of one layer. Every matrix is a zero-copy view of the mapped files."""
 
-    w13_group: QuantizedGroup
-    w2_group: QuantizedGroup
-    w13_arrays: tuple[StoredArray, StoredArray, Tensor]
-    w2_arrays: tuple[StoredArray, StoredArray, Tensor]
+    w13_stack: Stack
+    w2_stack: Stack
 
     def __len__(self) -> int:
         """Number of experts."""
-        return self.w13_group.experts or 0
+        return self.w13_stack.group.experts or 0
 
     @property
     def interleave(self) -> int:
-        """Rows of gate and then of up that alternate in w13."""
-        return self.w13_group.interleave
+        """Rows of gate and then of up that alternate in w13; 0: all of gate's come first."""
+        return self.w13_stack.group.interleave
 
-    def w13(self, expert: int) -> Nvfp4Matrix:
-        """Gate and up projection of `expert`, rows interleaved: `[2I, D]`."""
-        return _expert_matrix(self.w13_group, self.w13_arrays, expert)
+    def w13(self, expert: int) -> Matrix:
+        """Gate and up projection of `expert`: `[2I, D]`, see `interleave`."""
+        return self.w13_stack.matrix(expert)
 
-    def w2(self, expert: int) -> Nvfp4Matrix:
+    def w2(self, expert: int) -> Matrix:
         """Down projection of `expert`: `[D, I]`."""
-        return _expert_matrix(self.w2_group, self.w2_arrays, expert)
+        return self.w2_stack.matrix(expert)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One expert stack with its arrays; `scales` is None when it is unquantised."""
+
+    group: QuantizedGroup
+    weights: StoredArray
+    scales: StoredArray | None
+    global_scale: Tensor | None
+
+    def matrix(self, expert: int) -> Matrix:
+        """The operand of one expert, zero-copy."""
+        group, weights = self.group, self.weights.row(expert)
+        if self.scales is None:
+            return weights.squeeze(0)
+        scales = self.scales.row(expert)
+        if self.global_scale is None:
+            return Fp8Matrix(weights, scales.squeeze(0), group.packed_rows, group.cols)
+        return _nvfp4(group, weights, scales, self.global_scale[expert])
 
 
 class PackedStore:
@@ -185,23 +203,29 @@ class PackedStore:
     def experts(self, prefix: str) -> ExpertStack:
         """The expert stack of hub prefix `prefix`, e.g. `layers.0.ffn.experts`.
 
-        Raises StoreError when there is none, or it is not in NVFP4.
+        Raises StoreError when there is none.
         """
         path = path_of(prefix, StoreError)
         groups = [self.contents.stacks.get(f"{path}/{name}") for name in ("w13", "w2")]
         w13, w2 = groups
         if w13 is None or w2 is None:
-            raise StoreError(f"{self.root}: there is no stack of NVFP4 experts {prefix!r}")
+            raise StoreError(f"{self.root}: there is no stack of experts {prefix!r}")
         if w13.experts != w2.experts or (len(w13.names), len(w2.names)) != (2, 1):
             raise StoreError(
                 f"{self.root}: experts {prefix!r} have {w13.experts} w13 of {len(w13.names)} "
                 f"projections and {w2.experts} w2 of {len(w2.names)}, expected as many, 2 and 1"
             )
-        return ExpertStack(w13, w2, self._stack_arrays(w13), self._stack_arrays(w2))
+        return ExpertStack(self.stack(w13), self.stack(w2))
 
-    def expert_matrix(self, stack: QuantizedGroup, expert: int) -> Nvfp4Matrix:
-        """Matrix `expert` of `stack` (one of `contents.stacks`), zero-copy."""
-        return _expert_matrix(stack, self._stack_arrays(stack), expert)
+    def stack(self, group: QuantizedGroup) -> Stack:
+        """The expert stack `group` (one of `contents.stacks`), ready to hand out matrices."""
+        path, format = group.path, group.format
+        return Stack(
+            group,
+            self.array(f"{path}/{group.weights}"),
+            None if format == "plain" else self.array(f"{path}/scales"),
+            self.array(f"{path}/global_scale").tensor() if format == "nvfp4" else None,
+        )
 
     def verify(self, path: str | None = None) -> None:
         """Hash every chunk under `path` (array, group or file); None: of the whole store.
@@ -252,20 +276,6 @@ class PackedStore:
             if keep:
                 self._mapped[file.key] = mapped
         return mapped
-
-    def _stack_arrays(self, group: QuantizedGroup) -> tuple[StoredArray, StoredArray, Tensor]:
-        return (
-            self.array(f"{group.path}/codes"),
-            self.array(f"{group.path}/scales"),
-            self.array(f"{group.path}/global_scale").tensor(),
-        )
-
-
-def _expert_matrix(
-    group: QuantizedGroup, arrays: tuple[StoredArray, StoredArray, Tensor], expert: int
-) -> Nvfp4Matrix:
-    codes, scales, global_scale = arrays
-    return _nvfp4(group, codes.row(expert), scales.row(expert), global_scale[expert])
 
 
 def _nvfp4(

@@ -37,7 +37,8 @@ PARTIAL_SUFFIX = ".partial"
 NVFP4_LAYOUT = "nvfp4.kmajor.sf32x4x4"
 FP8_LAYOUT = "fp8.block128"
 PLAIN_LAYOUT = "plain"
-KNOWN_LAYOUTS = frozenset({NVFP4_LAYOUT, FP8_LAYOUT, PLAIN_LAYOUT})
+LAYOUT_OF = {"nvfp4": NVFP4_LAYOUT, "fp8": FP8_LAYOUT, "plain": PLAIN_LAYOUT}
+KNOWN_LAYOUTS = frozenset(LAYOUT_OF.values())
 
 MAX_RANK = 8
 MAX_ARRAY_BYTES = 1 << 44
