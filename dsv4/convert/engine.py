@@ -84,8 +84,10 @@ def convert(
     with StoreWriter(out, identity) as writer:
         finished = _finished(plan, writer)
         remaining = [unit for unit in plan.units() if unit.key not in finished]
-        writer.require_space(sum(file.nbytes for unit in remaining for file in unit.files))
+        writer.require_space(sum(file.nbytes for file in plan.files() if not writer.has(file)))
         results = finished | _run(remaining, source, writer, workers or 1, progress, plan)
+        for output in plan.outputs:
+            output.complete([results[unit.key] for unit in output.units()], writer.write)
         for name, path in sorted(source.aux_files().items()):
             writer.write_asset(name, path.read_bytes())
         groups, arrays, losses = _metadata(plan, results)

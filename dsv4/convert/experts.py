@@ -122,14 +122,14 @@ class ExpertsOutput(Output):
     def arrays(self) -> tuple[ArraySpec, ...]:
         count, shards = len(self.experts), self.shards
         per_projection = (count, self.projections)
-        lineage = _whole(
-            f"{self.path}/lineage", (*per_projection, LINEAGE_COLUMNS), "int64", shards
+        lineage = ArraySpec.whole(
+            f"{self.path}/lineage", (*per_projection, LINEAGE_COLUMNS), "int64"
         )
         rows, cols = self.shape[0] * self.projections, self.shape[1]
         if self.format is Encoding.NVFP4:
             units = 1 if self._by_columns else nvfp4_row_units(rows, cols)
             codes, scales = nvfp4_arrays(self.path, (count,), rows, cols, units, self.slabs, shards)
-            globals_ = _whole(f"{self.path}/global_scale", per_projection, "float32", shards)
+            globals_ = ArraySpec.whole(f"{self.path}/global_scale", per_projection, "float32")
             return codes, scales, globals_, lineage
         first = self.experts[0][0]
         element = ELEMENT_OF[first.weight.dtype]
@@ -150,8 +150,13 @@ class ExpertsOutput(Output):
         scale_element = ELEMENT_OF[first.scale.dtype]
         return weights, _whole(f"{self.path}/scales", tiles, scale_element, shards), lineage
 
+    def _late_arrays(self) -> int:
+        """How many of the last arrays are small and written whole, once every shard is done."""
+        return 2 if self.format is Encoding.NVFP4 else 1
+
     def units(self) -> tuple[Unit, ...]:
-        by_shard = zip(*(array.files() for array in self.arrays()), strict=True)
+        sharded = self.arrays()[: -self._late_arrays()]
+        by_shard = zip(*(array.files() for array in sharded), strict=True)
         return tuple(
             Unit(
                 f"{self.path}#{shard}",
@@ -165,28 +170,38 @@ class ExpertsOutput(Output):
 
     def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
         reports: list[CastReport] = []
-        # What is small waits in memory until the experts' weights have streamed into their file.
-        waiting: list[list[Tensor]] = [[] for _ in unit.files[1:-1]]
+        global_scales: list[list[float]] = []
+        # Scales are small: they wait in memory until the weights have streamed into their file.
+        scales: list[Tensor] = []
 
         def weights() -> Iterator[Tensor]:
             for expert in self._of_shard(unit.shard):
                 first, *others = self._pack(source, expert, reports)
-                for held, tensor in zip(waiting, others, strict=True):
-                    held.append(tensor)
+                if self.format is Encoding.NVFP4:
+                    global_scales.append(others.pop().tolist())
+                scales.extend(others)
                 yield first
 
-        weights_file, *small_files, lineage_file = unit.files
-        emit(weights_file, weights())
-        for file, tensors in zip(small_files, waiting, strict=True):
-            emit(file, tensors)
-        rows = [self._lineage(t, r) for t, r in zip(unit.inputs, reports, strict=True)]
-        emit(lineage_file, [torch.tensor(rows, dtype=torch.int64)])
+        emit(unit.files[0], weights())
+        for file in unit.files[1:]:
+            emit(file, scales)
         return {
             "blocks": sum(report.blocks for report in reports),
             "recoded_blocks": sum(report.recoded_blocks for report in reports),
             "rounded_blocks": sum(report.rounded_blocks for report in reports),
             "rel_mse": max(report.rel_mse for report in reports),
+            "lineage": [self._lineage(t, r) for t, r in zip(unit.inputs, reports, strict=True)],
+            "global_scales": global_scales,
         }
+
+    def complete(self, results: Sequence[Result], emit: Emit) -> None:
+        """Lineage and global scales are small: one file each, not one per shard."""
+        *_, before_last, last = self.arrays()
+        lineage = [row for result in results for row in result["lineage"]]
+        emit(last.files()[0], [torch.tensor(lineage, dtype=torch.int64)])
+        if self.format is Encoding.NVFP4:
+            scales = [row for result in results for row in result["global_scales"]]
+            emit(before_last.files()[0], [torch.tensor(scales, dtype=torch.float32)])
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         totals = {

@@ -69,6 +69,10 @@ class Output(abc.ABC):
     def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
         """Run one of `units()`."""
 
+    def complete(self, results: Sequence[Result], emit: Emit) -> None:
+        """Write the small arrays that need every unit's result; most outputs have none."""
+        return
+
     @abc.abstractmethod
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         """The node's attributes, once every unit has run."""

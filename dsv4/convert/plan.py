@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv4.convert.dense import Nvfp4Output
@@ -18,6 +18,7 @@ from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConfigError
 from dsv4.formats.source_inventory import Inventory, check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.formats.store.schema import FileSpec
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
 STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -37,10 +38,16 @@ class Plan:
         """Every unit of work, in order."""
         return itertools.chain.from_iterable(output.units() for output in self.outputs)
 
+    def files(self) -> Iterator[FileSpec]:
+        """Every array file of the output."""
+        for output in self.outputs:
+            for array in output.arrays():
+                yield from array.files()
+
     @property
     def output_bytes(self) -> int:
         """Bytes of all array files, shard indices included."""
-        return sum(file.nbytes for unit in self.units() for file in unit.files)
+        return sum(file.nbytes for file in self.files())
 
     @property
     def source_bytes(self) -> int:
@@ -76,7 +83,7 @@ class Plan:
             "peak_disk_bytes": self.output_bytes,
             "network_bytes": 0,
             "units": sum(1 for _ in self.units()),
-            "files": sum(len(unit.files) for unit in self.units()),
+            "files": sum(1 for _ in self.files()),
             "exact_tensors": len(tensors) - len(rounded),
             "rounded_tensors": rounded,
             "skipped_tensors": len(self.inventory.vision),
