@@ -208,11 +208,26 @@ def _words(x: Tensor) -> Tensor:
 
 
 def _to_slabs(x: Tensor, slabs: int) -> Tensor:
-    return x.reshape(x.shape[0], slabs, x.shape[1] // slabs).transpose(0, 1).contiguous()
+    if slabs == 1:
+        return x.contiguous().unsqueeze(0)
+    width = x.shape[1] // slabs
+    word = torch.int64 if width % 8 == 0 and x.dtype.itemsize == 1 else x.dtype
+    words = _as_words(x, word)
+    cut = words.reshape(x.shape[0], slabs, -1).transpose(0, 1).contiguous()
+    return cut.view(x.dtype)
 
 
 def _from_slabs(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1)
+
+
+def _as_words(x: Tensor, word: torch.dtype) -> Tensor:
+    """`x` seen as wider elements along its last dimension: strided copies move words, not bytes."""
+    if word == x.dtype:
+        return x
+    if not x.is_contiguous() or x.storage_offset() * x.dtype.itemsize % word.itemsize:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(word)
 
 
 def _require_multiple(what: str, found: int, divisor: int) -> None:

@@ -155,9 +155,10 @@ def _largest_exponent(halves: Tensor, scales: Tensor) -> int:
         for part, part_words in zip(
             torch.split(scales, _CHECK_ROWS), torch.split(words, _CHECK_ROWS), strict=True
         ):
-            hit = part == top
-            if bool(hit.any()) and bool((part_words[hit] & _MAGNITUDE_NIBBLES).any()):
-                return top - _E8M0_BIAS
+            hits = (part == top).flatten().nonzero().flatten()
+            for some in (hits[:1], hits[1:]):  # the first one decides, as a rule
+                if bool((part_words.flatten(0, 1)[some] & _MAGNITUDE_NIBBLES).any()):
+                    return top - _E8M0_BIAS
         lower = scales[scales < top]
         top = int(lower.max()) if lower.numel() else -1
     return _MAX_SCALE_EXPONENT
