@@ -77,8 +77,8 @@ def _compare(
         report.add(
             "inversion",
             name,
-            "claimed exact, but the emitted bytes do not invert to the source's; repair or convert "
-            "again",
+            "claimed exact, but the emitted bytes do not invert to the source's; "
+            "convert the source again",
         )
     return TensorVerdict(name, kind, exact, losses)
 

@@ -176,7 +176,7 @@ def test_unlisted_files_and_altered_nodes_are_found(store: Path) -> None:
         "head/zarr.json",
         "norm/zarr.json",
     }
-    with pytest.raises(StoreError, match="dsv4 repair"):
+    with pytest.raises(StoreError, match="convert the source again"):
         opened.verify()
 
 

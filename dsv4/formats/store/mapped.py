@@ -75,7 +75,7 @@ class MappedFile:
                 size = self.file.chunk_nbytes
                 raise StoreError(
                     f"{self.file.key}: chunk {index} (bytes {index * size} to "
-                    f"{(index + 1) * size}) does not match its checksum; run `dsv4 repair`"
+                    f"{(index + 1) * size}) does not match its checksum; convert the source again"
                 )
             self._pending[index] = False
 

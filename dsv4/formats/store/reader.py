@@ -306,7 +306,7 @@ def _collector_paused() -> Iterator[None]:
 def _refuse_damage(faults: Iterable[integrity.Damage]) -> None:
     first = next(iter(faults), None)
     if first is not None:
-        raise StoreError(f"{first}; run `dsv4 repair`, or convert again")
+        raise StoreError(f"{first}; convert the source again")
 
 
 def _read_marker(root: Path) -> dict[str, str]:
