@@ -57,23 +57,6 @@ def test_reads_what_the_library_reads(checkpoint: Path) -> None:
     assert {e.dtype for e in source.entries.values()} == {"BF16", "F32", "F8_E4M3", "F8_E8M0", "I8"}
 
 
-def test_reads_into_a_buffer_of_any_type(checkpoint: Path) -> None:
-    source = LocalSource(checkpoint)
-    entry = source.entries["layers.0.attn.wq_a.weight"]
-    expected = source.read(entry)
-    staging = torch.full((entry.nbytes + 2,), 7, dtype=torch.uint8)
-    source.read_into(entry, staging[1:-1])
-    assert staging[0] == staging[-1] == 7
-    assert torch.equal(staging[1:-1], expected.reshape(-1).view(torch.uint8))
-    typed = torch.empty_like(expected)
-    source.read_into(entry, typed)
-    assert same_bytes(typed, expected)
-    with pytest.raises(FormatError, match="expected a contiguous buffer of as many"):
-        source.read_into(entry, staging)
-    with pytest.raises(FormatError, match="contiguous"):
-        source.read_into(entry, torch.empty(entry.nbytes, 2, dtype=torch.uint8)[:, 0])
-
-
 def test_scalars_and_empty_tensors_are_read(copy: Path) -> None:
     (copy / INDEX_FILE).unlink()
     tensors = {"s": torch.tensor(2.5), "e": torch.empty(0, 3), "t": torch.arange(5)}

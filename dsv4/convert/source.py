@@ -131,18 +131,6 @@ class LocalSource:
         self._pread(entry, entry.begin, out)
         return out
 
-    def read_into(self, entry: TensorEntry, out: Tensor) -> None:
-        """Read the tensor's bytes into `out`: contiguous, on the CPU, of as many bytes.
-
-        Raises SourceError, or FormatError when `out` is another size or not contiguous.
-        """
-        if out.numel() * out.element_size() != entry.nbytes or not out.is_contiguous():
-            raise FormatError(
-                f"{entry.name} has {entry.nbytes} bytes, expected a contiguous buffer of as many, "
-                f"got {out.numel() * out.element_size()}"
-            )
-        self._pread(entry, entry.begin, out)
-
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` along the first dimension, `[stop - start, ...]`.
 

@@ -21,10 +21,6 @@ E4M3_MAX = 448.0
 E8M0_NAN = 255
 MXFP4_BLOCK = 32
 
-E2M1_VALUES = torch.tensor(
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
-)
-
 FP32_EXPONENT = 0x7F800000
 ROUND_TO_HALF_OCTAVE = 1.5 * 2.0**22  # adding this times 2^e keeps multiples of 2^(e-1)
 _CODE_ZERO = (2 * (127 + 22)) + 1  # (fp32 bits of that number) >> 22

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import dsv4
 from dsv4.convert.engine import convert
+from dsv4.convert.plain import Fp8Output
 from dsv4.convert.tiny import write_tiny
 from dsv4.formats.errors import SourceError
 
@@ -152,6 +154,23 @@ def test_a_self_consistent_store_of_wrong_bytes_fails_with_the_source(
     assert not report.ok
     assert {finding.check for finding in report.findings} <= {"inversion", "optimum"}
     assert all("layers.2." in finding.where for finding in report.findings)
+
+
+def test_wrong_bytes_fail_even_where_the_store_does_not_claim_exactness(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor kept in its own format was never rounded: no claim excuses other bytes."""
+    honest = Fp8Output.attributes
+
+    def modest(*args: Any) -> dict[str, Any]:
+        return honest(*args) | {"exact": False}
+
+    monkeypatch.setattr(Fp8Output, "attributes", modest)
+    fault = SELF_CONSISTENT["one FP8 byte"]
+    wrong = _tampered_source(tiny_source, tmp_path, lambda raw: fault(tiny_source, raw))
+    convert(wrong, tmp_path / "packed", recipe="native")
+    report = dsv4.validate(tmp_path / "packed", source=tiny_source)
+    assert [finding.where for finding in report.findings] == ["layers.2.attn.wkv.weight"]
 
 
 def test_another_seed_is_another_checkpoint(standard_store: Path, tmp_path: Path) -> None:
