@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dsv4.convert.source import INDEX_FILE, LocalSource
+from dsv4.convert.local_source import LocalSource
+from dsv4.convert.source import INDEX_FILE
 from dsv4.convert.tiny import (
     DSPARK_RANK,
     HF_TINY,
@@ -114,7 +115,9 @@ def test_sizes_stay_small(checkpoints: dict[str, Path]) -> None:
 def test_same_seed_same_bytes(checkpoints: dict[str, Path], tmp_path: Path, preset: str) -> None:
     write_tiny(tmp_path / "again", PRESETS[preset])
     first, again = LocalSource(checkpoints[preset]), LocalSource(tmp_path / "again")
-    assert first.description() == again.description()
+    assert first.sizes.keys() == again.sizes.keys()
+    for file in first.sizes:
+        assert (tmp_path / "again" / file).read_bytes() == (checkpoints[preset] / file).read_bytes()
     write_tiny(tmp_path / "other", PRESETS[preset], seed=1)
     other = LocalSource(tmp_path / "other")
     for name, entry in first.entries.items():

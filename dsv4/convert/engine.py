@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.outputs import Losses, Output, Result, Unit
+from dsv4.convert.local_source import LocalSource
+from dsv4.convert.outputs import TILE_BYTES, Losses, Output, Result, Unit
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
-from dsv4.convert.source import LocalSource, Source
+from dsv4.convert.source import Source
 from dsv4.formats.errors import ConfigError, SourceError
 from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.schema import ArraySpec
@@ -88,8 +90,8 @@ def convert(
         results = finished | _run(remaining, source, writer, workers or 1, progress, plan)
         for output in plan.outputs:
             output.complete([results[unit.key] for unit in output.units()], writer.write)
-        for name, path in sorted(source.aux_files().items()):
-            writer.write_asset(name, path.read_bytes())
+        for name, data in source.aux_files().items():
+            writer.write_asset(name, data)
         groups, arrays, losses = _metadata(plan, results)
         root = writer.finish(groups, arrays, _manifest(plan, source))
     return Summary(out, root, plan, len(finished), losses)
@@ -171,14 +173,23 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
 
 
 def _manifest(plan: Plan, source: Source) -> dict[str, Any]:
-    description = source.description()
-    listed = [file["name"] for file in description["files"]]
-    if listed[: len(plan.source_files)] != list(plan.source_files):
-        raise SourceError("the source's shards changed while it was converted; convert it again")
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
         "recipe": plan.recipe.to_dict(),
-        "source": description,
+        "source": source.description({file: _sha256(source, file) for file in source.sizes}),
     }
+
+
+def _sha256(source: Source, file: str) -> str:
+    digest = hashlib.sha256()
+    left = source.sizes[file]
+    buffer = bytearray(min(left, TILE_BYTES))
+    with source.stream(file) as stream:
+        while left:
+            view = memoryview(buffer)[:left]
+            stream.readinto(view)
+            digest.update(view)
+            left -= len(view)
+    return digest.hexdigest()

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from dsv4.convert.source import ByteStream, Source
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.inventory import DraftKind
 from dsv4.formats.safetensors_header import TensorEntry
 from tests.dialects.headers import Dialect, entry, official, stored_by
 
 
-class HeaderSource:
+class HeaderSource(Source):
     """Every tensor a real release has, one file per layer, with running offsets."""
 
     def __init__(
         self, config: dict[str, Any], draft: DraftKind, dialect: Dialect = official
     ) -> None:
         self.config = config
-        self.entries: Mapping[str, TensorEntry] = self._entries(draft, dialect)
+        self.entries = self._entries(draft, dialect)
+        ends: dict[str, int] = {}
+        for found in self.entries.values():
+            ends[found.file] = max(ends.get(found.file, 0), found.end)
+        self.sizes = dict(sorted(ends.items()))
 
     def _entries(self, draft: DraftKind, dialect: Dialect) -> dict[str, TensorEntry]:
         entries: dict[str, TensorEntry] = {}
@@ -34,17 +37,17 @@ class HeaderSource:
             ends[file] = entries[tensor.name].end
         return entries
 
-    def read(self, entry: TensorEntry) -> Tensor:
-        raise AssertionError(f"planning read {entry.name}")
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        raise AssertionError(f"planning read {what}")
 
-    def read_rows(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
-        raise AssertionError(f"planning read {entry.name}")
+    def stream(self, file: str) -> contextlib.AbstractContextManager[ByteStream]:
+        raise AssertionError(f"planning read {file}")
 
     def fingerprint(self) -> str:
         raise AssertionError("planning took a fingerprint")
 
-    def description(self) -> dict[str, Any]:
+    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
         raise AssertionError("planning hashed the source")
 
-    def aux_files(self) -> Mapping[str, Path]:
+    def aux_files(self) -> Mapping[str, bytes]:
         return {}

@@ -97,7 +97,7 @@ def _tampered_source(tiny_source: Path, tmp_path: Path, edit: Callable[[bytearra
 
 
 def _range(source: Path, name: str) -> tuple[int, int]:
-    from dsv4.convert.source import LocalSource
+    from dsv4.convert.local_source import LocalSource
 
     entry = LocalSource(source).entries[name]
     return entry.begin, entry.end

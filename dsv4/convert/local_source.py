@@ -1,0 +1,168 @@
+"""A checkpoint in a local directory: a download, or a snapshot in the hub's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
+from dsv4.convert.source import (
+    AUX_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    ByteStream,
+    Source,
+    describe_files,
+)
+from dsv4.formats.errors import SourceError
+from dsv4.formats.safetensors_header import (
+    LENGTH_BYTES,
+    TensorEntry,
+    header_length,
+    read_header,
+)
+
+SAMPLE_BYTES = 1 << 16
+
+
+class LocalSource(Source):
+    """A checkpoint in a local directory.
+
+    Raises SourceError when the directory, config.json, the index or any header is not in order.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        if not self._directory.is_dir():
+            raise SourceError(f"{self._directory} is not a directory; give a checkpoint's")
+        path = self._path(CONFIG_FILE)
+        self.config = parse_json(_read_small(path, MAX_CONFIG_BYTES), str(path))
+        path = self._directory / INDEX_FILE
+        index = None
+        if path.exists():
+            index = parse_index(_read_small(self._path(INDEX_FILE), MAX_INDEX_BYTES), str(path))
+        present = (entry.name for entry in self._directory.iterdir())
+        names = shards_of(index, (n for n in present if self._there(n)), str(self._directory))
+        self.sizes = {name: self._path(name).stat().st_size for name in names}
+        self.entries = merge_headers([self._header(name) for name in names])
+        if index is not None:
+            check_index(index, self.entries)
+
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        """Fill `view` with bytes of `file` from `position` on. Raises SourceError."""
+        with self._open(file) as stream:
+            stream.position = position
+            stream.readinto(view, what)
+
+    @contextlib.contextmanager
+    def stream(self, file: str) -> Iterator[ByteStream]:
+        """The whole file in order. Raises SourceError when it is not what was opened."""
+        with self._open(file) as stream:
+            os.posix_fadvise(stream.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            yield stream
+
+    def fingerprint(self) -> str:
+        """A cheap identity: of each file its name, its size, its head, middle and tail."""
+        digest = hashlib.sha256()
+        for name in [*self.sizes, *self._aux_names()]:
+            with self._path(name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{name}\0{size}\0".encode())
+                if name in self.sizes:
+                    prefix = file.read(LENGTH_BYTES)
+                    digest.update(prefix + file.read(header_length(prefix, size, name)))
+                for at in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
+                    file.seek(at)
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
+        """`{"kind": "local", "files": [{"name", "bytes", "sha256"}]}`."""
+        return {
+            "kind": "local",
+            "files": describe_files(self.sizes, sha256, self.aux_files()),
+        }
+
+    def aux_files(self) -> Mapping[str, bytes]:
+        """Tokenizer, configs and licences that are present, by name; a fixed list of names."""
+        return {name: self._path(name).read_bytes() for name in self._aux_names()}
+
+    def _aux_names(self) -> list[str]:
+        return sorted(name for name in AUX_FILES if self._there(name))
+
+    def _there(self, name: str) -> bool:
+        return (self._directory / name).exists()
+
+    def _path(self, name: str) -> Path:
+        """The regular file `name` (links are followed: the hub's cache is made of them)."""
+        path = self._directory / name
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            raise SourceError(f"{self._directory} has no {name}; download it again") from None
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(mode):
+            raise SourceError(f"{path} is not a regular file")
+        return path
+
+    def _header(self, name: str) -> dict[str, TensorEntry]:
+        try:
+            return read_header(self._path(name))
+        except OSError as error:
+            raise SourceError(f"{name} cannot be read: {error.strerror}") from None
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[_LocalStream]:
+        try:
+            descriptor = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{file} cannot be read: {error.strerror}") from error
+        try:
+            if (size := os.fstat(descriptor).st_size) != self.sizes[file]:
+                raise SourceError(
+                    f"{file} is {size} bytes long, but was {self.sizes[file]} when it was opened; "
+                    "do not change a checkpoint while it is read"
+                )
+            yield _LocalStream(descriptor, file)
+        finally:
+            os.close(descriptor)
+
+
+class _LocalStream:
+    """A position in an open file."""
+
+    def __init__(self, descriptor: int, file: str) -> None:
+        self.descriptor = descriptor
+        self.position = 0
+        self._file = file
+
+    def readinto(self, view: memoryview, what: str = "it") -> None:
+        """Fill `view` from the position on."""
+        while view:
+            try:
+                count = os.preadv(self.descriptor, [view], self.position)
+            except OSError as error:
+                raise SourceError(f"{self._file}: {what} cannot be read: {error}") from error
+            if not count:
+                raise SourceError(f"{self._file} ended while {what} was read")
+            view, self.position = view[count:], self.position + count
+
+
+def _read_small(path: Path, limit: int) -> bytes:
+    """A whole document. Raises SourceError when it is larger than `limit`."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+    if len(raw) > limit:
+        raise SourceError(f"{path} is larger than {limit} bytes, which no real one is")
+    return raw
