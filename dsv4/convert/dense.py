@@ -7,6 +7,7 @@ rows at a time; memory does not grow with the matrix.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,24 +16,25 @@ from torch import Tensor
 
 from dsv4.convert.outputs import (
     TILE_BYTES,
-    Emit,
     FileIndex,
     Losses,
     Output,
     Result,
+    Target,
     Unit,
     lineage,
     tile_rows,
 )
 from dsv4.convert.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
-from dsv4.convert.plain import count, float_rows
-from dsv4.convert.read import read_nvfp4, read_values
-from dsv4.convert.source import Source
+from dsv4.convert.plain import write_slabs
+from dsv4.convert.read import read_nvfp4, read_value_rows
+from dsv4.convert.source import Reader
 from dsv4.formats.layouts import pack_nvfp4
 from dsv4.formats.matrices import NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.formats.metrics import Loss
 from dsv4.formats.nvfp4 import dequantize_nvfp4, global_scale_for, quantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, group_of
 
 
@@ -63,44 +65,37 @@ class Nvfp4Output(Output):
         return codes, scales, scale
 
     def units(self) -> tuple[Unit, ...]:
-        files = tuple(file for array in self.arrays() for file in array.files())
-        return (Unit(self.path, self, (self.tensor,), files),)
+        targets = (Target.whole(file) for array in self.arrays() for file in array.files())
+        return (Unit(self.path, self, (self.tensor,), tuple(targets)),)
 
-    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+    def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
+        codes_file, scales_file, scale_file = (target.file for target in unit.targets)
         if not self.rounded:
             packed = pack_nvfp4([read_nvfp4(source, self.tensor)], slabs=self.slabs)
-            parts = (packed.codes, packed.scales, packed.global_scales)
-            for file, part in zip(unit.files, parts, strict=True):
-                emit(file, [part])
+            sink.write(codes_file, [packed.codes])
+            sink.write(scales_file, [packed.scales])
+            sink.write(scale_file, [packed.global_scales])
             return {"loss": Loss().to_dict(), "exact": True}
         amax = max(float(tile.abs().amax()) for tile in self._tiles(source))
         global_scale = global_scale_for(amax)
         loss = Loss()
-        scales: list[Tensor] = []
-
-        def codes() -> Iterator[Tensor]:
-            for tile in self._tiles(source):
-                part = quantize_nvfp4(tile, global_scale=global_scale, name=self.tensor.name)
-                loss.add(tile, dequantize_nvfp4(part))
-                packed = pack_nvfp4([part], slabs=self.slabs)
-                scales.append(packed.scales)
-                yield packed.codes
-
-        codes_file, scales_file, scale_file = unit.files
-        emit(codes_file, codes())
-        emit(scales_file, scales)
-        emit(scale_file, [torch.tensor([global_scale], dtype=torch.float32)])
+        rows, begin = self._shape[0], 0
+        for tile in self._tiles(source):
+            part = quantize_nvfp4(tile, global_scale=global_scale, name=self.tensor.name)
+            loss.add(tile, dequantize_nvfp4(part))
+            packed = pack_nvfp4([part], slabs=self.slabs)
+            write_slabs(sink, codes_file, packed.codes, begin, rows)
+            write_slabs(sink, scales_file, packed.scales, begin // SF_ROWS, -(-rows // SF_ROWS))
+            begin += tile.shape[0]
+        sink.write(scale_file, [torch.tensor([global_scale], dtype=torch.float32)])
         return {"loss": loss.to_dict(), "exact": loss.errors == 0.0 and not loss.sign_flips}
 
-    def _tiles(self, source: Source) -> Iterator[Tensor]:
-        """The matrix in float32, whole when it is cut into slabs, else a tile of rows at a time."""
+    def _tiles(self, source: Reader) -> Iterator[Tensor]:
+        """The matrix in float32, a tile of rows at a time; tiles begin at scale tiles."""
         rows, cols = self._shape
-        if self.tensor.encoding is Encoding.FP8:
-            yield read_values(source, self.tensor)
-            return
-        step = rows if self.slabs > 1 else tile_rows(rows, cols * 4, SF_ROWS)
+        step = tile_rows(rows, cols * 4, SF_ROWS)
         for start in range(0, rows, step):
-            yield float_rows(source, self.tensor, start, min(start + step, rows))
+            yield read_value_rows(source, self.tensor, start, min(start + step, rows))
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         return {
@@ -118,10 +113,9 @@ class Nvfp4Output(Output):
         return {self.tensor.name: results[0]["loss"]} if self.rounded else {}
 
     def peak_bytes(self) -> int:
-        elements = count(self.tensor.shape)
-        if self.slabs == 1 and self.tensor.encoding is Encoding.PLAIN:
-            return elements // 16 + 8 * TILE_BYTES
-        return elements * 12
+        if not self.rounded:
+            return 3 * self.tensor.nbytes
+        return 8 * min(4 * math.prod(self.tensor.shape), TILE_BYTES)
 
     @property
     def rounded(self) -> bool:

@@ -1,23 +1,26 @@
-"""Runs a plan: units in order into the store, then the metadata, then the marker."""
+"""Runs a plan: units into the store, then the metadata, then the marker."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.budget import DEFAULT_MEMORY, Budget
+from dsv4.convert.file_pass import Fingerprints
 from dsv4.convert.local_source import LocalSource
-from dsv4.convert.outputs import TILE_BYTES, Losses, Output, Result, Unit
+from dsv4.convert.outputs import Losses, Output, Result, Unit
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.source import Source
-from dsv4.formats.errors import ConfigError, SourceError
+from dsv4.convert.workshop import Workshop, file_note, make_parts
+from dsv4.formats.errors import ChangedSourceError, ConfigError, SourceError
 from dsv4.formats.layouts import LAYOUTS
-from dsv4.formats.store.schema import ArraySpec
+from dsv4.formats.store.extents import Sink
+from dsv4.formats.store.schema import ArraySpec, FileSpec
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.formats.version import TOOL
 
@@ -26,11 +29,14 @@ Progress = Callable[["Event"], None]
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One finished unit: its key, and source bytes done of all."""
+    """One finished unit, and how much of the source's bytes and tensors is done."""
 
     unit: str
     done_bytes: int
     total_bytes: int
+    done_tensors: int
+    total_tensors: int
+    resumed_bytes: int  # of done_bytes, what an earlier run did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,34 +72,35 @@ def convert(
     *,
     keep: Sequence[str] = (),
     revision: str | None = None,
+    memory: int = DEFAULT_MEMORY,
 ) -> Summary:
-    """Convert the checkpoint `src` into the packed store `out`.
+    """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
     Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}, expected at least 1")
     source = open_source(src, revision)
     plan = make_plan(source, make_recipe(recipe, keep))
+    remote = any(map(source.remote_bytes, source.sizes))
+    budget = Budget.share(memory, workers, plan.outputs, remote=remote)
     out = Path(out)
-    _refuse_overlap(Path(src), out)
+    if Path(src).is_dir():
+        _refuse_overlap(Path(src), out)
     identity = {
         "tool": TOOL,
         "recipe": plan.recipe.to_dict(),
         "source": source.fingerprint(),
     }
     with StoreWriter(out, identity) as writer:
+        _recover(plan, writer)
         finished = _finished(plan, writer)
-        remaining = [unit for unit in plan.units() if unit.key not in finished]
-        writer.require_space(sum(file.nbytes for file in plan.files() if not writer.has(file)))
-        results = finished | _run(remaining, source, writer, workers or 1, progress, plan)
-        for output in plan.outputs:
-            output.complete([results[unit.key] for unit in output.units()], writer.write)
-        for name, data in source.aux_files().items():
-            writer.write_asset(name, data)
+        writer.require_space(_missing_bytes(plan, writer))
+        sha256 = _run(plan, finished, source, writer, budget, progress)
+        notes = writer.notes()
+        results = {unit.key: notes[unit.key] for unit in plan.units}
+        _complete(plan, results, source, writer)
         groups, arrays, losses = _metadata(plan, results)
-        root = writer.finish(groups, arrays, _manifest(plan, source))
+        root = writer.finish(groups, arrays, _manifest(plan, source.description(sha256)))
     return Summary(out, root, plan, len(finished), losses)
 
 
@@ -104,48 +111,104 @@ def _refuse_overlap(src: Path, out: Path) -> None:
         raise ConfigError(f"--out {out} and the source {src} overlap; choose another directory")
 
 
-def _finished(plan: Plan, writer: StoreWriter) -> dict[str, Result]:
-    """Results of the units that an earlier run finished durably."""
+def _recover(plan: Plan, writer: StoreWriter) -> None:
+    """Files that an interrupted run covered but did not complete."""
+    for file in writer.covered_files(plan.files()):
+        writer.complete(file)
+
+
+def _finished(plan: Plan, writer: StoreWriter) -> set[str]:
+    """Keys of the units that an earlier run finished durably."""
     notes = writer.notes()
     return {
-        unit.key: notes[unit.key]
-        for unit in plan.units()
-        if unit.key in notes and all(writer.has(file) for file in unit.files)
+        unit.key
+        for unit in plan.units
+        if unit.key in notes and all(writer.covers(*target) for target in unit.targets)
     }
 
 
+def _missing_bytes(plan: Plan, writer: StoreWriter) -> int:
+    """Bytes that still have to be allocated on disk."""
+    return sum(file.nbytes - writer.allocated(file) for file in plan.files())
+
+
 def _run(
-    units: Iterable[Unit],
+    plan: Plan,
+    finished: set[str],
     source: Source,
     writer: StoreWriter,
-    workers: int,
+    budget: Budget,
     progress: Progress | None,
-    plan: Plan,
-) -> dict[str, Result]:
-    """Run the units on `workers` threads; the first failure stops the rest."""
-    units = list(units)
-    total = plan.source_bytes
-    done = total - sum(unit.input_bytes for unit in units)
-    results: dict[str, Result] = {}
+) -> dict[str, str]:
+    """Run what is not finished; -> SHA-256 of every source file."""
+    fingerprints = Fingerprints()
+    notes = writer.notes()
+    read = {file: note for file in source.sizes if (note := notes.get(file_note(file)))}
+    for note in read.values():
+        fingerprints.passed |= note["watched"]
+    parts = [
+        dataclasses.replace(part, units=tuple(u for u in part.units if u.key not in finished))
+        for part in make_parts(plan.units, source.sizes)
+    ]
+    counter = _Counter(plan, finished, progress)
+    workshop = Workshop(source, writer, budget, fingerprints, counter.add)
+    try:
+        workshop.run(part for part in parts if part.units or part.file not in read)
+        fingerprints.check()
+    except ChangedSourceError as error:
+        writer.forget(_made_from(plan, error.file), [file_note(error.file)])
+        raise
+    return {file: notes[file_note(file)]["sha256"] for file in source.sizes}
 
-    def work(unit: Unit) -> Result:
-        result = unit.run(source, writer.write)
-        writer.note(unit.key, result)
-        return result
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = {pool.submit(work, unit): unit for unit in units}
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                unit = pending[future]
-                results[unit.key] = future.result()
-                done += unit.input_bytes
-                if progress is not None:
-                    progress(Event(unit.key, done, total))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return results
+def _made_from(plan: Plan, file: str) -> set[FileSpec]:
+    """Files of the output that hold anything made from a file of the source."""
+    return {
+        target.file
+        for unit in plan.units
+        if any(e.file == file for tensor in unit.inputs for e in tensor.entries.values())
+        for target in unit.targets
+    }
+
+
+class _Counter:
+    """Counts finished units, in bytes and tensors."""
+
+    def __init__(self, plan: Plan, finished: set[str], progress: Progress | None) -> None:
+        done = [unit for unit in plan.units if unit.key in finished]
+        self._lock = threading.Lock()
+        self._progress = progress
+        self._total = plan.source_bytes, sum(len(unit.inputs) for unit in plan.units)
+        self._bytes = self._resumed = sum(unit.input_bytes for unit in done)
+        self._tensors = sum(len(unit.inputs) for unit in done)
+
+    def add(self, unit: Unit) -> None:
+        """One more unit is finished."""
+        with self._lock:
+            self._bytes += unit.input_bytes
+            self._tensors += len(unit.inputs)
+            if self._progress is not None:
+                total_bytes, total_tensors = self._total
+                self._progress(
+                    Event(
+                        unit.key,
+                        self._bytes,
+                        total_bytes,
+                        self._tensors,
+                        total_tensors,
+                        self._resumed,
+                    )
+                )
+
+
+def _complete(plan: Plan, results: dict[str, Result], source: Source, writer: StoreWriter) -> None:
+    """The small files that need every unit's result, and what travels along."""
+    with Sink(writer.out) as sink:
+        for output in plan.outputs:
+            output.complete([results[unit.key] for unit in output.units()], sink)
+        writer.commit(sink.sync())
+    for name, data in source.aux_files().items():
+        writer.write_asset(name, data)
 
 
 def _metadata(
@@ -172,24 +235,11 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
     return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
 
 
-def _manifest(plan: Plan, source: Source) -> dict[str, Any]:
+def _manifest(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
         "recipe": plan.recipe.to_dict(),
-        "source": source.description({file: _sha256(source, file) for file in source.sizes}),
+        "source": description,
     }
-
-
-def _sha256(source: Source, file: str) -> str:
-    digest = hashlib.sha256()
-    left = source.sizes[file]
-    buffer = bytearray(min(left, TILE_BYTES))
-    with source.stream(file) as stream:
-        while left:
-            view = memoryview(buffer)[:left]
-            stream.readinto(view)
-            digest.update(view)
-            left -= len(view)
-    return digest.hexdigest()

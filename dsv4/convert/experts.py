@@ -15,7 +15,7 @@ fused SwiGLU epilogue; in FP8, whose scales cover 128 rows, w1's rows come first
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv4.convert.dense import nvfp4_arrays
-from dsv4.convert.outputs import Emit, FileIndex, Losses, Output, Result, Unit
+from dsv4.convert.outputs import FileIndex, Losses, Output, Result, Target, Unit
 from dsv4.convert.partition import (
     ALIGNMENT,
     cut_by_columns,
@@ -36,7 +36,7 @@ from dsv4.convert.partition import (
 )
 from dsv4.convert.plain import ELEMENT_OF
 from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4, read_values
-from dsv4.convert.source import Source
+from dsv4.convert.source import Reader
 from dsv4.formats.errors import SourceError
 from dsv4.formats.layouts import interleave_rows, pack_fp8, pack_nvfp4
 from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK
@@ -45,6 +45,7 @@ from dsv4.formats.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.contents import EXPERT, LINEAGE_COLUMNS
+from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import ELEMENTS, LAYOUT_OF, ArraySpec, path_of
 
 _ABSENT = (-1, -1, -1)  # lineage of a scale that the source does not have
@@ -155,53 +156,45 @@ class ExpertsOutput(Output):
         return 2 if self.format is Encoding.NVFP4 else 1
 
     def units(self) -> tuple[Unit, ...]:
-        sharded = self.arrays()[: -self._late_arrays()]
-        by_shard = zip(*(array.files() for array in sharded), strict=True)
-        return tuple(
-            Unit(
-                f"{self.path}#{shard}",
-                self,
-                tuple(tensor for expert in self._of_shard(shard) for tensor in expert),
-                files,
-                shard,
+        """One unit an expert: its place in every file is a contiguous range."""
+        sharded = [array.files() for array in self.arrays()[: -self._late_arrays()]]
+        per_shard = len(self.experts) // self.shards
+        units = []
+        for index, expert in enumerate(self.experts):
+            shard, place = divmod(index, per_shard)
+            files = [files[shard] for files in sharded]
+            sizes = [file.payload_nbytes // per_shard for file in files]
+            targets = (
+                Target(file, place * size, (place + 1) * size)
+                for file, size in zip(files, sizes, strict=True)
             )
-            for shard, files in enumerate(by_shard)
-        )
+            units.append(Unit(f"{self.path}#{index}", self, expert, tuple(targets), index))
+        return tuple(units)
 
-    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+    def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
         reports: list[CastReport] = []
-        global_scales: list[list[float]] = []
-        # Scales are small: they wait in memory until the weights have streamed into their file.
-        scales: list[Tensor] = []
-
-        def weights() -> Iterator[Tensor]:
-            for expert in self._of_shard(unit.shard):
-                first, *others = self._pack(source, expert, reports)
-                if self.format is Encoding.NVFP4:
-                    global_scales.append(others.pop().tolist())
-                scales.extend(others)
-                yield first
-
-        emit(unit.files[0], weights())
-        for file in unit.files[1:]:
-            emit(file, scales)
-        return {
+        parts = list(self._pack(source, self.experts[unit.index], reports))
+        result: Result = {
             "blocks": sum(report.blocks for report in reports),
             "recoded_blocks": sum(report.recoded_blocks for report in reports),
             "rounded_blocks": sum(report.rounded_blocks for report in reports),
             "rel_mse": max(report.rel_mse for report in reports),
             "lineage": [self._lineage(t, r) for t, r in zip(unit.inputs, reports, strict=True)],
-            "global_scales": global_scales,
         }
+        if self.format is Encoding.NVFP4:
+            result["global_scales"] = parts.pop().tolist()
+        for target, part in zip(unit.targets, parts, strict=True):
+            sink.write_at(target.file, target.begin, [part])
+        return result
 
-    def complete(self, results: Sequence[Result], emit: Emit) -> None:
+    def complete(self, results: Sequence[Result], sink: Sink) -> None:
         """Lineage and global scales are small: one file each, not one per shard."""
         *_, before_last, last = self.arrays()
         lineage = [row for result in results for row in result["lineage"]]
-        emit(last.files()[0], [torch.tensor(lineage, dtype=torch.int64)])
+        sink.write(last.files()[0], [torch.tensor(lineage, dtype=torch.int64)])
         if self.format is Encoding.NVFP4:
-            scales = [row for result in results for row in result["global_scales"]]
-            emit(before_last.files()[0], [torch.tensor(scales, dtype=torch.float32)])
+            scales = [result["global_scales"] for result in results]
+            sink.write(before_last.files()[0], [torch.tensor(scales, dtype=torch.float32)])
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         totals = {
@@ -231,15 +224,10 @@ class ExpertsOutput(Output):
     def peak_bytes(self) -> int:
         rows, cols = self.shape
         per_expert = self.projections * rows * cols
-        shard_scales = per_expert // NVFP4_BLOCK * (len(self.experts) // self.shards)
-        return (24 if self.rounded else 4) * per_expert + shard_scales
-
-    def _of_shard(self, shard: int) -> tuple[tuple[SourceTensor, ...], ...]:
-        per_shard = len(self.experts) // self.shards
-        return self.experts[shard * per_shard : (shard + 1) * per_shard]
+        return (24 if self.rounded else 4) * per_expert
 
     def _pack(
-        self, source: Source, expert: tuple[SourceTensor, ...], reports: list[CastReport]
+        self, source: Reader, expert: tuple[SourceTensor, ...], reports: list[CastReport]
     ) -> tuple[Tensor, ...]:
         """One expert's part of every array but the lineage, in the order of `arrays`."""
         if self.format is Encoding.NVFP4:
@@ -300,7 +288,7 @@ def _whole(path: str, shape: tuple[int, ...], element: str, shards: int) -> Arra
     return ArraySpec(path, shape, element, per_shard, per_shard)
 
 
-def _to_nvfp4(source: Source, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
+def _to_nvfp4(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
     """A projection in NVFP4: taken over, cast, or rounded, as its encoding asks for."""
     if tensor.encoding is Encoding.NVFP4:
         part = read_nvfp4(source, tensor)

@@ -1,24 +1,22 @@
 """What a conversion writes: for every node of the store, its arrays and the units that fill them.
 
 A unit is the grain of work and of resumption: it reads a few source ranges, transforms them and
-writes whole files. Units are pure: the same source bytes give the same files, in any order.
+writes whole files or ranges of files. Units are pure: the same source bytes give the same bytes in
+the same places, in any order and any process.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from dsv4.convert.source import Source
+from dsv4.convert.source import Reader
 from dsv4.formats.source_tensor import SourceTensor
+from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import ArraySpec, FileSpec
-
-Emit = Callable[[FileSpec, Iterable[Tensor]], None]
-"""Writes one file of the store from tensors whose bytes, concatenated, are its payload."""
 
 Result = dict[str, Any]
 """What a unit measured (JSON types only); kept in the journal until the metadata is written."""
@@ -29,24 +27,37 @@ Losses = dict[str, dict[str, float | None]]
 TILE_BYTES = 32 << 20  # rows are streamed in tiles of about this many source bytes
 
 
+class Target(NamedTuple):
+    """Bytes `[begin, end)` of a file's payload, which one unit writes."""
+
+    file: FileSpec
+    begin: int
+    end: int
+
+    @classmethod
+    def whole(cls, file: FileSpec) -> Target:
+        """All of a file."""
+        return cls(file, 0, file.payload_nbytes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One piece of work: `inputs` -> `files`. `shard` is its index along dimension 0."""
+    """One piece of work: `inputs` -> `targets`. `index` is its expert in a stack."""
 
     key: str
     output: Output
     inputs: tuple[SourceTensor, ...]
-    files: tuple[FileSpec, ...]
-    shard: int = 0
+    targets: tuple[Target, ...]
+    index: int = 0
 
-    @property
+    @functools.cached_property
     def input_bytes(self) -> int:
         """Source bytes this unit reads."""
         return sum(tensor.nbytes for tensor in self.inputs)
 
-    def run(self, source: Source, emit: Emit) -> Result:
-        """Read, transform and emit every file. Raises FormatError or SourceError."""
-        return self.output.produce(self, source, emit)
+    def run(self, source: Reader, sink: Sink) -> Result:
+        """Read, transform and write every target. Raises FormatError, SourceError, StoreError."""
+        return self.output.produce(self, source, sink)
 
 
 class Output(abc.ABC):
@@ -66,10 +77,10 @@ class Output(abc.ABC):
         """The work that fills them."""
 
     @abc.abstractmethod
-    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+    def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
         """Run one of `units()`."""
 
-    def complete(self, results: Sequence[Result], emit: Emit) -> None:
+    def complete(self, results: Sequence[Result], sink: Sink) -> None:
         """Write the small arrays that need every unit's result; most outputs have none."""
         return
 

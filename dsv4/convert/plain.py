@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dsv4.convert.outputs import (
     TILE_BYTES,
-    Emit,
     FileIndex,
     Output,
     Result,
+    Target,
     Unit,
     lineage,
     tile_rows,
 )
 from dsv4.convert.partition import cut_by_columns, fp8_slabs, row_units
-from dsv4.convert.source import Source
-from dsv4.formats.layouts import pack_fp8
+from dsv4.convert.source import Reader
+from dsv4.formats.layouts import to_slabs
 from dsv4.formats.matrices import FP8_BLOCK
 from dsv4.formats.source_tensor import SourceTensor
+from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import (
     ELEMENTS,
     FP8_LAYOUT,
     PLAIN_LAYOUT,
     ArraySpec,
+    FileSpec,
     group_of,
     path_of,
 )
@@ -63,11 +63,11 @@ class PlainOutput(Output):
         return (ArraySpec(self.path, shape, element, chunk, shape),)
 
     def units(self) -> tuple[Unit, ...]:
-        files = self.arrays()[0].files()
-        return (Unit(self.path, self, (self.tensor,), files),)
+        targets = tuple(Target.whole(file) for file in self.arrays()[0].files())
+        return (Unit(self.path, self, (self.tensor,), targets),)
 
-    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
-        emit(unit.files[0], row_tiles(source, self.tensor))
+    def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
+        sink.write(unit.targets[0].file, row_tiles(source, self.tensor))
         return {}
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
@@ -122,19 +122,21 @@ class Fp8Output(Output):
         )
 
     def units(self) -> tuple[Unit, ...]:
-        files = tuple(file for array in self.arrays() for file in array.files())
-        return (Unit(self.path, self, (self.tensor,), files),)
+        targets = (Target.whole(file) for array in self.arrays() for file in array.files())
+        return (Unit(self.path, self, (self.tensor,), tuple(targets)),)
 
-    def produce(self, unit: Unit, source: Source, emit: Emit) -> Result:
+    def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
         assert self.tensor.scale is not None
-        scales = source.read(self.tensor.scale)
-        codes_file, scales_file = unit.files
+        codes, scales = (target.file for target in unit.targets)
         if self.slabs == 1:
-            emit(codes_file, row_tiles(source, self.tensor))
+            sink.write(codes, row_tiles(source, self.tensor))
         else:
-            packed = pack_fp8(source.read(self.tensor.weight), scales, slabs=self.slabs)
-            emit(codes_file, [packed.codes])
-        emit(scales_file, [scales])
+            rows = self.tensor.shape[0]
+            begin = 0
+            for tile in row_tiles(source, self.tensor):
+                write_slabs(sink, codes, to_slabs(tile, self.slabs), begin, rows)
+                begin += tile.shape[0]
+        sink.write(scales, [source.read(self.tensor.scale)])
         return {}
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
@@ -149,14 +151,14 @@ class Fp8Output(Output):
         }
 
     def peak_bytes(self) -> int:
-        return (2 if self.slabs > 1 else 1) * self.tensor.nbytes
+        return min(3 * self.tensor.nbytes, 3 * TILE_BYTES)
 
     @property
     def rounded(self) -> bool:
         return False
 
 
-def row_tiles(source: Source, tensor: SourceTensor) -> Iterator[Tensor]:
+def row_tiles(source: Reader, tensor: SourceTensor) -> Iterator[Tensor]:
     """The weight's bytes in row order, a bounded number of rows at a time."""
     entry = tensor.weight
     if len(entry.shape) < 2:
@@ -169,11 +171,8 @@ def row_tiles(source: Source, tensor: SourceTensor) -> Iterator[Tensor]:
         yield source.read_rows(entry, start, min(start + step, rows))
 
 
-def count(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape."""
-    return math.prod(shape)
-
-
-def float_rows(source: Source, tensor: SourceTensor, start: int, stop: int) -> Tensor:
-    """Rows `[start, stop)` of a BF16 or F32 tensor as float32."""
-    return source.read_rows(tensor.weight, start, stop).to(torch.float32)
+def write_slabs(sink: Sink, file: FileSpec, tile: Tensor, begin: int, rows: int) -> None:
+    """Write `tile` `[S, n, ...]` as rows (or tiles of rows) `begin` on of `[S, rows, ...]`."""
+    row_bytes = tile[0, :1].numel() * tile.element_size()
+    for slab, part in enumerate(tile.unbind()):
+        sink.write_at(file, (slab * rows + begin) * row_bytes, [part.contiguous()])

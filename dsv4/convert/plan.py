@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv4.convert.dense import Nvfp4Output
@@ -34,9 +34,10 @@ class Plan:
     source_files: tuple[str, ...]
     inventory: Inventory
 
-    def units(self) -> Iterable[Unit]:
+    @functools.cached_property
+    def units(self) -> tuple[Unit, ...]:
         """Every unit of work, in order."""
-        return itertools.chain.from_iterable(output.units() for output in self.outputs)
+        return tuple(unit for output in self.outputs for unit in output.units())
 
     def files(self) -> Iterator[FileSpec]:
         """Every array file of the output."""
@@ -52,7 +53,7 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         """Bytes read from the source."""
-        return sum(unit.input_bytes for unit in self.units())
+        return sum(unit.input_bytes for unit in self.units)
 
     @property
     def peak_bytes(self) -> int:
@@ -61,7 +62,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """What `dsv4 plan --json` prints."""
-        tensors = [tensor for unit in self.units() for tensor in unit.inputs]
+        tensors = [tensor for unit in self.units for tensor in unit.inputs]
         rounded = [
             tensor.name
             for output in self.outputs
@@ -82,7 +83,7 @@ class Plan:
             "peak_ram_bytes": self.peak_bytes,
             "peak_disk_bytes": self.output_bytes,
             "network_bytes": 0,
-            "units": sum(1 for _ in self.units()),
+            "units": len(self.units),
             "files": sum(1 for _ in self.files()),
             "exact_tensors": len(tensors) - len(rounded),
             "rounded_tensors": rounded,

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.convert.source import Source
+from dsv4.convert.source import Reader
 from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4
 from dsv4.formats.errors import FormatError
+from dsv4.formats.matrices import FP8_BLOCK
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.source_tensor import Encoding, SourceTensor
@@ -23,7 +24,7 @@ _E4M3_NAN = 0x7F
 _SMALLEST_NORMAL = 2.0**-126
 
 
-def read_values(source: Source, tensor: SourceTensor) -> Tensor:
+def read_values(source: Reader, tensor: SourceTensor) -> Tensor:
     """The values of a tensor of any encoding as float32, in its logical shape."""
     match tensor.encoding:
         case Encoding.MXFP4:
@@ -36,18 +37,30 @@ def read_values(source: Source, tensor: SourceTensor) -> Tensor:
             return source.read(tensor.weight).to(torch.float32)
 
 
-def read_mxfp4(source: Source, tensor: SourceTensor) -> tuple[Tensor, Tensor]:
+def read_value_rows(source: Reader, tensor: SourceTensor, start: int, stop: int) -> Tensor:
+    """Rows `[start, stop)` of an unquantised or FP8 matrix as float32 `[stop - start, K]`.
+
+    `start` is a multiple of 128, the rows of an FP8 scale.
+    """
+    rows = source.read_rows(tensor.weight, start, stop)
+    if tensor.encoding is not Encoding.FP8:
+        return rows.to(torch.float32)
+    scales = source.read_rows(_scale(tensor), start // FP8_BLOCK, -(-stop // FP8_BLOCK))
+    return dequantize_fp8(rows, scales)
+
+
+def read_mxfp4(source: Reader, tensor: SourceTensor) -> tuple[Tensor, Tensor]:
     """-> (codes uint8 `[N, K/2]`, E8M0 bytes uint8 `[N, K/32]`), bit views, never value casts."""
     codes = source.read(tensor.weight).view(torch.uint8)
     return codes, source.read(_scale(tensor)).view(torch.uint8)
 
 
-def read_fp8(source: Source, tensor: SourceTensor) -> tuple[Tensor, Tensor]:
+def read_fp8(source: Reader, tensor: SourceTensor) -> tuple[Tensor, Tensor]:
     """-> (codes float8_e4m3fn `[N, K]`, scales as stored `[ceil(N/128), ceil(K/128)]`)."""
     return source.read(tensor.weight), source.read(_scale(tensor))
 
 
-def read_nvfp4(source: Source, tensor: SourceTensor) -> NVFP4Tensor:
+def read_nvfp4(source: Reader, tensor: SourceTensor) -> NVFP4Tensor:
     """The source's own bytes and its global scale as a factor.
 
     Raises FormatError for a NaN or negative block scale and for a global scale no writer means.
@@ -65,7 +78,7 @@ def read_nvfp4(source: Source, tensor: SourceTensor) -> NVFP4Tensor:
     return NVFP4Tensor(codes, scales, _global_scale(source, tensor), tensor.shape)
 
 
-def _global_scale(source: Source, tensor: SourceTensor) -> Tensor:
+def _global_scale(source: Reader, tensor: SourceTensor) -> Tensor:
     """g as float32 `[]`. Raises FormatError when it is not in [2^-126, 1]."""
     assert tensor.global_scale is not None
     stored = source.read(tensor.global_scale).reshape(())

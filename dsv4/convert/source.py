@@ -62,16 +62,8 @@ class ByteStream(Protocol):
         """Fill all of `view` with the bytes that come next. Raises SourceError."""
 
 
-class Source(abc.ABC):
-    """A checkpoint that can be planned from its headers and read range by range.
-
-    config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
-    every safetensors file, by name, sorted. Reads may come from several threads at once.
-    """
-
-    config: dict[str, Any]
-    entries: Mapping[str, TensorEntry]
-    sizes: Mapping[str, int]
+class Reader(abc.ABC):
+    """Hands out tensors and rows of tensors; what a unit of work reads from."""
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor in its own dtype and shape, in memory of its own. Raises SourceError."""
@@ -93,6 +85,18 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
         """Fill `view` with bytes of `file` from `position` on; `what` is named in a SourceError."""
+
+
+class Source(Reader):
+    """A checkpoint that can be planned from its headers and read range by range.
+
+    config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
+    every safetensors file, by name, sorted. Reads may come from several threads at once.
+    """
+
+    config: dict[str, Any]
+    entries: Mapping[str, TensorEntry]
+    sizes: Mapping[str, int]
 
     @abc.abstractmethod
     def stream(self, file: str) -> contextlib.AbstractContextManager[ByteStream]:

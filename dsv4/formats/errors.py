@@ -17,6 +17,14 @@ class SourceError(Dsv4Error):
     """The source checkpoint is malformed, incomplete, or holds something unexplained."""
 
 
+class ChangedSourceError(SourceError):
+    """What was read of the source is not what it is, or was: output made from it is dropped."""
+
+    def __init__(self, file: str, message: str) -> None:
+        super().__init__(message)
+        self.file = file
+
+
 class FormatError(Dsv4Error):
     """Values cannot be represented as asked: non-finite input, wrong dtype, wrong shape."""
 

@@ -101,8 +101,8 @@ def pack_nvfp4(parts: Sequence[NVFP4Tensor], *, slabs: int = 1, interleave: int 
         codes = interleave_rows(codes, parts[1].codes, interleave)
         scales = interleave_rows(scales, parts[1].scales, interleave)
     padded = -(-cols // NVFP4_K_ALIGN) * NVFP4_K_ALIGN
-    codes = _to_slabs(_pad(codes, 0, padded // 2 - codes.shape[1]), slabs)
-    scales = _to_slabs(_pad(scales, 0, padded // NVFP4_BLOCK - scales.shape[1]), slabs)
+    codes = to_slabs(_pad(codes, 0, padded // 2 - codes.shape[1]), slabs)
+    scales = to_slabs(_pad(scales, 0, padded // NVFP4_BLOCK - scales.shape[1]), slabs)
     return Nvfp4Matrix(
         codes=codes,
         scales=tile_scales(scales),
@@ -135,7 +135,7 @@ def pack_fp8(codes: Tensor, scales: Tensor, *, slabs: int = 1) -> Fp8Matrix:
     if codes.dim() != 2:
         raise FormatError(f"FP8 codes have shape {tuple(codes.shape)}, expected [N, K]")
     _require_multiple(f"columns in {slabs} slabs", codes.shape[1], slabs)
-    return Fp8Matrix(_to_slabs(codes, slabs), scales, codes.shape[0], codes.shape[1])
+    return Fp8Matrix(to_slabs(codes, slabs), scales, codes.shape[0], codes.shape[1])
 
 
 def unpack_fp8(m: Fp8Matrix) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,8 @@ def _words(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
-def _to_slabs(x: Tensor, slabs: int) -> Tensor:
+def to_slabs(x: Tensor, slabs: int) -> Tensor:
+    """`[N, K]` -> `[S, N, K/S]`, contiguous: each slab a matrix of its own."""
     if slabs == 1:
         return x.contiguous().unsqueeze(0)
     width = x.shape[1] // slabs

@@ -11,7 +11,7 @@ from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import make_recipe
 from dsv4.formats.errors import ConfigError
 from dsv4.formats.inventory import DraftKind
-from dsv4.formats.store.schema import ArraySpec
+from dsv4.formats.store.schema import ArraySpec, FileSpec
 from tests.convert.header_source import HeaderSource
 from tests.real_configs import PUBLISHED, Published
 
@@ -125,11 +125,18 @@ def test_no_unit_holds_more_than_two_gibibytes(flash: Plan, pro: Plan) -> None:
 
 def test_units_write_every_file_once(flash: Plan) -> None:
     """All but the small arrays of the stacks, which are written whole at the end."""
-    written = [file.key for unit in flash.units() for file in unit.files]
+    targets = [target for unit in flash.units for target in unit.targets]
+    ranges: dict[FileSpec, list[tuple[int, int]]] = {}
+    for file, begin, end in targets:
+        ranges.setdefault(file, []).append((begin, end))
+    for file, found in ranges.items():  # end to end, without gap or overlap
+        edges = [0, *(end for _, end in sorted(found))]
+        assert [begin for begin, _ in sorted(found)] == edges[:-1], file.key
+        assert edges[-1] == file.payload_nbytes
+    written = [file.key for file in ranges]
     late = [file.key for file in flash.files() if file.key not in set(written)]
     assert {key.split("/")[5] for key in late} == {"global_scale", "lineage"}
     assert len(late) == 44 * 2 * 2
     written += late
     expected = [file.key for array in _arrays(flash).values() for file in array.files()]
     assert sorted(written) == sorted(expected)
-    assert len(set(written)) == len(written)

@@ -184,7 +184,7 @@ def _pieces(file: FileSpec, parts: Iterable[Tensor | bytes]) -> Iterator[memoryv
     """The bytes of `parts` in pieces, exactly `file.payload_nbytes` of them."""
     total = 0
     for part in parts:
-        view = _bytes_of(file, part)
+        view = bytes_of(file, part)
         total += len(view)
         if total > file.payload_nbytes:
             break
@@ -197,7 +197,8 @@ def _pieces(file: FileSpec, parts: Iterable[Tensor | bytes]) -> Iterator[memoryv
         )
 
 
-def _bytes_of(file: FileSpec, part: Tensor | bytes) -> memoryview:
+def bytes_of(file: FileSpec, part: Tensor | bytes) -> memoryview:
+    """The bytes of a part. Raises StoreError unless it is contiguous CPU memory."""
     if isinstance(part, bytes):
         return memoryview(part)
     if part.device.type != "cpu" or not part.is_contiguous():

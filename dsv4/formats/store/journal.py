@@ -1,8 +1,9 @@
-"""The journal of a conversion: what it converts, and which files are on disk for good.
+"""The journal of a conversion: what it converts, and what of it is on disk for good.
 
-One JSON document a line: first the identity, then one line per durable file or note, each synced
-before the next begins. A note is what a caller wants to find again when it resumes. A torn last
-line (power loss) is cut off; anything else malformed is refused.
+One JSON document a line: first the identity, then one line per durable file, per durable extents
+of a file that is not whole yet, or per note (what a caller wants to find again when it resumes).
+Lines are appended and synced in groups. A torn last line (power loss) is cut off; anything else
+malformed is refused.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv4.formats.errors import ConflictError, StoreError
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import storage_errors, sync_directory, write_all
+from dsv4.formats.store.extents import Extent
 from dsv4.formats.store.hierarchy import parse_json
 from dsv4.formats.store.manifest import FileRecord
 
@@ -25,7 +27,10 @@ _IDENTITY_KEY = "dsv4_journal"
 
 
 class Journal:
-    """An open journal. records: file key -> what is on disk under it. notes: key -> JSON value."""
+    """An open journal. records: file key -> what is on disk under it. notes: key -> JSON value.
+
+    extents: file key -> which pieces of a file that is not whole yet are on disk.
+    """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Start the journal at `path`, or go on with it.
@@ -35,6 +40,7 @@ class Journal:
         self._path = path
         self._lock = threading.Lock()
         self.records: dict[str, FileRecord] = {}
+        self.extents: dict[str, list[Extent]] = {}
         self.notes: dict[str, Any] = {}
         with storage_errors(path.parent, "opening the journal"):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,22 +51,36 @@ class Journal:
             self.close()
             raise
 
-    def record(self, key: str, record: FileRecord) -> None:
-        """Record a file that is durable; returns when the line is."""
-        line = canonical_json({"path": key, **record.to_json()})
-        with self._lock:
-            self._write(line)
-            self.records[key] = record
+    def append(
+        self,
+        records: Mapping[str, FileRecord],
+        extents: Mapping[str, Sequence[Extent]],
+        notes: Mapping[str, Any],
+    ) -> None:
+        """Record what is durable: whole files and extents of files by key, and notes by key.
 
-    def note(self, key: str, value: Any) -> None:
-        """Keep a JSON value under `key`; returns when it is durable. The last one counts.
-
-        Raises ValueError or TypeError when `value` is no finite JSON.
+        Returns when the lines are durable themselves. Of two notes under one key the last counts.
+        Raises ValueError or TypeError when a note is no finite JSON.
         """
-        line = canonical_json({"note": key, "value": value})
+        lines: list[dict[str, Any]] = [
+            *({"path": key, **record.to_json()} for key, record in records.items()),
+            *({"extents": key, "of": _to_json(found)} for key, found in extents.items()),
+            *({"note": key, "value": value} for key, value in notes.items()),
+        ]
+        self._append(lines)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """The files of these keys, or the extents they have, no longer count."""
+        self._append([{"forget": sorted(keys)}])
+
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        raw = [canonical_json(line) for line in lines]
+        if not raw:
+            return
         with self._lock:
-            self._write(line)
-            self.notes[key] = value
+            self._write(b"\n".join(raw))
+            for line in raw:
+                self._replay(line)
 
     @property
     def closed(self) -> bool:
@@ -91,13 +111,30 @@ class Journal:
 
     def _replay(self, line: bytes) -> None:
         entry = parse_json(line, f"{self._path}: a line of the journal")
-        if isinstance(entry, dict) and entry.keys() == {"note", "value"}:
+        keys = entry.keys() if isinstance(entry, dict) else set()
+        if keys == {"note", "value"}:
             self.notes[str(entry["note"])] = entry["value"]
+        elif keys == {"extents", "of"}:
+            self.extents.setdefault(str(entry["extents"]), []).extend(self._parse(entry["of"]))
+        elif keys == {"forget"} and isinstance(entry["forget"], list):
+            for key in entry["forget"]:
+                self.extents.pop(key, None)
+                self.records.pop(key, None)
         elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
             key = entry.pop("path")
             self.records[key] = FileRecord.from_json(key, entry)
+            self.extents.pop(key, None)
         else:
-            raise StoreError(f"{self._path}: the journal is damaged; remove the directory")
+            raise self._damaged()
+
+    def _parse(self, found: Any) -> list[Extent]:
+        """The inverse of `_to_json`."""
+        if not isinstance(found, list) or not all(map(_is_row, found)):
+            raise self._damaged()
+        return [Extent(*row) for row in found]
+
+    def _damaged(self) -> StoreError:
+        return StoreError(f"{self._path}: the journal is damaged; remove the directory")
 
     def _write(self, line: bytes) -> None:
         with storage_errors(self._path.parent, "writing the journal"):
@@ -141,3 +178,11 @@ def _check_identity(path: Path, line: bytes, identity: Mapping[str, Any]) -> Non
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _to_json(extents: Sequence[Extent]) -> list[list[int]]:
+    return [[extent.offset, extent.nbytes, extent.xxh3] for extent in extents]
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and all(type(n) is int and n >= 0 for n in row)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ from dsv4.formats.store.durable import (
     write_file,
     write_unsynced,
 )
+from dsv4.formats.store.extents import Batch, Extent, complete_file, covers, partial_path
 from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
 from dsv4.formats.store.integrity import sizes, walk
 from dsv4.formats.store.journal import Journal
@@ -82,11 +84,12 @@ class StoreWriter:
                 _refuse_foreign(self.out)
             self._journal = Journal(self.out / JOURNAL, identity)
             with storage_errors(self.out, "removing what an interrupted run left behind"):
-                _remove_leftovers(self.out)
+                _remove_leftovers(self.out, self._journal)
         except BaseException:
             self.close()
             raise
         self._directories = Directories(self.out)
+        self._committing = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +130,59 @@ class StoreWriter:
             return False
         return not any(sizes(self.out, [file]))
 
+    def covers(self, file: FileSpec, begin: int, end: int) -> bool:
+        """Whether bytes `[begin, end)` of the payload are durable, in the file or on its way."""
+        return covers(self._open_journal.extents.get(file.key, ()), begin, end) or self.has(file)
+
     def write(self, file: FileSpec, parts: Iterable[Tensor]) -> None:
         """Write `file` from `parts` and record it in the journal (see `durable.write_file`)."""
         self._write(file, parts)
+
+    def commit(self, batch: Batch, notes: Mapping[str, Any] | None = None) -> list[FileSpec]:
+        """Record what a sink made durable, with notes; returns the files that are covered now.
+
+        Whoever gets a file has to `complete` it. Raises StoreError when a note is no finite JSON.
+        """
+        extents = {file.key: found for file, found in batch.extents.items()}
+        with self._committing:
+            before = {file: self._covered(file) for file in batch.extents}
+            self._journal_append(batch.files, extents, notes or {})
+            return [file for file, was in before.items() if not was and self._covered(file)]
+
+    def complete(self, file: FileSpec) -> None:
+        """Make a covered file whole. Raises StoreError when it is not what was written."""
+        journal = self._open_journal
+        try:
+            record = complete_file(self.out, file, journal.extents.get(file.key, ()))
+        except StoreError:
+            self.forget([file])
+            raise
+        journal.append({file.key: record}, {}, {})
+
+    def covered_files(self, files: Iterable[FileSpec]) -> list[FileSpec]:
+        """Those of `files` which an interrupted run covered but did not complete."""
+        begun = self._open_journal.extents
+        return [file for file in files if file.key in begun and self._covered(file)]
+
+    def allocated(self, file: FileSpec) -> int:
+        """Bytes of the file that the disk has set aside already."""
+        if self.has(file):
+            return file.nbytes
+        return file.payload_nbytes if file.key in self._open_journal.extents else 0
+
+    def forget(self, files: Iterable[FileSpec], notes: Iterable[str] = ()) -> None:
+        """Drop files, whole or not, and notes: what they hold has proved wrong."""
+        files = list(files)
+        self._journal_append({}, {}, dict.fromkeys(notes))
+        self._open_journal.forget(file.key for file in files)
+        with storage_errors(self.out, "removing files"):
+            for file in files:
+                (self.out / file.key).unlink(missing_ok=True)
+                partial_path(self.out, file).unlink(missing_ok=True)
+
+    def _covered(self, file: FileSpec) -> bool:
+        extents = self._open_journal.extents.get(file.key, ())
+        return bool(extents) and covers(extents, 0, file.payload_nbytes)
 
     def write_asset(self, name: str, data: bytes) -> None:
         """Write the asset `name` (a base name); does nothing when it is durable already.
@@ -147,10 +200,7 @@ class StoreWriter:
 
         Raises StoreError when `value` is no finite JSON.
         """
-        try:
-            self._open_journal.note(key, value)
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"{self.out}: note {key} cannot be kept: {error}") from None
+        self._journal_append({}, {}, {key: value})
 
     def notes(self) -> Mapping[str, Any]:
         """What `note` kept, in this run and in the interrupted ones before it."""
@@ -201,7 +251,18 @@ class StoreWriter:
         journal = self._open_journal
         with storage_errors(self.out, f"creating the directory of {file.key}"):
             self._directories.ensure(file.key.rpartition("/")[0])
-        journal.record(file.key, write_file(self.out, file, parts))
+        journal.append({file.key: write_file(self.out, file, parts)}, {}, {})
+
+    def _journal_append(
+        self,
+        records: Mapping[str, FileRecord],
+        extents: Mapping[str, Sequence[Extent]],
+        notes: Mapping[str, Any],
+    ) -> None:
+        try:
+            self._open_journal.append(records, extents, notes)
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{self.out}: a note cannot be kept: {error}") from None
 
     def _settled_records(
         self, arrays: Iterable[ArraySpec], journaled: Mapping[str, FileRecord]
@@ -293,8 +354,13 @@ def _has_begun(journal: Path) -> bool:
         return False
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove temporary files and metadata that an interrupted run left behind."""
-    for key in list(walk(out)):
-        if key.endswith(PARTIAL_SUFFIX) or key.rpartition("/")[2] == NODE_DOCUMENT:
+def _remove_leftovers(out: Path, journal: Journal) -> None:
+    """Remove what an interrupted run left behind, but for partial files with durable extents."""
+    found = set(walk(out))
+    begun = {key + PARTIAL_SUFFIX for key in journal.extents}
+    if gone := begun - found:
+        journal.forget(key.removesuffix(PARTIAL_SUFFIX) for key in gone)
+    for key in found:
+        temporary = key.endswith(PARTIAL_SUFFIX) and key not in begun
+        if temporary or key.rpartition("/")[2] == NODE_DOCUMENT:
             (out / key).unlink()

@@ -1,0 +1,228 @@
+"""One pass over a source file: every byte is hashed once, and units get their tensors on the way.
+
+    the file   [header | scales … | w1 of expert 0 | w2 | w3 | w1 of expert 1 | …]
+    hashed     every byte, in order: the SHA-256 of the whole file
+    held       tensors of units whose other inputs are still to come, up to a limit
+    ready      a unit whose last tensor has passed; what was not held it reads again, as ranges
+
+A tensor that is read again must be the one that was hashed, so all readings are fingerprinted.
+A large tensor that is a unit by itself (the embedding) is never held: its unit takes the rows
+while they pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from dsv4.convert.outputs import Unit
+from dsv4.convert.source import ByteStream, Reader, Source, bytes_of, check_rows, empty
+from dsv4.formats.errors import ChangedSourceError
+from dsv4.formats.safetensors_header import TensorEntry
+from dsv4.formats.source_tensor import Encoding
+
+PIECE_BYTES = 4 << 20  # read and hashed at a time, while it is in cache
+INLINE_BYTES = 128 << 20  # a lone tensor above this is transformed while it passes
+
+Ready = Callable[[Unit, Reader], None]
+"""Takes a unit whose tensors have passed, and what to read them from; may wait for room."""
+
+
+class Fingerprints:
+    """XXH3-64 of tensors that are read more than once. passed: by name, as they were hashed."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, int] = {}
+        self._again: list[tuple[TensorEntry, int]] = []
+
+    def read_again(self, entry: TensorEntry, fingerprint: int) -> None:
+        """Another reading of the tensor gave this."""
+        self._again.append((entry, fingerprint))
+
+    def check(self) -> None:
+        """Raise ChangedSourceError when two readings of a tensor differ."""
+        for entry, fingerprint in self._again:
+            if self.passed.get(entry.name, fingerprint) != fingerprint:
+                raise ChangedSourceError(
+                    entry.file,
+                    f"{entry.file}: {entry.name} changed between two readings; do not change a "
+                    "checkpoint while it is converted, and run the same command again",
+                )
+
+
+class FilePass:
+    """Reads `file` once for `units`, which have all inputs or their last one in it.
+
+    watched: tensors of the file that units of other files read as ranges. hold_bytes: the most
+    that waits for other inputs.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        file: str,
+        units: Iterable[Unit],
+        watched: Iterable[TensorEntry],
+        hold_bytes: int,
+        fingerprints: Fingerprints,
+    ) -> None:
+        self.source = source
+        self.fingerprints = fingerprints
+        self.position = 0
+        self._file = file
+        self._units: dict[str, Unit] = {}  # by name of a tensor
+        self._waits_for: dict[str, int] = {}  # by key of a unit
+        self._held: dict[str, dict[str, Tensor]] = {}  # by key of a unit, by name of a tensor
+        self._left = hold_bytes
+        self._digest = hashlib.sha256()
+        entries = {entry.name: entry for entry in watched}
+        for unit in units:
+            mine = [entry for entry in entries_of(unit) if entry.file == file]
+            self._waits_for[unit.key] = len(mine)
+            self._held[unit.key] = {}
+            self._units |= {entry.name: unit for entry in mine}
+            entries |= {entry.name: entry for entry in mine}
+        self._entries = sorted(entries.values(), key=lambda entry: entry.begin)
+
+    def run(self, ready: Ready, stopped: Callable[[], bool]) -> str | None:
+        """Read the file; -> its SHA-256 in hex, or None when `stopped` said so.
+
+        Raises SourceError when it cannot be read, ChangedSourceError when it is not the file the
+        repository published.
+        """
+        with self.source.stream(self._file) as stream:
+            for entry in self._entries:
+                self.pass_by(stream, entry.begin)
+                if stopped():
+                    return None
+                self._take(stream, entry, ready)
+            self.pass_by(stream, self.source.sizes[self._file])
+        measured = self._digest.hexdigest()
+        published = self.source.published_sha256(self._file)
+        if published is not None and published != measured:
+            raise ChangedSourceError(
+                self._file,
+                f"{self._file}: what was read has SHA-256 {measured}, the repository says "
+                f"{published}; it was damaged on its way: run the same command again",
+            )
+        return measured
+
+    def _take(self, stream: ByteStream, entry: TensorEntry, ready: Ready) -> None:
+        """Let one tensor pass, and hand over the unit that was waiting for it."""
+        unit = self._units.get(entry.name)
+        if unit is not None and is_inline(unit):
+            passing = _Passing(self, stream, entry)
+            ready(unit, passing)
+            passing.finish()
+            return
+        last = unit is not None and self._waits_for[unit.key] == 1
+        if unit is None or not (last or entry.nbytes <= self._left):
+            checksum = xxhash.xxh3_64()
+            self.pass_by(stream, entry.end, checksum)
+            self.fingerprints.passed[entry.name] = checksum.intdigest()
+        else:
+            tensor = empty(entry)
+            self._held[unit.key][entry.name] = tensor
+            self._left -= entry.nbytes
+            self.read(stream, bytes_of(tensor))
+        if unit is not None:
+            self._waits_for[unit.key] -= 1
+            if not self._waits_for[unit.key]:
+                held = self._held.pop(unit.key)
+                self._left += sum(map(_nbytes, held.values()))
+                ready(unit, RangeReads(self.source, held, self.fingerprints))
+
+    def read(self, stream: ByteStream, view: memoryview, checksum: Any = None) -> None:
+        """Fill `view` with what comes next, and hash it."""
+        for begin in range(0, len(view), PIECE_BYTES):
+            piece = view[begin : begin + PIECE_BYTES]
+            stream.readinto(piece)
+            self._digest.update(piece)
+            self.position += len(piece)
+            if checksum is not None:
+                checksum.update(piece)
+
+    def pass_by(self, stream: ByteStream, end: int, checksum: Any = None) -> None:
+        """Hash up to byte `end` of the file without keeping anything."""
+        if self.position < end:
+            scratch = memoryview(bytearray(min(PIECE_BYTES, end - self.position)))
+            while self.position < end:
+                self.read(stream, scratch[: end - self.position], checksum)
+
+
+class RangeReads(Reader):
+    """Tensors that were held, and ranges of the source for all others, fingerprinted."""
+
+    def __init__(self, source: Source, held: dict[str, Tensor], fingerprints: Fingerprints) -> None:
+        self._source = source
+        self._held = held
+        self._fingerprints = fingerprints
+        self._partly: dict[str, tuple[int, Any]] = {}
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """The tensor; one that was held is given away."""
+        held = self._held.pop(entry.name, None)
+        return super().read(entry) if held is None else held
+
+    def read_rows(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
+        """Rows of the tensor; a view of one that is held."""
+        held = self._held.get(entry.name)
+        if held is None:
+            return super().read_rows(entry, start, stop)
+        check_rows(entry, start, stop)
+        return held[start:stop]
+
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        """A range of the source. Ranges that make up a whole tensor in order are fingerprinted."""
+        self._source.read_into(file, position, view, what)
+        entry = self._source.entries[what]
+        at, checksum = self._partly.pop(what, (entry.begin, xxhash.xxh3_64()))
+        if position == at:
+            checksum.update(view)
+            at += len(view)
+            if at == entry.end:
+                self._fingerprints.read_again(entry, checksum.intdigest())
+            else:
+                self._partly[what] = at, checksum
+
+
+class _Passing(RangeReads):
+    """One tensor while it passes: rows that are asked for in order come from the stream itself."""
+
+    def __init__(self, owner: FilePass, stream: ByteStream, entry: TensorEntry) -> None:
+        super().__init__(owner.source, {}, owner.fingerprints)
+        self._owner = owner
+        self._stream = stream
+        self._entry = entry
+        self._checksum = xxhash.xxh3_64()
+
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        """From the stream where it stands at `position`, else a range of the source."""
+        if what == self._entry.name and position == self._owner.position:
+            self._owner.read(self._stream, view, self._checksum)
+        else:
+            super().read_into(file, position, view, what)
+
+    def finish(self) -> None:
+        """Let what the unit left of the tensor pass, too."""
+        self._owner.pass_by(self._stream, self._entry.end, self._checksum)
+        self._owner.fingerprints.passed[self._entry.name] = self._checksum.intdigest()
+
+
+def entries_of(unit: Unit) -> list[TensorEntry]:
+    """Everything a unit reads: weights, scales and global scales."""
+    return [entry for tensor in unit.inputs for entry in tensor.entries.values()]
+
+
+def is_inline(unit: Unit) -> bool:
+    """Whether the unit is one large unquantised tensor."""
+    first, *others = unit.inputs
+    return not others and first.encoding is Encoding.PLAIN and first.nbytes > INLINE_BYTES
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
