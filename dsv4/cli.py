@@ -336,22 +336,23 @@ def bench() -> None:
 
 @bench.command("quantize")
 @click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def bench_quantize(elements: int, threads: int, as_json: bool) -> None:
+def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
     """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
     from dsv4.bench.quantize import quality, speed
     from dsv4.render import quality_table, speed_table
 
-    qualities = list(quality(elements))
+    qualities = quality(elements, seeds)
     speeds = speed(elements, threads)
     if as_json:
         _print_json(
             {
                 "quality": [dataclasses.asdict(line) for line in qualities],
-                "speed": [dataclasses.asdict(line) | {"of_copy": line.of_copy} for line in speeds],
+                "speed": [dataclasses.asdict(line) for line in speeds],
             }
         )
         return
-    out.print(quality_table(qualities))
+    out.print(quality_table(qualities, seeds))
     out.print(speed_table(speeds, threads))

@@ -201,30 +201,41 @@ def provenance_table(name: str, provenance: Mapping[str, Any]) -> Table:
     return _facts(name, provenance)
 
 
-def quality_table(lines: Sequence[Quality]) -> Table:
-    """Relative MSE per distribution and method, all on the same weights."""
-    table = Table(title="relative MSE of rounding to NVFP4", title_justify="left")
+def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
+    """Relative MSE per distribution and method over the seeds, all on the same weights."""
+    table = Table(title=f"relative MSE of rounding to NVFP4, {seeds} seed(s)", title_justify="left")
     table.add_column("weights")
-    for method in lines[0].rel_mse:
-        table.add_column(method, justify="right")
+    table.add_column("method")
+    for column in ("mean", "std. error", "least", "largest", "over the optimum"):
+        table.add_column(column, justify="right")
     for line in lines:
-        values = ("not installed" if v is None else f"{v:.4e}" for v in line.rel_mse.values())
-        table.add_row(line.distribution, *values)
+        for method, found in line.methods.items():
+            if found is None:
+                table.add_row(line.distribution, method, "not installed")
+                continue
+            error = "" if found.standard_error is None else f"{found.standard_error:.1e}"
+            values = (f"{v:.4e}" for v in (found.mean, found.least, found.largest))
+            mean, least, largest = values
+            over = f"{found.excess:.4%}"
+            table.add_row(line.distribution, method, mean, error, least, largest, over)
+        table.add_section()
     return table
 
 
 def speed_table(lines: Sequence[Speed], threads: int) -> Table:
-    """Rates, and their fraction of a plain copy of the same bytes in the same run."""
+    """Rates, and the fraction of a plain copy's rate: both from memory, and both in cache."""
     table = Table(title=f"speed, {threads} thread(s), median", title_justify="left")
     table.add_column("operation")
-    for column in ("Melem/s", "GB/s in + out", "of a plain copy", "result"):
+    for column in ("Melem/s", "GB/s in + out", "of a copy", "in cache", "result"):
         table.add_column(column, justify="right")
     for line in lines:
+        seconds = (line.from_memory or line.in_cache).seconds
         table.add_row(
             line.operation,
-            f"{line.elements / line.seconds / 1e6:.0f}",
-            f"{line.nbytes / line.seconds / 1e9:.2f}",
-            f"{line.of_copy:.3f}",
+            f"{line.elements / seconds / 1e6:.0f}",
+            f"{line.nbytes / seconds / 1e9:.2f}",
+            f"{line.from_memory.of_copy:.3f}" if line.from_memory else "",
+            f"{line.in_cache.of_copy:.3f}",
             "right" if line.correct else "WRONG",
         )
     return table

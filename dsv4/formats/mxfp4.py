@@ -11,6 +11,7 @@ optimum otherwise. k_max is taken over blocks with a code other than +-0.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ _E4M3_BIAS = 7
 _TWO_NORMALS = 0x0808  # times a biased exponent: that power of two as two E4M3 bytes
 _MAGNITUDE_NIBBLES = 0x7777777777777777
 _CHUNK = 1 << 16
-_CHECK_ROWS = 256
+_PARTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +72,14 @@ def cast_mxfp4_to_nvfp4(
     The result may share the memory of `codes`. Raises FormatError for shapes that do not match
     and for a NaN scale, naming the tensor, its row and its block of 32 columns.
     """
-    _check(codes, scales, name)
-    halves = _as_halves(codes)
-    top = _largest_exponent(halves, scales)
+    low, high = _check(codes, scales, name)
+    top = _largest_exponent(codes, scales)
     shift = min(max(top - _MAX_SCALE_EXPONENT, MIN_GLOBAL_EXPONENT), MAX_GLOBAL_EXPONENT)
-    out_scales = _scale_bytes(scales, shift)
+    out_scales = _scale_bytes(scales, shift, low, high)
     out_codes, recoded, rounded, lost = codes, 0, 0, 0.0
-    if out_scales.numel() and not int(out_scales.min()):
+    unit = shift + _E8M0_BIAS
+    if low < unit + _MIN_SCALE_EXPONENT or high > unit + _MAX_SCALE_EXPONENT:
+        halves = _as_halves(codes)
         exponents = scales.to(torch.int16).sub_(_E8M0_BIAS)
         outside = (out_scales == 0).flatten().nonzero().flatten()
         out_codes = codes.clone(memory_format=torch.contiguous_format)
@@ -98,7 +100,8 @@ def cast_mxfp4_to_nvfp4(
     return tensor, CastReport(out_scales.numel(), recoded, rounded, lost)
 
 
-def _check(codes: Tensor, scales: Tensor, name: str) -> None:
+def _check(codes: Tensor, scales: Tensor, name: str) -> tuple[int, int]:
+    """-> the least and the largest scale byte, (255, 0) of none."""
     for what, tensor in (("codes", codes), ("scales", scales)):
         if tensor.dtype != torch.uint8 or tensor.dim() != 2:
             raise FormatError(
@@ -111,13 +114,17 @@ def _check(codes: Tensor, scales: Tensor, name: str) -> None:
             f"{name}: MXFP4 codes of shape {tuple(codes.shape)} come with scales of shape "
             f"{tuple(scales.shape)}, expected one scale per {MXFP4_BLOCK} columns"
         )
-    if scales.numel() and int(scales.max()) == E8M0_NAN:
+    if not scales.numel():
+        return E8M0_NAN, 0
+    low, high = int(scales.amin()), int(scales.amax())
+    if high == E8M0_NAN:
         row, block = (scales == E8M0_NAN).nonzero()[0].tolist()
         raise FormatError(
             f"{name}: the E8M0 scale of row {row}, block {block} (columns {block * MXFP4_BLOCK} "
             f"to {block * MXFP4_BLOCK + MXFP4_BLOCK - 1}) is 255 (NaN), expected 0 to 254; "
             f"the source is damaged"
         )
+    return low, high
 
 
 def _as_halves(codes: Tensor) -> Tensor:
@@ -127,41 +134,47 @@ def _as_halves(codes: Tensor) -> Tensor:
     return codes.view(torch.int64)
 
 
-def _scale_bytes(scales: Tensor, shift: int) -> Tensor:
-    """E8M0 bytes `[N, K/32]` -> E4M3 bytes of 2^(k - shift) `[N, K/16]`, 0 where there is none."""
+def _scale_bytes(scales: Tensor, shift: int, low: int, high: int) -> Tensor:
+    """E8M0 bytes `[N, K/32]` -> E4M3 bytes of 2^(k - shift) `[N, K/16]`, 0 where there is none.
+
+    All of `scales` lie between `low` and `high`.
+    """
     unit = shift + _E8M0_BIAS  # the E8M0 byte of 2^shift
-    low, high = (int(scales.min()), int(scales.max())) if scales.numel() else (0, 0)
     if low - unit >= _MIN_NORMAL and high - unit <= _MAX_SCALE_EXPONENT:
-        pairs = scales.to(torch.int16).sub_(unit - _E4M3_BIAS).mul_(_TWO_NORMALS)
-        return pairs.view(torch.uint8).view(scales.shape[0], -1)
+        pairs = scales.to(torch.int16, memory_format=torch.contiguous_format)
+        pairs = pairs.sub_(unit - _E4M3_BIAS).mul_(_TWO_NORMALS)
+        return pairs.view(torch.uint8)
     table = torch.zeros(256, dtype=torch.int16)
     for exponent in range(_MIN_SCALE_EXPONENT, _MAX_SCALE_EXPONENT + 1):
         normal = exponent >= _MIN_NORMAL
         byte = (exponent + _E4M3_BIAS) << 3 if normal else 1 << (exponent - _MIN_SCALE_EXPONENT)
-        if 0 <= exponent + shift + _E8M0_BIAS < E8M0_NAN:
-            table[exponent + shift + _E8M0_BIAS] = byte << 8 | byte
+        if 0 <= exponent + unit < E8M0_NAN:
+            table[exponent + unit] = byte << 8 | byte
     pairs = table.to(scales.device).index_select(0, scales.flatten().to(torch.int32))
     return pairs.view(torch.uint8).view(scales.shape[0], -1)
 
 
-def _largest_exponent(halves: Tensor, scales: Tensor) -> int:
+def _largest_exponent(codes: Tensor, scales: Tensor) -> int:
     """k_max over the blocks of 32 with a non-zero code; 8, for a global scale of 1, if none.
 
-    Scales are tried from the top, so that an ordinary tensor's codes are hardly read.
+    One block with the largest scale decides, as a rule, so that the codes are not read.
     """
-    words = halves.view(*scales.shape, 2)
-    top = int(scales.max()) if scales.numel() else -1
-    while top >= 0:
-        for part, part_words in zip(
-            torch.split(scales, _CHECK_ROWS), torch.split(words, _CHECK_ROWS), strict=True
-        ):
-            hits = (part == top).flatten().nonzero().flatten()
-            for some in (hits[:1], hits[1:]):  # the first one decides, as a rule
-                if bool((part_words.flatten(0, 1)[some] & _MAGNITUDE_NIBBLES).any()):
-                    return top - _E8M0_BIAS
-        lower = scales[scales < top]
-        top = int(lower.max()) if lower.numel() else -1
-    return _MAX_SCALE_EXPONENT
+    if not scales.numel():
+        return _MAX_SCALE_EXPONENT
+    row, block = _where_largest(scales)
+    width = MXFP4_BLOCK // 2
+    if any(byte & 0x77 for byte in codes[row, block * width : (block + 1) * width].tolist()):
+        return int(scales[row, block]) - _E8M0_BIAS
+    live = (_as_halves(codes) & _MAGNITUDE_NIBBLES).view(*scales.shape, 2).any(dim=-1)
+    return int(scales[live].max()) - _E8M0_BIAS if bool(live.any()) else _MAX_SCALE_EXPONENT
+
+
+def _where_largest(x: Tensor) -> tuple[int, int]:
+    """Row and column of a largest byte: a maximum is found much faster than its place."""
+    flat = x.flatten()
+    parts = flat.view(math.gcd(flat.numel(), _PARTS), -1)
+    part = int(parts.amax(dim=1).argmax())
+    return divmod(part * parts.shape[1] + int(parts[part].argmax()), x.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,6 +161,28 @@ def test_a_slab_is_the_matrix_of_its_columns() -> None:
     assert whole.scales.is_contiguous()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+@pytest.mark.parametrize("slabs", [1, 2])
+def test_memory_of_any_alignment_is_arranged_alike(offset: int, slabs: int) -> None:
+    """Scales move as words where they can; odd offsets and rows apart make no difference."""
+    part = random_nvfp4(130, 256)
+    expected = pack_nvfp4([part], slabs=slabs)
+    wide = torch.cat([random_bytes(130, offset), part.codes, random_bytes(130, 3)], dim=1)
+    scales = torch.cat([random_bytes(130, offset), part.scales, random_bytes(130, 3)], dim=1)
+    columns = slice(offset, offset + 128), slice(offset, offset + 16)
+    apart = NVFP4Tensor(wide[:, columns[0]], scales[:, columns[1]], part.global_scale, part.shape)
+    shifted = [
+        torch.zeros(x.numel() + offset, dtype=torch.uint8)[offset:].view_as(x).copy_(x)
+        for x in (part.codes, part.scales)
+    ]
+    for other in (apart, NVFP4Tensor(shifted[0], shifted[1], part.global_scale, part.shape)):
+        packed = pack_nvfp4([other], slabs=slabs)
+        assert torch.equal(packed.codes, expected.codes)
+        assert torch.equal(packed.scales, expected.scales)
+        assert packed.codes.is_contiguous()
+        assert packed.scales.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("parts", "slabs", "interleave", "message"),
     [

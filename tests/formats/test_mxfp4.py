@@ -129,6 +129,25 @@ def test_blocks_of_zeros_do_not_move_the_window() -> None:
     assert torch.equal(cast.codes, codes)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64, 127])
+def test_the_largest_scale_is_found_wherever_it_is(rows: int) -> None:
+    codes = torch.full((rows, 5 * 16), 0x53, dtype=torch.uint8)
+    for place in (0, rows * 5 // 2, rows * 5 - 1):
+        scales = torch.full((rows, 5), 110, dtype=torch.uint8)
+        scales.view(-1)[place] = 120
+        cast, report = check_cast(codes, scales)
+        assert report.exact
+        assert cast.global_scale.item() == 2.0 ** (120 - 127 - 8)
+
+
+def test_an_empty_tensor() -> None:
+    none = torch.zeros(0, 16, dtype=torch.uint8), torch.zeros(0, 1, dtype=torch.uint8)
+    cast, report = cast_mxfp4_to_nvfp4(*none, name="w")
+    assert report == CastReport(0, 0, 0, 0.0)
+    assert cast.shape == (0, 32)
+    assert cast.global_scale.item() == 1.0
+
+
 @pytest.mark.parametrize("zero", [0x00, 0x88])
 def test_a_tensor_of_zeros(zero: int) -> None:
     codes = torch.full((4, 32), zero, dtype=torch.uint8)
