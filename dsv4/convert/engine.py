@@ -144,12 +144,15 @@ def _run(
     fingerprints = Fingerprints()
     notes = writer.notes()
     read = {file: note for file in source.sizes if (note := notes.get(file_note(file)))}
-    for note in read.values():
-        fingerprints.passed |= note["watched"]
     parts = [
         dataclasses.replace(part, units=tuple(u for u in part.units if u.key not in finished))
         for part in make_parts(plan.units, source.sizes)
     ]
+    for part in parts:
+        known = {(b, e): passed for b, e, passed in read.get(part.file, {}).get("watched", ())}
+        for entry in part.watched:
+            if (entry.begin, entry.end) in known:
+                fingerprints.passed[entry] = known[entry.begin, entry.end]
     counter = _Counter(plan, finished, progress)
     workshop = Workshop(source, writer, budget, fingerprints, counter.add)
     try:

@@ -33,10 +33,10 @@ Ready = Callable[[Unit, Reader], None]
 
 
 class Fingerprints:
-    """XXH3-64 of tensors that are read more than once. passed: by name, as they were hashed."""
+    """XXH3-64 of tensors that are read more than once. passed: as they were hashed."""
 
     def __init__(self) -> None:
-        self.passed: dict[str, int] = {}
+        self.passed: dict[TensorEntry, int] = {}
         self._again: list[tuple[TensorEntry, int]] = []
 
     def read_again(self, entry: TensorEntry, fingerprint: int) -> None:
@@ -46,7 +46,7 @@ class Fingerprints:
     def check(self) -> None:
         """Raise ChangedSourceError when two readings of a tensor differ."""
         for entry, fingerprint in self._again:
-            if self.passed.get(entry.name, fingerprint) != fingerprint:
+            if self.passed.get(entry, fingerprint) != fingerprint:
                 raise ChangedSourceError(
                     entry.file,
                     f"{entry.file}: {entry.name} changed between two readings; do not change a "
@@ -74,19 +74,19 @@ class FilePass:
         self.fingerprints = fingerprints
         self.position = 0
         self._file = file
-        self._units: dict[str, Unit] = {}  # by name of a tensor
+        self._units: dict[TensorEntry, Unit] = {}  # a fused tensor is many entries of one name
         self._waits_for: dict[str, int] = {}  # by key of a unit
-        self._held: dict[str, dict[str, Tensor]] = {}  # by key of a unit, by name of a tensor
+        self._held: dict[str, dict[TensorEntry, Tensor]] = {}  # by key of a unit
         self._left = hold_bytes
         self._digest = hashlib.sha256()
-        entries = {entry.name: entry for entry in watched}
+        entries = set(watched)
         for unit in units:
             mine = [entry for entry in entries_of(unit) if entry.file == file]
             self._waits_for[unit.key] = len(mine)
             self._held[unit.key] = {}
-            self._units |= {entry.name: unit for entry in mine}
-            entries |= {entry.name: entry for entry in mine}
-        self._entries = sorted(entries.values(), key=lambda entry: entry.begin)
+            self._units |= dict.fromkeys(mine, unit)
+            entries.update(mine)
+        self._entries = sorted(entries, key=lambda entry: entry.begin)
 
     def run(self, ready: Ready, stopped: Callable[[], bool]) -> str | None:
         """Read the file; -> its SHA-256 in hex, or None when `stopped` said so.
@@ -113,7 +113,7 @@ class FilePass:
 
     def _take(self, stream: ByteStream, entry: TensorEntry, ready: Ready) -> None:
         """Let one tensor pass, and hand over the unit that was waiting for it."""
-        unit = self._units.get(entry.name)
+        unit = self._units.get(entry)
         if unit is not None and is_inline(unit):
             passing = _Passing(self, stream, entry)
             ready(unit, passing)
@@ -123,10 +123,10 @@ class FilePass:
         if unit is None or not (last or entry.nbytes <= self._left):
             checksum = xxhash.xxh3_64()
             self.pass_by(stream, entry.end, checksum)
-            self.fingerprints.passed[entry.name] = checksum.intdigest()
+            self.fingerprints.passed[entry] = checksum.intdigest()
         else:
             tensor = empty(entry)
-            self._held[unit.key][entry.name] = tensor
+            self._held[unit.key][entry] = tensor
             self._left -= entry.nbytes
             self.read(stream, bytes_of(tensor))
         if unit is not None:
@@ -157,37 +157,38 @@ class FilePass:
 class RangeReads(Reader):
     """Tensors that were held, and ranges of the source for all others, fingerprinted."""
 
-    def __init__(self, source: Source, held: dict[str, Tensor], fingerprints: Fingerprints) -> None:
+    def __init__(
+        self, source: Source, held: dict[TensorEntry, Tensor], fingerprints: Fingerprints
+    ) -> None:
         self._source = source
         self._held = held
         self._fingerprints = fingerprints
-        self._partly: dict[str, tuple[int, Any]] = {}
+        self._partly: dict[TensorEntry, tuple[int, Any]] = {}
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor; one that was held is given away."""
-        held = self._held.pop(entry.name, None)
+        held = self._held.pop(entry, None)
         return super().read(entry) if held is None else held
 
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
         """Rows of the tensor; a view of one that is held."""
-        held = self._held.get(entry.name)
+        held = self._held.get(entry)
         if held is None:
             return super().read_rows(entry, start, stop)
         check_rows(entry, start, stop)
         return held[start:stop]
 
-    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+    def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """A range of the source. Ranges that make up a whole tensor in order are fingerprinted."""
-        self._source.read_into(file, position, view, what)
-        entry = self._source.entries[what]
-        at, checksum = self._partly.pop(what, (entry.begin, xxhash.xxh3_64()))
+        self._source.fill(entry, position, view)
+        at, checksum = self._partly.pop(entry, (entry.begin, xxhash.xxh3_64()))
         if position == at:
             checksum.update(view)
             at += len(view)
             if at == entry.end:
                 self._fingerprints.read_again(entry, checksum.intdigest())
             else:
-                self._partly[what] = at, checksum
+                self._partly[entry] = at, checksum
 
 
 class _Passing(RangeReads):
@@ -200,17 +201,17 @@ class _Passing(RangeReads):
         self._entry = entry
         self._checksum = xxhash.xxh3_64()
 
-    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+    def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """From the stream where it stands at `position`, else a range of the source."""
-        if what == self._entry.name and position == self._owner.position:
+        if entry == self._entry and position == self._owner.position:
             self._owner.read(self._stream, view, self._checksum)
         else:
-            super().read_into(file, position, view, what)
+            super().fill(entry, position, view)
 
     def finish(self) -> None:
         """Let what the unit left of the tensor pass, too."""
         self._owner.pass_by(self._stream, self._entry.end, self._checksum)
-        self._owner.fingerprints.passed[self._entry.name] = self._checksum.intdigest()
+        self._owner.fingerprints.passed[self._entry] = self._checksum.intdigest()
 
 
 def entries_of(unit: Unit) -> list[TensorEntry]:

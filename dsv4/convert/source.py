@@ -68,7 +68,7 @@ class Reader(abc.ABC):
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor in its own dtype and shape, in memory of its own. Raises SourceError."""
         out = empty(entry)
-        self.read_into(entry.file, entry.begin, bytes_of(out), entry.name)
+        self.fill(entry, entry.begin, bytes_of(out))
         return out
 
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
@@ -79,12 +79,12 @@ class Reader(abc.ABC):
         check_rows(entry, start, stop)
         out = torch.empty((stop - start, *entry.shape[1:]), dtype=torch_dtype(entry))
         row_bytes = math.prod(entry.shape[1:]) * out.element_size()
-        self.read_into(entry.file, entry.begin + start * row_bytes, bytes_of(out), entry.name)
+        self.fill(entry, entry.begin + start * row_bytes, bytes_of(out))
         return out
 
     @abc.abstractmethod
-    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
-        """Fill `view` with bytes of `file` from `position` on; `what` is named in a SourceError."""
+    def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
+        """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""
 
 
 class Source(Reader):
@@ -97,6 +97,14 @@ class Source(Reader):
     config: dict[str, Any]
     entries: Mapping[str, TensorEntry]
     sizes: Mapping[str, int]
+
+    def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
+        """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""
+        self.read_into(entry.file, position, view, entry.name)
+
+    @abc.abstractmethod
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        """Fill `view` with bytes of `file` from `position` on; `what` is named in a SourceError."""
 
     @abc.abstractmethod
     def stream(self, file: str) -> contextlib.AbstractContextManager[ByteStream]:

@@ -113,7 +113,7 @@ class Workshop:
         )
         sha256 = walk.run(self._ready, self._stop.is_set)
         if sha256 is not None:
-            watched = {entry.name: known.passed[entry.name] for entry in part.watched}
+            watched = [[entry.begin, entry.end, known.passed[entry]] for entry in part.watched]
             self._ledger.note(file_note(part.file), {"sha256": sha256, "watched": watched})
 
     def _ready(self, unit: Unit, reader: Reader) -> None:
