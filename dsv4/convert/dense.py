@@ -7,15 +7,10 @@ rows at a time; memory does not grow with the matrix.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dsv4.convert.outputs import (
-    TILE_BYTES,
     FileIndex,
     Losses,
     Output,
@@ -23,16 +18,16 @@ from dsv4.convert.outputs import (
     Target,
     Unit,
     lineage,
-    tile_rows,
 )
 from dsv4.convert.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
 from dsv4.convert.plain import write_slabs
-from dsv4.convert.read import read_nvfp4, read_value_rows
+from dsv4.convert.read import read_nvfp4
+from dsv4.convert.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.source import Reader
 from dsv4.formats.layouts import pack_nvfp4
 from dsv4.formats.matrices import NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.formats.metrics import Loss
-from dsv4.formats.nvfp4 import dequantize_nvfp4, global_scale_for, quantize_nvfp4
+from dsv4.formats.nvfp4 import dequantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, group_of
@@ -76,26 +71,15 @@ class Nvfp4Output(Output):
             sink.write(scales_file, [packed.scales])
             sink.write(scale_file, [packed.global_scales])
             return {"loss": Loss().to_dict(), "exact": True}
-        amax = max(float(tile.abs().amax()) for tile in self._tiles(source))
-        global_scale = global_scale_for(amax)
         loss = Loss()
-        rows, begin = self._shape[0], 0
-        for tile in self._tiles(source):
-            part = quantize_nvfp4(tile, global_scale=global_scale, name=self.tensor.name)
-            loss.add(tile, dequantize_nvfp4(part))
+        rows = self._shape[0]
+        for begin, values, part in round_tiles(source, self.tensor):
+            loss.add(values, dequantize_nvfp4(part))
             packed = pack_nvfp4([part], slabs=self.slabs)
             write_slabs(sink, codes_file, packed.codes, begin, rows)
             write_slabs(sink, scales_file, packed.scales, begin // SF_ROWS, -(-rows // SF_ROWS))
-            begin += tile.shape[0]
-        sink.write(scale_file, [torch.tensor([global_scale], dtype=torch.float32)])
+        sink.write(scale_file, [part.global_scale.reshape(1)])
         return {"loss": loss.to_dict(), "exact": loss.errors == 0.0 and not loss.sign_flips}
-
-    def _tiles(self, source: Reader) -> Iterator[Tensor]:
-        """The matrix in float32, a tile of rows at a time; tiles begin at scale tiles."""
-        rows, cols = self._shape
-        step = tile_rows(rows, cols * 4, SF_ROWS)
-        for start in range(0, rows, step):
-            yield read_value_rows(source, self.tensor, start, min(start + step, rows))
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         return {
@@ -115,7 +99,7 @@ class Nvfp4Output(Output):
     def peak_bytes(self) -> int:
         if not self.rounded:
             return 3 * self.tensor.nbytes
-        return 8 * min(4 * math.prod(self.tensor.shape), TILE_BYTES)
+        return PEAK_BYTES
 
     @property
     def rounded(self) -> bool:

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsv4.convert.dense import nvfp4_arrays
-from dsv4.convert.outputs import FileIndex, Losses, Output, Result, Target, Unit
+from dsv4.convert.outputs import (
+    FileIndex,
+    Losses,
+    Output,
+    Result,
+    Target,
+    Unit,
+)
 from dsv4.convert.partition import (
     ALIGNMENT,
     cut_by_columns,
@@ -35,14 +42,15 @@ from dsv4.convert.partition import (
     row_units,
 )
 from dsv4.convert.plain import ELEMENT_OF
-from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4, read_values
+from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4
+from dsv4.convert.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.source import Reader
 from dsv4.formats.errors import SourceError
 from dsv4.formats.layouts import interleave_rows, pack_fp8, pack_nvfp4
 from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK
 from dsv4.formats.metrics import Loss
 from dsv4.formats.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.contents import EXPERT, LINEAGE_COLUMNS
 from dsv4.formats.store.extents import Sink
@@ -224,7 +232,7 @@ class ExpertsOutput(Output):
     def peak_bytes(self) -> int:
         rows, cols = self.shape
         per_expert = self.projections * rows * cols
-        return (24 if self.rounded else 4) * per_expert
+        return 2 * per_expert + (PEAK_BYTES if self.rounded else 0)
 
     def _pack(
         self, source: Reader, expert: tuple[SourceTensor, ...], reports: list[CastReport]
@@ -295,13 +303,21 @@ def _to_nvfp4(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastRe
         return part, CastReport(part.scales.numel(), 0, 0, 0.0)
     if tensor.encoding is Encoding.MXFP4:
         return cast_mxfp4_to_nvfp4(*read_mxfp4(source, tensor), name=tensor.name)
-    values = read_values(source, tensor)
-    part = quantize_nvfp4(values, name=tensor.name)
-    rounded = dequantize_nvfp4(part)
-    loss = Loss()
-    loss.add(values, rounded)
-    # NVFP4 could hold -0, but its quantiser writes +0: such a block is not the source's either.
-    changed = (values != rounded) | (values.signbit() & (values == 0))
-    changed = pad(changed, (0, -values.shape[-1] % NVFP4_BLOCK))
-    blocks = int(changed.view(-1, NVFP4_BLOCK).any(1).sum())
-    return part, CastReport(part.scales.numel(), 0, blocks, loss.rel_mse)
+    return _round(source, tensor)
+
+
+def _round(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
+    """Round an FP8 or unquantised projection, a tile of rows at a time."""
+    loss, blocks, parts = Loss(), 0, []
+    for _, values, part in round_tiles(source, tensor):
+        rounded = dequantize_nvfp4(part)
+        loss.add(values, rounded)
+        # NVFP4 could hold -0, but its quantiser writes +0: such a block is not the source's.
+        changed = (values != rounded) | (values.signbit() & (values == 0))
+        changed = pad(changed, (0, -changed.shape[1] % NVFP4_BLOCK))
+        blocks += int(changed.view(-1, NVFP4_BLOCK).any(1).sum())
+        parts.append(part)
+    codes = torch.cat([part.codes for part in parts])
+    scales = torch.cat([part.scales for part in parts])
+    whole = NVFP4Tensor(codes, scales, parts[0].global_scale, tensor.shape)
+    return whole, CastReport(scales.numel(), 0, blocks, loss.rel_mse)

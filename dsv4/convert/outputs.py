@@ -94,7 +94,7 @@ class Output(abc.ABC):
 
     @abc.abstractmethod
     def peak_bytes(self) -> int:
-        """An upper bound on the memory one of its units holds at once."""
+        """An upper bound on the memory one of its units needs besides its inputs."""
 
     @property
     @abc.abstractmethod
@@ -113,7 +113,7 @@ def lineage(tensor: SourceTensor, files: FileIndex) -> dict[str, list[int]]:
     }
 
 
-def tile_rows(rows: int, row_bytes: int, multiple: int = 1) -> int:
-    """Rows per tile so that a tile holds about TILE_BYTES, a multiple of `multiple`."""
-    per_tile = max(TILE_BYTES // max(row_bytes, 1), 1)
+def tile_rows(rows: int, row_bytes: int, multiple: int = 1, tile_bytes: int = TILE_BYTES) -> int:
+    """Rows per tile so that a tile holds about `tile_bytes`, a multiple of `multiple`."""
+    per_tile = max(tile_bytes // max(row_bytes, 1), 1)
     return min(max(per_tile // multiple, 1) * multiple, max(rows, 1))

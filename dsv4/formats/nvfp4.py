@@ -83,7 +83,7 @@ def quantize_nvfp4(
     and the value's index, and for other dtypes and shapes.
     """
     w = w.detach()
-    amax = _amax(w, name)
+    amax = largest_magnitude(w, name)
     scale = global_scale_for(amax) if global_scale is None else global_scale
     _check_global_scale(scale, amax, name)
     rows = w.reshape(-1, w.shape[-1])
@@ -133,7 +133,11 @@ def _lanes(part: Tensor) -> Tensor:
     return lanes.copy_(blocks.t())
 
 
-def _amax(w: Tensor, name: str) -> float:
+def largest_magnitude(w: Tensor, name: str, first_row: int = 0) -> float:
+    """The largest magnitude in `w`, which may be rows `first_row` on of a matrix called `name`.
+
+    Raises FormatError for a non-finite value, with its index, and for other dtypes and shapes.
+    """
     if (
         w.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or w.dim() == 0
@@ -146,9 +150,10 @@ def _amax(w: Tensor, name: str) -> float:
     low, high = w.aminmax()
     amax = max(-float(low), float(high))
     if not math.isfinite(amax):
-        index = (~w.isfinite()).nonzero()[0].tolist()
+        row, *rest = (~w.isfinite()).nonzero()[0].tolist()
         raise FormatError(
-            f"{name}: the value at {index} is {float(w[tuple(index)])}, expected finite weights"
+            f"{name}: the value at {[first_row + row, *rest]} is {float(w[row, *rest])}, expected "
+            "finite weights"
         )
     return amax
 
