@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 from rich.console import Console
@@ -57,6 +58,28 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
 
 
+class Size(click.ParamType[int]):
+    """A number of bytes: 2GiB, 1.5G, 900M, 1073741824. G is 2^30, GB is 10^9."""
+
+    name = "size"
+    _UNITS: ClassVar[dict[str, int]] = {
+        "": 1,
+        **{
+            f"{unit}{suffix}": 1 << 10 * power
+            for power, unit in enumerate("KMGT", 1)
+            for suffix in ("", "iB")
+        },
+        **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)},
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes meant; refuses what is no size."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT](?:i?B)?)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is no size, expected for instance 2GiB or 900MB", param, ctx)
+        return int(float(match[1]) * self._UNITS[match[2]])
+
+
 def _print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
@@ -85,22 +108,45 @@ _keep = click.option(
 )
 
 
+_revision = click.option("--revision", help="Branch, tag or commit, for a hub id.")
+_workers = click.option("--workers", type=click.IntRange(min=1), help="Units worked on at once.")
+_memory = click.option(
+    "--memory",
+    type=Size(),
+    default="2GiB",
+    show_default=True,
+    help="Ceiling of RAM, whatever the size of the model.",
+)
+
+
 @cli.command()
 @click.argument("source", metavar="SRC")
 @_recipe
 @_keep
-@click.option("--revision", help="Branch, tag or commit, for a hub id.")
+@_revision
+@_workers
+@_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def plan(
-    source: str, recipe: str, keep: tuple[str, ...], revision: str | None, as_json: bool
+    source: str,
+    recipe: str,
+    keep: tuple[str, ...],
+    revision: str | None,
+    workers: int | None,
+    memory: int,
+    as_json: bool,
 ) -> None:
     """Say what converting SRC would read, write and round, from headers alone."""
     from dsv4.convert.engine import open_source
+    from dsv4.convert.forecast import budget_for, forecast
     from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
     from dsv4.render import plan_table
 
-    document = make_plan(open_source(source, revision), make_recipe(recipe, keep)).to_dict()
+    opened = open_source(source, revision)
+    planned = make_plan(opened, make_recipe(recipe, keep))
+    expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
+    document = planned.to_dict() | expected.to_dict()
     if as_json:
         _print_json(document)
     else:
@@ -110,10 +156,12 @@ def plan(
 @cli.command()
 @click.option("--hf", "source", required=True, metavar="SRC", help="Hub id or local directory.")
 @click.option("--out", "target", required=True, type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--revision", help="Branch, tag or commit, for a hub id.")
+@_revision
 @_recipe
 @_keep
-@click.option("--workers", type=click.IntRange(min=1), help="Units worked on at once.")
+@_workers
+@_memory
+@click.option("--json", "as_json", is_flag=True, help="Events on stderr, one document on stdout.")
 def convert(
     source: str,
     target: Path,
@@ -121,20 +169,33 @@ def convert(
     recipe: str,
     keep: tuple[str, ...],
     workers: int | None,
+    memory: int,
+    as_json: bool,
 ) -> None:
     """Convert a checkpoint into a packed store. Resumes an unfinished conversion in DIR."""
     from dsv4.convert import engine
-    from dsv4.render import conversion_progress, summary_table
+    from dsv4.progress import conversion_progress
+    from dsv4.render import summary_table
 
     try:
-        with conversion_progress(err) as progress:
+        with conversion_progress(err, as_json=as_json) as progress:
             summary = engine.convert(
-                source, target, recipe, workers, progress, keep=keep, revision=revision
+                source,
+                target,
+                recipe,
+                workers,
+                progress,
+                keep=keep,
+                revision=revision,
+                memory=memory,
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
-    out.print(summary_table(summary))
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        out.print(summary_table(summary))
 
 
 @cli.command()

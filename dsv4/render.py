@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 if TYPE_CHECKING:
     from dsv4.bench.quantize import Quality, Speed
-    from dsv4.convert.engine import Event, Summary
+    from dsv4.convert.engine import Summary
     from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.validate.report import Report, TensorVerdict
 
@@ -62,6 +52,7 @@ def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
         "writes": f"{size(plan['output_bytes'])} in {plan['files']} files",
         "peak RAM": size(plan["peak_ram_bytes"]),
         "peak disk": size(plan["peak_disk_bytes"]),
+        "workers": plan["workers"],
         "units of work": plan["units"],
     }
     return _facts(f"plan for {source}", rows)
@@ -75,42 +66,6 @@ def _left_behind(plan: Mapping[str, Any]) -> str:
         "draft copies of embedding and head": len(plan["ignored_draft_copies"]),
     }
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
-
-
-@contextlib.contextmanager
-def conversion_progress(console: Console) -> Iterator[Callable[[Event], None]]:
-    """A progress bar on a terminal; plain lines, one per tenth, elsewhere."""
-    if not console.is_terminal:
-        shown = [-1]
-
-        def plain(event: Event) -> None:
-            tenth = 10 * event.done_bytes // max(event.total_bytes, 1)
-            if tenth > shown[0]:
-                shown[0] = tenth
-                done, total = size(event.done_bytes), size(event.total_bytes)
-                console.print(f"{10 * tenth:3d} %  {done} of {total}  {event.unit}", markup=False)
-
-        yield plain
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("packing", total=None)
-
-        def update(event: Event) -> None:
-            bar.update(
-                task,
-                completed=event.done_bytes,
-                total=event.total_bytes,
-                description=escape(event.unit),
-            )
-
-        yield update
 
 
 def summary_table(summary: Summary) -> Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Self
 
 from dsv4.convert.outputs import Output
@@ -36,7 +36,7 @@ class Budget:
 
     @classmethod
     def share(
-        cls, memory: int, workers: int | None, outputs: Iterable[Output], *, remote: bool
+        cls, memory: int, workers: int | None, outputs: Sequence[Output], *, remote: bool
     ) -> Self:
         """Share out `memory` bytes. Raises OutOfSpaceError when they do not suffice.
 

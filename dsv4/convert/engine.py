@@ -10,6 +10,7 @@ from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.file_pass import Fingerprints
+from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.local_source import LocalSource
 from dsv4.convert.outputs import Losses, Output, Result, Unit
 from dsv4.convert.plain import PlainOutput
@@ -26,6 +27,8 @@ from dsv4.formats.version import TOOL
 
 Progress = Callable[["Event"], None]
 
+WORTH_MEASURING = 1 << 30  # of a smaller source the copy rate is not worth the time it takes
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -37,6 +40,7 @@ class Event:
     done_tensors: int
     total_tensors: int
     resumed_bytes: int  # of done_bytes, what an earlier run did
+    copy_rate: float | None  # bytes a second this machine writes there; None when not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,16 @@ class Summary:
     plan: Plan
     resumed_units: int
     losses: Losses  # rounded tensors only
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "root": self.root,
+            "resumed_units": self.resumed_units,
+            "losses": self.losses,
+            **self.plan.to_dict(),
+        }
 
 
 def open_source(src: str | Path, revision: str | None = None) -> Source:
@@ -81,8 +95,7 @@ def convert(
     """
     source = open_source(src, revision)
     plan = make_plan(source, make_recipe(recipe, keep))
-    remote = any(map(source.remote_bytes, source.sizes))
-    budget = Budget.share(memory, workers, plan.outputs, remote=remote)
+    budget = budget_for(plan, source, memory, workers)
     out = Path(out)
     if Path(src).is_dir():
         _refuse_overlap(Path(src), out)
@@ -95,7 +108,11 @@ def convert(
         _recover(plan, writer)
         finished = _finished(plan, writer)
         writer.require_space(_missing_bytes(plan, writer))
-        sha256 = _run(plan, finished, source, writer, budget, progress)
+        rate = None
+        if progress is not None and plan.source_bytes >= WORTH_MEASURING:
+            rate = writer.measure_rate()
+        counter = _Counter(plan, finished, progress, rate)
+        sha256 = _run(plan, finished, source, writer, budget, counter)
         notes = writer.notes()
         results = {unit.key: notes[unit.key] for unit in plan.units}
         _complete(plan, results, source, writer)
@@ -129,7 +146,8 @@ def _finished(plan: Plan, writer: StoreWriter) -> set[str]:
 
 def _missing_bytes(plan: Plan, writer: StoreWriter) -> int:
     """Bytes that still have to be allocated on disk."""
-    return sum(file.nbytes - writer.allocated(file) for file in plan.files())
+    missing = sum(file.nbytes - writer.allocated(file) for file in plan.files())
+    return missing + metadata_bytes(plan)
 
 
 def _run(
@@ -138,7 +156,7 @@ def _run(
     source: Source,
     writer: StoreWriter,
     budget: Budget,
-    progress: Progress | None,
+    counter: _Counter,
 ) -> dict[str, str]:
     """Run what is not finished; -> SHA-256 of every source file."""
     fingerprints = Fingerprints()
@@ -153,7 +171,6 @@ def _run(
         for entry in part.watched:
             if (entry.begin, entry.end) in known:
                 fingerprints.passed[entry] = known[entry.begin, entry.end]
-    counter = _Counter(plan, finished, progress)
     workshop = Workshop(source, writer, budget, fingerprints, counter.add)
     try:
         workshop.run(part for part in parts if part.units or part.file not in read)
@@ -177,10 +194,13 @@ def _made_from(plan: Plan, file: str) -> set[FileSpec]:
 class _Counter:
     """Counts finished units, in bytes and tensors."""
 
-    def __init__(self, plan: Plan, finished: set[str], progress: Progress | None) -> None:
+    def __init__(
+        self, plan: Plan, finished: set[str], progress: Progress | None, rate: float | None
+    ) -> None:
         done = [unit for unit in plan.units if unit.key in finished]
         self._lock = threading.Lock()
         self._progress = progress
+        self._rate = rate
         self._total = plan.source_bytes, sum(len(unit.inputs) for unit in plan.units)
         self._bytes = self._resumed = sum(unit.input_bytes for unit in done)
         self._tensors = sum(len(unit.inputs) for unit in done)
@@ -200,6 +220,7 @@ class _Counter:
                         self._tensors,
                         total_tensors,
                         self._resumed,
+                        self._rate,
                     )
                 )
 

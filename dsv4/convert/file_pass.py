@@ -54,39 +54,79 @@ class Fingerprints:
                 )
 
 
-class FilePass:
-    """Reads `file` once for `units`, which have all inputs or their last one in it.
+class Schedule:
+    """What becomes of each tensor of a file that somebody needs, decided from headers alone.
 
-    watched: tensors of the file that units of other files read as ranges. hold_bytes: the most
-    that waits for other inputs.
+    entries: those tensors, in file order. watched: the ones that units of other files read as
+    ranges. hold_bytes: the most that may wait for other inputs of its unit.
     """
 
     def __init__(
-        self,
-        source: Source,
-        file: str,
-        units: Iterable[Unit],
-        watched: Iterable[TensorEntry],
-        hold_bytes: int,
-        fingerprints: Fingerprints,
+        self, file: str, units: Iterable[Unit], watched: Iterable[TensorEntry], hold_bytes: int
+    ) -> None:
+        self._units: dict[TensorEntry, Unit] = {}  # a fused tensor is many entries of one name
+        self._waits_for: dict[str, int] = {}  # by key of a unit
+        self._held: dict[str, int] = {}  # bytes, by key of a unit
+        self._left = hold_bytes
+        entries = set(watched)
+        for unit in units:
+            mine = [entry for entry in entries_of(unit) if entry.file == file]
+            self._waits_for[unit.key] = len(mine)
+            self._units |= dict.fromkeys(mine, unit)
+            entries.update(mine)
+        self.entries = sorted(entries, key=lambda entry: entry.begin)
+
+    def unit_of(self, entry: TensorEntry) -> Unit | None:
+        """The unit that is waiting for a tensor; None when it belongs to another file's unit."""
+        return self._units.get(entry)
+
+    def hold(self, entry: TensorEntry) -> bool:
+        """Whether the tensor that comes next is kept for its unit; counts it if so."""
+        if (unit := self._units.get(entry)) is None:
+            return False
+        last = self._waits_for[unit.key] == 1
+        if entry.nbytes > (INLINE_BYTES if last else self._left):
+            return False
+        self._held[unit.key] = self._held.get(unit.key, 0) + entry.nbytes
+        self._left -= entry.nbytes
+        return True
+
+    def passed(self, entry: TensorEntry) -> Unit | None:
+        """The unit that has all its tensors now that this one has passed, if any."""
+        if (unit := self._units.get(entry)) is None:
+            return None
+        self._waits_for[unit.key] -= 1
+        if self._waits_for[unit.key]:
+            return None
+        self._left += self._held.pop(unit.key, 0)
+        return unit
+
+    def read_again_bytes(self) -> int:
+        """Bytes that a pass over the file will have to read a second time."""
+        again = 0
+        for entry in self.entries:
+            unit = self.unit_of(entry)
+            if unit is not None and is_inline(unit):
+                again += entry.nbytes if unit.output.rounded else 0
+            elif not self.hold(entry):
+                again += entry.nbytes
+            self.passed(entry)
+        return again
+
+
+class FilePass:
+    """Reads `file` once, by a schedule that was made for it."""
+
+    def __init__(
+        self, source: Source, file: str, schedule: Schedule, fingerprints: Fingerprints
     ) -> None:
         self.source = source
         self.fingerprints = fingerprints
         self.position = 0
         self._file = file
-        self._units: dict[TensorEntry, Unit] = {}  # a fused tensor is many entries of one name
-        self._waits_for: dict[str, int] = {}  # by key of a unit
+        self._schedule = schedule
         self._held: dict[str, dict[TensorEntry, Tensor]] = {}  # by key of a unit
-        self._left = hold_bytes
         self._digest = hashlib.sha256()
-        entries = set(watched)
-        for unit in units:
-            mine = [entry for entry in entries_of(unit) if entry.file == file]
-            self._waits_for[unit.key] = len(mine)
-            self._held[unit.key] = {}
-            self._units |= dict.fromkeys(mine, unit)
-            entries.update(mine)
-        self._entries = sorted(entries, key=lambda entry: entry.begin)
 
     def run(self, ready: Ready, stopped: Callable[[], bool]) -> str | None:
         """Read the file; -> its SHA-256 in hex, or None when `stopped` said so.
@@ -95,7 +135,7 @@ class FilePass:
         repository published.
         """
         with self.source.stream(self._file) as stream:
-            for entry in self._entries:
+            for entry in self._schedule.entries:
                 self.pass_by(stream, entry.begin)
                 if stopped():
                     return None
@@ -113,28 +153,23 @@ class FilePass:
 
     def _take(self, stream: ByteStream, entry: TensorEntry, ready: Ready) -> None:
         """Let one tensor pass, and hand over the unit that was waiting for it."""
-        unit = self._units.get(entry)
+        unit = self._schedule.unit_of(entry)
         if unit is not None and is_inline(unit):
             passing = _Passing(self, stream, entry)
             ready(unit, passing)
             passing.finish()
             return
-        last = unit is not None and self._waits_for[unit.key] == 1
-        if unit is None or not (last or entry.nbytes <= self._left):
+        if unit is not None and self._schedule.hold(entry):
+            tensor = empty(entry)
+            self._held.setdefault(unit.key, {})[entry] = tensor
+            self.read(stream, bytes_of(tensor))
+        else:
             checksum = xxhash.xxh3_64()
             self.pass_by(stream, entry.end, checksum)
             self.fingerprints.passed[entry] = checksum.intdigest()
-        else:
-            tensor = empty(entry)
-            self._held[unit.key][entry] = tensor
-            self._left -= entry.nbytes
-            self.read(stream, bytes_of(tensor))
-        if unit is not None:
-            self._waits_for[unit.key] -= 1
-            if not self._waits_for[unit.key]:
-                held = self._held.pop(unit.key)
-                self._left += sum(map(_nbytes, held.values()))
-                ready(unit, RangeReads(self.source, held, self.fingerprints))
+        if (complete := self._schedule.passed(entry)) is not None:
+            held = self._held.pop(complete.key, {})
+            ready(complete, RangeReads(self.source, held, self.fingerprints))
 
     def read(self, stream: ByteStream, view: memoryview, checksum: Any = None) -> None:
         """Fill `view` with what comes next, and hash it."""
@@ -223,7 +258,3 @@ def is_inline(unit: Unit) -> bool:
     """Whether the unit is one large unquantised tensor."""
     first, *others = unit.inputs
     return not others and first.encoding is Encoding.PLAIN and first.nbytes > INLINE_BYTES
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

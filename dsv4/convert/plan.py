@@ -58,10 +58,10 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The most memory one unit holds at once."""
-        return max(output.peak_bytes() for output in self.outputs)
+        return max((output.peak_bytes() for output in self.outputs), default=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `dsv4 plan --json` prints."""
+        """What `dsv4 plan --json` prints, besides the forecast."""
         tensors = [tensor for unit in self.units for tensor in unit.inputs]
         rounded = [
             tensor.name
@@ -80,9 +80,6 @@ class Plan:
             "encodings": encodings,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
-            "peak_ram_bytes": self.peak_bytes,
-            "peak_disk_bytes": self.output_bytes,
-            "network_bytes": 0,
             "units": len(self.units),
             "files": sum(1 for _ in self.files()),
             "exact_tensors": len(tensors) - len(rounded),

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from dsv4.convert.budget import Budget
-from dsv4.convert.file_pass import FilePass, Fingerprints, is_inline
+from dsv4.convert.file_pass import FilePass, Fingerprints, Schedule, is_inline
 from dsv4.convert.outputs import Result, Unit
 from dsv4.convert.source import Reader, Source
 from dsv4.formats.errors import Dsv4Error
@@ -108,9 +108,8 @@ class Workshop:
     def _read(self, part: Part) -> None:
         """A reader's whole work on one part."""
         known = self._fingerprints
-        walk = FilePass(
-            self._source, part.file, part.units, part.watched, self._budget.hold_bytes, known
-        )
+        schedule = Schedule(part.file, part.units, part.watched, self._budget.hold_bytes)
+        walk = FilePass(self._source, part.file, schedule, known)
         sha256 = walk.run(self._ready, self._stop.is_set)
         if sha256 is not None:
             watched = [[entry.begin, entry.end, known.passed[entry]] for entry in part.watched]

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +61,9 @@ from dsv4.formats.store.schema import (
     FileSpec,
 )
 from dsv4.formats.store.zarr_metadata import metadata_documents
+
+RATE_BYTES = 64 << 20
+RATE_PIECE = 1 << 20
 
 
 class StoreWriter:
@@ -118,6 +122,18 @@ class StoreWriter:
                 f"{self.out}: {nbytes / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB "
                 "are free; free some space or choose another directory"
             )
+
+    def measure_rate(self) -> float:
+        """Bytes a second at which a plain file can be written and synced here."""
+        sample = self.out / f"rate{PARTIAL_SUFFIX}"
+        piece = os.urandom(RATE_PIECE)
+        begin = time.perf_counter()
+        with storage_errors(self.out, "measuring the disk"):
+            write_unsynced(sample, piece * (RATE_BYTES // RATE_PIECE))
+            sync_file(sample)
+            seconds = time.perf_counter() - begin
+            sample.unlink()
+        return RATE_BYTES / seconds
 
     def has(self, file: FileSpec) -> bool:
         """Whether `file` is durable: in the journal with these sizes, and so on disk."""
