@@ -20,6 +20,11 @@ _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safet
 MAX_SHARDS = 1 << 16
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether `name` is the plain name of a safetensors file, fit to be asked for."""
+    return _SHARD.fullmatch(name) is not None
+
+
 def first_names(names: Sequence[str], shown: int = 3) -> str:
     """The first few names, for a message."""
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
@@ -48,7 +53,7 @@ def parse_index(raw: bytes, what: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{what} has no weight_map from tensor names to file names")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+        if not isinstance(name, str) or not is_shard_name(name):
             raise SourceError(
                 f"{what}: tensor {tensor[:256]!r} is said to be in {name!r:.256}, expected the "
                 "plain name of a .safetensors file in the same directory"
@@ -56,12 +61,17 @@ def parse_index(raw: bytes, what: str) -> dict[str, str]:
     return weight_map
 
 
-def shards_of(index: Mapping[str, str] | None, present: Iterable[str], where: str) -> list[str]:
+def shards_of(
+    index: Mapping[str, str] | None,
+    present: Iterable[str],
+    where: str,
+    remedy: str = "download them",
+) -> list[str]:
     """The safetensors files of the checkpoint, sorted: those of the index, else all `present`.
 
-    Raises SourceError when one of them is missing.
+    Raises SourceError, advising `remedy`, when one of them is missing.
     """
-    found = {name for name in present if _SHARD.fullmatch(name)}
+    found = {name for name in present if is_shard_name(name)}
     names = set(index.values()) if index is not None else found | _siblings(found)
     if not names:
         raise SourceError(
@@ -70,7 +80,7 @@ def shards_of(index: Mapping[str, str] | None, present: Iterable[str], where: st
     if missing := sorted(names - found):
         raise SourceError(
             f"{where}: {len(missing)} of {len(names)} safetensors files are missing "
-            f"({first_names(missing)}); download them"
+            f"({first_names(missing)}); {remedy}"
         )
     return sorted(names)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
+from dsv4.convert.local_file import LocalStream, open_local, read_small
 from dsv4.convert.source import (
     AUX_FILES,
     CONFIG_FILE,
@@ -43,11 +44,11 @@ class LocalSource(Source):
         if not self._directory.is_dir():
             raise SourceError(f"{self._directory} is not a directory; give a checkpoint's")
         path = self._path(CONFIG_FILE)
-        self.config = parse_json(_read_small(path, MAX_CONFIG_BYTES), str(path))
+        self.config = parse_json(read_small(path, MAX_CONFIG_BYTES), str(path))
         path = self._directory / INDEX_FILE
         index = None
         if path.exists():
-            index = parse_index(_read_small(self._path(INDEX_FILE), MAX_INDEX_BYTES), str(path))
+            index = parse_index(read_small(self._path(INDEX_FILE), MAX_INDEX_BYTES), str(path))
         present = (entry.name for entry in self._directory.iterdir())
         names = shards_of(index, (n for n in present if self._there(n)), str(self._directory))
         self.sizes = {name: self._path(name).stat().st_size for name in names}
@@ -65,7 +66,7 @@ class LocalSource(Source):
     def stream(self, file: str) -> Iterator[ByteStream]:
         """The whole file in order. Raises SourceError when it is not what was opened."""
         with self._open(file) as stream:
-            os.posix_fadvise(stream.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            stream.expect_all()
             yield stream
 
     def fingerprint(self) -> str:
@@ -119,50 +120,5 @@ class LocalSource(Source):
         except OSError as error:
             raise SourceError(f"{name} cannot be read: {error.strerror}") from None
 
-    @contextlib.contextmanager
-    def _open(self, file: str) -> Iterator[_LocalStream]:
-        try:
-            descriptor = os.open(self._path(file), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(f"{file} cannot be read: {error.strerror}") from error
-        try:
-            if (size := os.fstat(descriptor).st_size) != self.sizes[file]:
-                raise SourceError(
-                    f"{file} is {size} bytes long, but was {self.sizes[file]} when it was opened; "
-                    "do not change a checkpoint while it is read"
-                )
-            yield _LocalStream(descriptor, file)
-        finally:
-            os.close(descriptor)
-
-
-class _LocalStream:
-    """A position in an open file."""
-
-    def __init__(self, descriptor: int, file: str) -> None:
-        self.descriptor = descriptor
-        self.position = 0
-        self._file = file
-
-    def readinto(self, view: memoryview, what: str = "it") -> None:
-        """Fill `view` from the position on."""
-        while view:
-            try:
-                count = os.preadv(self.descriptor, [view], self.position)
-            except OSError as error:
-                raise SourceError(f"{self._file}: {what} cannot be read: {error}") from error
-            if not count:
-                raise SourceError(f"{self._file} ended while {what} was read")
-            view, self.position = view[count:], self.position + count
-
-
-def _read_small(path: Path, limit: int) -> bytes:
-    """A whole document. Raises SourceError when it is larger than `limit`."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > limit:
-        raise SourceError(f"{path} is larger than {limit} bytes, which no real one is")
-    return raw
+    def _open(self, file: str) -> contextlib.AbstractContextManager[LocalStream]:
+        return open_local(self._path(file), self.sizes[file], file)

@@ -143,6 +143,18 @@ HOSTILE: dict[str, tuple[str, Edit]] = {
     ),
     "config with text": ("manifest", lambda d: _manifest(d)["config"].update(head_dim="x")),
     "source as list": ("source", _section("source", [])),
+    "hub source without commit": (
+        "source has the commit None",
+        _section("source", {"kind": "hub", "repo": "a/b"}),
+    ),
+    "hub source at a branch": (
+        "source has the commit 'main'",
+        _section("source", {"kind": "hub", "repo": "a/b", "commit": "main"}),
+    ),
+    "hub source that is a path": (
+        "source has the repo '../b'",
+        _section("source", {"kind": "hub", "repo": "../b", "commit": "c" * 40}),
+    ),
     "another root": ("claims root", _section("root", "0" * 64)),
     "no root": ("claims root", lambda d: _manifest(d).pop("root")),
     "root no text": ("claims root", _section("root", 7)),

@@ -28,6 +28,8 @@ from dsv4.formats.store.schema import (
 REQUIRED_SECTIONS = ("config", "layouts", "recipe", "source", "tool")
 _UNPINNED = ("files", "root")  # what the root is computed from in another form, and itself
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _SIZE_LIMIT = 1 << 63
 _RECORD_KEYS = {"bytes", "sha256", "chunk_bytes", "xxh3"}
 
@@ -103,11 +105,26 @@ def check_manifest(manifest: Any) -> None:
     for name in ("config", "layouts", "source"):
         if not isinstance(manifest[name], dict):
             raise StoreError(f"manifest: {name} is no JSON object")
+    check_source(manifest["source"])
     if unknown := sorted(set(manifest["layouts"]) - KNOWN_LAYOUTS):
         raise StoreError(
             f"the store uses layouts {unknown}, this dsv4 knows {sorted(KNOWN_LAYOUTS)}; "
             "use the dsv4 that wrote it"
         )
+
+
+def check_source(source: Mapping[str, Any]) -> None:
+    """Raise StoreError unless a source on the hub is `{"kind": "hub", "repo", "commit", …}`.
+
+    repo: `org/name`. commit: 40 hex digits, so that the bytes can be found again.
+    """
+    if source.get("kind") != "hub":
+        return
+    for key, pattern in (("repo", _HUB_ID), ("commit", _HEX_COMMIT)):
+        if not isinstance(value := source.get(key), str) or not pattern.fullmatch(value):
+            raise StoreError(
+                f"manifest: source has the {key} {value!r:.80}, which is none of a hub"
+            )
 
 
 def expected_files(arrays: Mapping[str, ArraySpec], manifest: Mapping[str, Any]) -> list[FileSpec]:

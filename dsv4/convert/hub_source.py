@@ -1,0 +1,141 @@
+"""A checkpoint in a hub repository, read over the network without touching the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dsv4.convert.hub_answers import Patience
+from dsv4.convert.hub_repo import HubRepo
+from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
+from dsv4.convert.source import (
+    AUX_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    ByteStream,
+    Source,
+    describe_files,
+)
+from dsv4.formats.errors import SourceError
+from dsv4.formats.safetensors_header import (
+    LENGTH_BYTES,
+    TensorEntry,
+    header_length,
+    parse_header,
+)
+
+MAX_AUX_BYTES = 1 << 27  # a tokenizer takes 8 MB
+HEAD_BYTES = 1 << 18  # holds the header of a file of 2,000 tensors: one request per file
+THREADS = 8
+
+
+class HubSource(Source):
+    """A checkpoint in a hub repository, pinned to one commit.
+
+    revision: branch, tag or commit; None: the default branch. endpoint, token, cache: instead of
+    what HF_ENDPOINT, the stored login (or HF_TOKEN) and HF_HUB_CACHE say. Files that the cache has
+    at this commit are read from it. With HF_HUB_OFFLINE set, all of them must be there.
+    Raises SourceError when the repository, the network or any header is not in order.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        endpoint: str | None = None,
+        token: str | bool | None = None,
+        cache: Path | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self._hub = HubRepo(
+            repo,
+            revision,
+            endpoint=endpoint,
+            token=token,
+            cache=cache,
+            patience=patience or Patience(),
+        )
+        self.commit = self._hub.commit
+        files, where = self._hub.files, f"{repo}@{self.commit[:12]}"
+        if CONFIG_FILE not in files:
+            raise SourceError(f"{where} has no {CONFIG_FILE}; give a checkpoint's repository")
+        raw = self._hub.read_small(CONFIG_FILE, MAX_CONFIG_BYTES)
+        self.config = parse_json(raw, f"{where}/{CONFIG_FILE}")
+        index = None
+        if INDEX_FILE in files:
+            raw = self._hub.read_small(INDEX_FILE, MAX_INDEX_BYTES)
+            index = parse_index(raw, f"{where}/{INDEX_FILE}")
+        remedy = "choose another revision"
+        if self._hub.offline:
+            remedy = "download them, or unset HF_HUB_OFFLINE"
+        names = shards_of(index, files, where, remedy)
+        self.sizes = {name: files[name].size for name in names}
+        with ThreadPoolExecutor(THREADS) as pool:
+            self.entries = merge_headers(list(pool.map(self._header, names)))
+        if index is not None:
+            check_index(index, self.entries)
+
+    def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
+        """Fill `view` with bytes of `file` from `position` on. Raises SourceError."""
+        self._hub.read_into(file, position, view, what)
+
+    def stream(self, file: str) -> contextlib.AbstractContextManager[ByteStream]:
+        """The whole file in order. Raises SourceError when it is not what was opened."""
+        return self._hub.stream(file)
+
+    def aux_files(self) -> Mapping[str, bytes]:
+        """Tokenizer, configs and licences the repository has, by name; a fixed list of names."""
+        return self._aux
+
+    def fingerprint(self) -> str:
+        """Of repository, commit, sizes, published hashes and the files that travel along."""
+        shards = [[n, size, self.published_sha256(n)] for n, size in self.sizes.items()]
+        aux = [[n, len(raw), hashlib.sha256(raw).hexdigest()] for n, raw in self._aux.items()]
+        identity = json.dumps([self._hub.repo, self.commit, shards, aux])
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
+        """`{"kind": "hub", "repo", "commit", "files": [{"name", "bytes", "sha256"}]}`."""
+        return {
+            "kind": "hub",
+            "repo": self._hub.repo,
+            "commit": self.commit,
+            "files": describe_files(self.sizes, sha256, self._aux),
+        }
+
+    def published_sha256(self, file: str) -> str | None:
+        """The LFS hash of the repository; None for a file that is not in LFS."""
+        return self._hub.files[file].sha256
+
+    def remote_bytes(self, file: str) -> int:
+        """Bytes of `file` that have to come over the network: all or, from the cache, none."""
+        return 0 if self._hub.files[file].cached is not None else self.sizes[file]
+
+    @functools.cached_property
+    def _aux(self) -> dict[str, bytes]:
+        names = sorted(name for name in AUX_FILES if name in self._hub.files)
+        with ThreadPoolExecutor(THREADS) as pool:
+            contents = pool.map(lambda name: self._hub.read_small(name, MAX_AUX_BYTES), names)
+            return dict(zip(names, contents, strict=True))
+
+    def _header(self, name: str) -> dict[str, TensorEntry]:
+        size = self.sizes[name]
+        head = self._read(name, 0, min(size, HEAD_BYTES))
+        end = LENGTH_BYTES + header_length(head, size, name)
+        if end > len(head):
+            head += self._read(name, len(head), end)
+        return parse_header(head, size, name)
+
+    def _read(self, name: str, begin: int, end: int) -> bytes:
+        raw = bytearray(end - begin)
+        self.read_into(name, begin, memoryview(raw), "its header")
+        return bytes(raw)
