@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 import dsv4
-from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
+from dsv4.options import keep_option, memory_option, recipe_option, revision_option, workers_option
 
 if TYPE_CHECKING:
     from dsv4.runtime.model import Model
@@ -58,28 +57,6 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes: 2GiB, 1.5G, 900M, 1073741824. G is 2^30, GB is 10^9."""
-
-    name = "size"
-    _UNITS: ClassVar[dict[str, int]] = {
-        "": 1,
-        **{
-            f"{unit}{suffix}": 1 << 10 * power
-            for power, unit in enumerate("KMGT", 1)
-            for suffix in ("", "iB")
-        },
-        **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)},
-    }
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The bytes meant; refuses what is no size."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT](?:i?B)?)", str(value))
-        if match is None:
-            self.fail(f"{value!r} is no size, expected for instance 2GiB or 900MB", param, ctx)
-        return int(float(match[1]) * self._UNITS[match[2]])
-
-
 def _print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
@@ -96,36 +73,13 @@ def cli() -> None:
     """
 
 
-_recipe = click.option(
-    "--recipe",
-    type=click.Choice(RECIPE_NAMES),
-    default=DEFAULT_RECIPE,
-    show_default=True,
-    help="What is rounded to NVFP4 besides the experts, which are carried exactly.",
-)
-_keep = click.option(
-    "--keep", multiple=True, metavar="GLOB", help="Leave matching tensors as in the source."
-)
-
-
-_revision = click.option("--revision", help="Branch, tag or commit, for a hub id.")
-_workers = click.option("--workers", type=click.IntRange(min=1), help="Units worked on at once.")
-_memory = click.option(
-    "--memory",
-    type=Size(),
-    default="2GiB",
-    show_default=True,
-    help="Ceiling of RAM, whatever the size of the model.",
-)
-
-
 @cli.command()
 @click.argument("source", metavar="SRC")
-@_recipe
-@_keep
-@_revision
-@_workers
-@_memory
+@recipe_option
+@keep_option
+@revision_option
+@workers_option
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def plan(
     source: str,
@@ -137,8 +91,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say what converting SRC would read, write and round, from headers alone."""
-    from dsv4.convert.engine import open_source
     from dsv4.convert.forecast import budget_for, forecast
+    from dsv4.convert.open_source import open_source
     from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
     from dsv4.render import plan_table
@@ -156,11 +110,11 @@ def plan(
 @cli.command()
 @click.option("--hf", "source", required=True, metavar="SRC", help="Hub id or local directory.")
 @click.option("--out", "target", required=True, type=click.Path(path_type=Path), metavar="DIR")
-@_revision
-@_recipe
-@_keep
-@_workers
-@_memory
+@revision_option
+@recipe_option
+@keep_option
+@workers_option
+@memory_option
 @click.option("--json", "as_json", is_flag=True, help="Events on stderr, one document on stdout.")
 def convert(
     source: str,

@@ -176,7 +176,7 @@ def test_refusals_of_convert(tiny_source: Path, standard_store: Path, tmp_path: 
     def convert(source: Path, target: Path = out, *more: str) -> str:
         return refused("convert", "--hf", source, "--out", target, *more)
 
-    assert "is not a directory" in convert(tmp_path / "nowhere")
+    assert "there is no directory" in convert(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "config.json" in convert(tmp_path / "empty")
     assert "complete packed checkpoint" in convert(tiny_source, standard_store)

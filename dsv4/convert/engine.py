@@ -11,14 +11,14 @@ from typing import Any
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.file_pass import Fingerprints
 from dsv4.convert.forecast import budget_for, metadata_bytes
-from dsv4.convert.local_source import LocalSource
+from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Losses, Output, Result, Unit
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.source import Source
 from dsv4.convert.workshop import Workshop, file_note, make_parts
-from dsv4.formats.errors import ChangedSourceError, ConfigError, SourceError
+from dsv4.formats.errors import ChangedSourceError, ConfigError
 from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import ArraySpec, FileSpec
@@ -62,19 +62,6 @@ class Summary:
             "losses": self.losses,
             **self.plan.to_dict(),
         }
-
-
-def open_source(src: str | Path, revision: str | None = None) -> Source:
-    """A local directory. Raises SourceError; hub ids are refused by name in this version."""
-    path = Path(src)
-    if path.is_dir():
-        if revision is not None:
-            raise SourceError(f"--revision {revision} has no meaning for the directory {path}")
-        return LocalSource(path)
-    raise SourceError(
-        f"{src} is not a directory; this version reads local checkpoints only, so download the "
-        f"repository first and give its directory"
-    )
 
 
 def convert(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dsv4.convert.engine import open_source
+from dsv4.convert.open_source import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import StoreError
 from dsv4.validate.inversion import invert

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import dsv4
 from dsv4.cli import tiny
-from dsv4.convert.engine import open_source
 from dsv4.convert.experts import ExpertsOutput
+from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe
 from dsv4.convert.source import Source

@@ -1,0 +1,52 @@
+"""Options that several commands share, and how sizes are written on the command line."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS |= {f"{unit}iB": size for unit, size in _UNITS.items() if unit}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 2GiB, 1.5G, 900MB, 1073741824. G is GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes meant; refuses what is no size."""
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?(?:i?B)?)", str(value))
+        if match is None or match[2] not in _UNITS:
+            self.fail(f"{value!r} is no size, expected for instance 2GiB or 900MB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+recipe_option = click.option(
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="What is rounded to NVFP4 besides the experts, which are carried exactly.",
+)
+keep_option = click.option(
+    "--keep", multiple=True, metavar="GLOB", help="Leave matching tensors as in the source."
+)
+
+
+revision_option = click.option("--revision", help="Branch, tag or commit, for a hub id.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Units worked on at once."
+)
+memory_option = click.option(
+    "--memory",
+    type=Size(),
+    default="2GiB",
+    show_default=True,
+    help="Ceiling of RAM, whatever the size of the model.",
+)
