@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,13 +57,14 @@ class HubSource(Source):
         cache: Path | None = None,
         patience: Patience | None = None,
     ) -> None:
+        self._gave_up = threading.Event()
         self._hub = HubRepo(
             repo,
             revision,
             endpoint=endpoint,
             token=token,
             cache=cache,
-            patience=patience or Patience(),
+            patience=patience or Patience(sleep=self._pause),
         )
         self.commit = self._hub.commit
         files, where = self._hub.files, f"{repo}@{self.commit[:12]}"
@@ -111,6 +113,14 @@ class HubSource(Source):
             "commit": self.commit,
             "files": describe_files(self.sizes, sha256, self._aux),
         }
+
+    def give_up(self) -> None:
+        """Whoever waits for the network fails."""
+        self._gave_up.set()
+
+    def _pause(self, seconds: float) -> None:
+        if self._gave_up.wait(seconds):
+            raise SourceError(f"{self._hub.repo} is no longer read; run the same command again")
 
     def published_sha256(self, file: str) -> str | None:
         """The LFS hash of the repository; None for a file that is not in LFS."""

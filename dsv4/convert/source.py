@@ -133,6 +133,10 @@ class Source(Reader):
         """Bytes of `file` that have to come over the network."""
         return 0
 
+    def give_up(self) -> None:
+        """Readings in other threads fail soon instead of waiting for a network."""
+        return
+
 
 def empty(entry: TensorEntry) -> Tensor:
     """Uninitialised memory for the tensor. Raises SourceError for a dtype unknown to us."""

@@ -20,7 +20,7 @@ from dsv4.convert.budget import Budget
 from dsv4.convert.file_pass import FilePass, Fingerprints, Schedule, is_inline
 from dsv4.convert.outputs import Result, Unit
 from dsv4.convert.source import Reader, Source
-from dsv4.formats.errors import Dsv4Error
+from dsv4.formats.errors import Dsv4Error, SourceError
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import FileSpec
@@ -73,15 +73,21 @@ class Workshop:
             self._wait(self._take_tasks())
             self._keeper.submit(self._commit).result()
             self._wait(self._take_tasks())
-        except BaseException:
+        except BaseException as error:
             self._stop.set()
+            self._source.give_up()
+            # After a failure to read, what has been read well is still worth finishing.
+            self._close(cancel=not isinstance(error, SourceError))
             raise
-        finally:
-            for pool in (self._readers, self._workers, self._keeper):
-                pool.shutdown(wait=True, cancel_futures=True)
-            with contextlib.suppress(Dsv4Error):  # after a failure, what is finished is kept
-                self._ledger.commit()
-            self._ledger.close()
+        self._close(cancel=False)
+
+    def _close(self, *, cancel: bool) -> None:
+        """Finish, or `cancel`, what is in flight; keep what is finished."""
+        for pool in (self._readers, self._workers, self._keeper):
+            pool.shutdown(wait=True, cancel_futures=cancel)
+        with contextlib.suppress(Dsv4Error):  # after a failure
+            self._ledger.commit()
+        self._ledger.close()
 
     def _wait(self, futures: Sequence[Future[None]]) -> None:
         """Until all are done or one of them, or of the units meanwhile, has failed."""
@@ -129,13 +135,7 @@ class Workshop:
             self._room.leave(unit.input_bytes)
 
     def _run(self, unit: Unit, reader: Reader) -> None:
-        if self._stop.is_set():
-            return
-        try:
-            result = unit.run(reader, self._ledger.sink)
-        except BaseException:
-            self._stop.set()
-            raise
+        result = unit.run(reader, self._ledger.sink)
         if self._ledger.finished(unit.key, result):
             before, self._committing = self._committing, self._keeper.submit(self._commit)
             if before is not None:  # the disk may lag behind by one commit, not more
@@ -144,12 +144,8 @@ class Workshop:
 
     def _commit(self) -> None:
         """On the keeper's thread: what was written becomes durable, covered files become whole."""
-        try:
-            for file in self._ledger.commit():
-                self._submit(self._ledger.complete, file)
-        except BaseException:
-            self._stop.set()
-            raise
+        for file in self._ledger.commit():
+            self._submit(self._ledger.complete, file)
 
 
 class _Room:
