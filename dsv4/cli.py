@@ -115,6 +115,9 @@ def plan(
 @keep_option
 @workers_option
 @memory_option
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="A dask.distributed cluster that sees the same paths."
+)
 @click.option("--json", "as_json", is_flag=True, help="Events on stderr, one document on stdout.")
 def convert(
     source: str,
@@ -124,6 +127,7 @@ def convert(
     keep: tuple[str, ...],
     workers: int | None,
     memory: int,
+    scheduler: str | None,
     as_json: bool,
 ) -> None:
     """Convert a checkpoint into a packed store. Resumes an unfinished conversion in DIR."""
@@ -142,6 +146,7 @@ def convert(
                 keep=keep,
                 revision=revision,
                 memory=memory,
+                scheduler=scheduler,
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
+from dsv4.convert.cluster import Job, run_on_cluster
 from dsv4.convert.file_pass import Fingerprints
 from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.open_source import open_source
@@ -17,7 +18,7 @@ from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.source import Source
-from dsv4.convert.workshop import Workshop, file_note, make_parts
+from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError
 from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.extents import Sink
@@ -74,9 +75,11 @@ def convert(
     keep: Sequence[str] = (),
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
+    scheduler: str | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
+    scheduler: address of a dask.distributed cluster whose workers see the same paths.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
     Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
     """
@@ -99,7 +102,16 @@ def convert(
         if progress is not None and plan.source_bytes >= WORTH_MEASURING:
             rate = writer.measure_rate()
         counter = _Counter(plan, finished, progress, rate)
-        sha256 = _run(plan, finished, source, writer, budget, counter)
+        work = _Work(plan, finished, source, writer, counter)
+        if scheduler is None:
+            sha256 = work.run_here(budget)
+        else:
+            commit = getattr(source, "commit", None)
+            place = str(Path(src).resolve()) if commit is None else str(src)
+            job = Job(
+                place, commit, recipe, tuple(keep), str(out.resolve()), source.fingerprint(), budget
+            )
+            sha256 = work.run_on_cluster(scheduler, job)
         notes = writer.notes()
         results = {unit.key: notes[unit.key] for unit in plan.units}
         _complete(plan, results, source, writer)
@@ -137,35 +149,58 @@ def _missing_bytes(plan: Plan, writer: StoreWriter) -> int:
     return missing + metadata_bytes(plan)
 
 
-def _run(
-    plan: Plan,
-    finished: set[str],
-    source: Source,
-    writer: StoreWriter,
-    budget: Budget,
-    counter: _Counter,
-) -> dict[str, str]:
-    """Run what is not finished; -> SHA-256 of every source file."""
-    fingerprints = Fingerprints()
-    notes = writer.notes()
-    read = {file: note for file in source.sizes if (note := notes.get(file_note(file)))}
-    parts = [
-        dataclasses.replace(part, units=tuple(u for u in part.units if u.key not in finished))
-        for part in make_parts(plan.units, source.sizes)
-    ]
-    for part in parts:
-        known = {(b, e): passed for b, e, passed in read.get(part.file, {}).get("watched", ())}
-        for entry in part.watched:
-            if (entry.begin, entry.end) in known:
-                fingerprints.passed[entry] = known[entry.begin, entry.end]
-    workshop = Workshop(source, writer, budget, fingerprints, counter.add)
-    try:
-        workshop.run(part for part in parts if part.units or part.file not in read)
-        fingerprints.check()
-    except ChangedSourceError as error:
-        writer.forget(_made_from(plan, error.file), [file_note(error.file)])
-        raise
-    return {file: notes[file_note(file)]["sha256"] for file in source.sizes}
+class _Work:
+    """What is not finished, to be run here or on a cluster; -> SHA-256 of every source file."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        finished: set[str],
+        source: Source,
+        writer: StoreWriter,
+        counter: _Counter,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._writer = writer
+        self._counter = counter
+        self._fingerprints = Fingerprints()
+        notes = writer.notes()
+        self._parts: list[Part] = []
+        for part in make_parts(plan.units, source.sizes):
+            left = tuple(unit for unit in part.units if unit.key not in finished)
+            note = notes.get(file_note(part.file))
+            if left or not note:
+                self._parts.append(dataclasses.replace(part, units=left))
+            elif part.watched:
+                known = {(begin, end): passed for begin, end, passed in note["watched"]}
+                for entry in part.watched:
+                    self._fingerprints.passed[entry] = known[entry.begin, entry.end]
+
+    def run_here(self, budget: Budget) -> dict[str, str]:
+        """On threads of this process."""
+        workshop = Workshop(
+            self._source, self._writer, budget, self._fingerprints, self._counter.add
+        )
+        return self._checked(lambda: workshop.run(self._parts))
+
+    def run_on_cluster(self, scheduler: str, job: Job) -> dict[str, str]:
+        """On the workers of a dask.distributed cluster."""
+        add, known = self._counter.add, self._fingerprints
+        return self._checked(
+            lambda: run_on_cluster(scheduler, job, self._parts, self._writer, known, add)
+        )
+
+    def _checked(self, run: Callable[[], None]) -> dict[str, str]:
+        """Drop what was made from a file that proved to be another one than it should be."""
+        try:
+            run()
+            self._fingerprints.check()
+        except ChangedSourceError as error:
+            self._writer.forget(_made_from(self._plan, error.file), [file_note(error.file)])
+            raise
+        notes = self._writer.notes()
+        return {file: notes[file_note(file)]["sha256"] for file in self._source.sizes}
 
 
 def _made_from(plan: Plan, file: str) -> set[FileSpec]:

@@ -43,6 +43,11 @@ class Fingerprints:
         """Another reading of the tensor gave this."""
         self._again.append((entry, fingerprint))
 
+    def merge(self, other: Fingerprints) -> None:
+        """Readings that were made elsewhere."""
+        self.passed |= other.passed
+        self._again += other._again
+
     def check(self) -> None:
         """Raise ChangedSourceError when two readings of a tensor differ."""
         for entry, fingerprint in self._again:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from dsv4.convert.budget import Budget
 from dsv4.convert.file_pass import FilePass, Fingerprints, Schedule, is_inline
@@ -22,9 +23,8 @@ from dsv4.convert.outputs import Result, Unit
 from dsv4.convert.source import Reader, Source
 from dsv4.formats.errors import Dsv4Error, SourceError
 from dsv4.formats.safetensors_header import TensorEntry
-from dsv4.formats.store.extents import Sink
+from dsv4.formats.store.extents import Batch, Sink
 from dsv4.formats.store.schema import FileSpec
-from dsv4.formats.store.writer import StoreWriter
 
 COMMIT_BYTES = 128 << 20
 
@@ -40,13 +40,25 @@ class Part:
     watched: tuple[TensorEntry, ...]
 
 
+class Keeper(Protocol):
+    """Keeps what units have written; the store's writer is one."""
+
+    out: Path
+
+    def commit(self, batch: Batch, notes: Mapping[str, Any]) -> list[FileSpec]:
+        """Record what is durable, with notes; -> files to `complete`, since they are covered."""
+
+    def complete(self, file: FileSpec) -> None:
+        """Make a covered file whole."""
+
+
 class Workshop:
     """Runs parts. Errors of any thread are raised by `run`, once all threads have stopped."""
 
     def __init__(
         self,
         source: Source,
-        writer: StoreWriter,
+        keeper: Keeper,
         budget: Budget,
         fingerprints: Fingerprints,
         finished: Finished,
@@ -57,7 +69,7 @@ class Workshop:
         self._finished = finished
         self._stop = threading.Event()
         self._room = _Room(budget.flight_bytes, self._stop)
-        self._ledger = _Ledger(writer)
+        self._ledger = _Ledger(keeper)
         self._tasks: list[Future[None]] = []
         self._committing: Future[None] | None = None
         self._lock = threading.Lock()
@@ -66,12 +78,12 @@ class Workshop:
         """Run every part to its end. Raises what the first failure raised."""
         self._readers = ThreadPoolExecutor(self._budget.streams, "reader")
         self._workers = ThreadPoolExecutor(self._budget.workers, "worker")
-        self._keeper = ThreadPoolExecutor(1, "ledger")
+        self._committer = ThreadPoolExecutor(1, "ledger")
         try:
             passes = [self._readers.submit(self._read, part) for part in parts]
             self._wait(passes)
             self._wait(self._take_tasks())
-            self._keeper.submit(self._commit).result()
+            self._committer.submit(self._commit).result()
             self._wait(self._take_tasks())
         except BaseException as error:
             self._stop.set()
@@ -83,7 +95,7 @@ class Workshop:
 
     def _close(self, *, cancel: bool) -> None:
         """Finish, or `cancel`, what is in flight; keep what is finished."""
-        for pool in (self._readers, self._workers, self._keeper):
+        for pool in (self._readers, self._workers, self._committer):
             pool.shutdown(wait=True, cancel_futures=cancel)
         with contextlib.suppress(Dsv4Error):  # after a failure
             self._ledger.commit()
@@ -137,13 +149,13 @@ class Workshop:
     def _run(self, unit: Unit, reader: Reader) -> None:
         result = unit.run(reader, self._ledger.sink)
         if self._ledger.finished(unit.key, result):
-            before, self._committing = self._committing, self._keeper.submit(self._commit)
+            before, self._committing = self._committing, self._committer.submit(self._commit)
             if before is not None:  # the disk may lag behind by one commit, not more
                 before.result()
         self._finished(unit)
 
     def _commit(self) -> None:
-        """On the keeper's thread: what was written becomes durable, covered files become whole."""
+        """On one thread: what was written becomes durable, covered files become whole."""
         for file in self._ledger.commit():
             self._submit(self._ledger.complete, file)
 
@@ -174,11 +186,11 @@ class _Room:
 class _Ledger:
     """What was written and is not in the journal yet."""
 
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._lock = threading.Lock()
         self._notes: dict[str, Any] = {}
-        self.sink = Sink(writer.out)
+        self.sink = Sink(keeper.out)
 
     def finished(self, key: str, result: Result) -> bool:
         """A unit has written all its targets; whether it is time to commit."""
@@ -194,12 +206,12 @@ class _Ledger:
         """Make everything noted so far durable; returns files that are covered now."""
         with self._lock:  # notes first: what they speak of is written already
             notes, self._notes = self._notes, {}
-        return self._writer.commit(self.sink.sync(), notes)
+        return self._keeper.commit(self.sink.sync(), notes)
 
     def complete(self, file: FileSpec) -> None:
         """Make a covered file whole."""
         self.sink.release(file)
-        self._writer.complete(file)
+        self._keeper.complete(file)
 
     def close(self) -> None:
         """Close what is open; what was not committed is done again by the next run."""

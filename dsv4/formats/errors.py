@@ -24,6 +24,9 @@ class ChangedSourceError(SourceError):
         super().__init__(message)
         self.file = file
 
+    def __reduce__(self) -> tuple[type[ChangedSourceError], tuple[str, str]]:
+        return type(self), (self.file, str(self))
+
 
 class FormatError(Dsv4Error):
     """Values cannot be represented as asked: non-finite input, wrong dtype, wrong shape."""
@@ -39,6 +42,10 @@ class ConflictError(Dsv4Error):
 
 class RuntimeRefusal(Dsv4Error):
     """The runtime cannot do what was asked: device, capacity, or token id out of range."""
+
+
+class ClusterError(Dsv4Error):
+    """The cluster of `--scheduler` does not answer, has no workers, or keeps losing them."""
 
 
 class OutOfSpaceError(Dsv4Error):
