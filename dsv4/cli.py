@@ -17,6 +17,7 @@ from rich.console import Console
 
 import dsv4
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
+from dsv4.formats.plain_text import printable
 from dsv4.options import keep_option, memory_option, recipe_option, revision_option, workers_option
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dsv4.runtime.text import Text
 
 PIPE_WIDTH = 160
+MAX_SENTENCE = 2000
 EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 # Piped output keeps names and hashes on one line.
@@ -44,7 +46,7 @@ def main() -> None:
         err.print("dsv4: interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except Dsv4Error as error:
-        err.print(f"dsv4: {error}", markup=False)
+        err.print(printable(f"dsv4: {error}", MAX_SENTENCE), markup=False)
         sys.exit(error.exit_code)
     except MemoryError:
         err.print("dsv4: out of memory")
@@ -53,7 +55,8 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        err.print(f"dsv4: {error.strerror or error}: {error.filename or ''}", markup=False)
+        sentence = f"dsv4: {error.strerror or error}: {error.filename or ''}"
+        err.print(printable(sentence, MAX_SENTENCE), markup=False)
         sys.exit(EXIT_USAGE)
 
 

@@ -225,7 +225,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (_remove("config.json"), "has no config.json; download it again"),
     "config is no JSON": (_write("config.json", "{,}"), "config.json is not valid JSON"),
     "config is a list": (_write("config.json", "[]"), "is a JSON list, expected an object"),
-    "config has a key twice": (_write("config.json", '{"a":1,"a":2}'), "a key occurs twice"),
+    "config has a key twice": (
+        _write("config.json", '{"a":1,"a":2}'),
+        "config.json .* has 'a' twice",
+    ),
     "config nests deeply": (_write("config.json", '{"a":' * 100_000), "config.json is not valid"),
     "no safetensors": (_remove("*.safetensors", INDEX_FILE), "has no safetensors files"),
     "no shards but an index": (

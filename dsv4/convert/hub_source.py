@@ -19,6 +19,7 @@ from dsv4.convert.source import (
     AUX_FILES,
     CONFIG_FILE,
     INDEX_FILE,
+    MAX_AUX_BYTES,
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     ByteStream,
@@ -33,7 +34,6 @@ from dsv4.formats.safetensors_header import (
     parse_header,
 )
 
-MAX_AUX_BYTES = 1 << 27  # a tokenizer takes 8 MB
 HEAD_BYTES = 1 << 18  # holds the header of a file of 2,000 tensors: one request per file
 THREADS = 8
 

@@ -6,7 +6,6 @@ words and are taken at none of them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 from dsv4.convert.source import INDEX_FILE
 from dsv4.formats.errors import SourceError
 from dsv4.formats.safetensors_header import TensorEntry
+from dsv4.formats.strict_json import DuplicateKeyError, parse_strict
 
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,242}\.safetensors")  # 255 bytes: a file name
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors")
-MAX_SHARDS = 1 << 16
+MAX_SHARDS = 1 << 12
 
 
 def is_shard_name(name: str) -> bool:
@@ -31,16 +31,12 @@ def first_names(names: Sequence[str], shown: int = 3) -> str:
 
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object with unique keys; `what` names it in a SourceError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice in one object")
-        return found
-
+    """A JSON object, read strictly; `what` names it in a SourceError."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = parse_strict(raw)
+    except DuplicateKeyError as error:
+        raise SourceError(f"{what} is ambiguous: it has {error} twice in one object") from None
+    except ValueError as error:
         raise SourceError(f"{what} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise SourceError(f"{what} is a JSON {type(value).__name__}, expected an object")
@@ -87,14 +83,13 @@ def shards_of(
 
 def _siblings(names: Iterable[str]) -> set[str]:
     """All parts of every numbered set of which one is there."""
-    siblings: set[str] = set()
-    for match in filter(None, map(_NUMBERED.fullmatch, names)):
-        if (parts := int(match["parts"])) <= MAX_SHARDS:
-            stem = match["stem"]
-            siblings |= {
-                f"{stem}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)
-            }
-    return siblings
+    matches = filter(None, map(_NUMBERED.fullmatch, names))
+    return {
+        f"{stem}-{part:05d}-of-{parts:05d}.safetensors"
+        for stem, parts in {(match["stem"], int(match["parts"])) for match in matches}
+        if parts <= MAX_SHARDS
+        for part in range(1, parts + 1)
+    }
 
 
 def merge_headers(headers: Sequence[Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:

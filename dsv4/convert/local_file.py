@@ -62,6 +62,15 @@ def read_small(path: Path, limit: int) -> bytes:
             raw = file.read(limit + 1)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > limit:
-        raise SourceError(f"{path} is larger than {limit} bytes, which no real one is")
+    _refuse_larger(path, len(raw), limit)
     return raw
+
+
+def check_size(path: Path, limit: int) -> None:
+    """Raise SourceError when the file is larger than `limit` bytes, without reading it."""
+    _refuse_larger(path, path.stat().st_size, limit)
+
+
+def _refuse_larger(path: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise SourceError(f"{path} is larger than {limit} bytes, which no real one is")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
-from dsv4.convert.local_file import LocalStream, open_local, read_small
+from dsv4.convert.local_file import LocalStream, check_size, open_local, read_small
 from dsv4.convert.source import (
     AUX_FILES,
     CONFIG_FILE,
     INDEX_FILE,
+    MAX_AUX_BYTES,
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     ByteStream,
@@ -36,7 +37,8 @@ SAMPLE_BYTES = 1 << 16
 class LocalSource(Source):
     """A checkpoint in a local directory.
 
-    Raises SourceError when the directory, config.json, the index or any header is not in order.
+    Raises SourceError when the directory, config.json, the index, any header or any of the files
+    that travel along is not in order.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -45,16 +47,18 @@ class LocalSource(Source):
             raise SourceError(f"{self._directory} is not a directory; give a checkpoint's")
         path = self._path(CONFIG_FILE)
         self.config = parse_json(read_small(path, MAX_CONFIG_BYTES), str(path))
-        path = self._directory / INDEX_FILE
         index = None
-        if path.exists():
-            index = parse_index(read_small(self._path(INDEX_FILE), MAX_INDEX_BYTES), str(path))
-        present = (entry.name for entry in self._directory.iterdir())
-        names = shards_of(index, (n for n in present if self._there(n)), str(self._directory))
+        if self._listed(INDEX_FILE):
+            path = self._path(INDEX_FILE)
+            index = parse_index(read_small(path, MAX_INDEX_BYTES), str(path))
+        present = [entry.name for entry in self._directory.iterdir() if entry.exists()]
+        names = shards_of(index, present, str(self._directory))
         self.sizes = {name: self._path(name).stat().st_size for name in names}
         self.entries = merge_headers([self._header(name) for name in names])
         if index is not None:
             check_index(index, self.entries)
+        for name in self._aux_names():
+            check_size(self._path(name), MAX_AUX_BYTES)
 
     def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
         """Fill `view` with bytes of `file` from `position` on. Raises SourceError."""
@@ -93,13 +97,14 @@ class LocalSource(Source):
 
     def aux_files(self) -> Mapping[str, bytes]:
         """Tokenizer, configs and licences that are present, by name; a fixed list of names."""
-        return {name: self._path(name).read_bytes() for name in self._aux_names()}
+        return {n: read_small(self._path(n), MAX_AUX_BYTES) for n in self._aux_names()}
 
     def _aux_names(self) -> list[str]:
-        return sorted(name for name in AUX_FILES if self._there(name))
+        return sorted(name for name in AUX_FILES if self._listed(name))
 
-    def _there(self, name: str) -> bool:
-        return (self._directory / name).exists()
+    def _listed(self, name: str) -> bool:
+        """Whether the directory has the name, be it a link to nothing: a download cut short."""
+        return os.path.lexists(self._directory / name)
 
     def _path(self, name: str) -> Path:
         """The regular file `name` (links are followed: the hub's cache is made of them)."""

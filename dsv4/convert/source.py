@@ -24,6 +24,7 @@ from dsv4.formats.safetensors_header import TensorEntry
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_CONFIG_BYTES = 1 << 24
+MAX_AUX_BYTES = 1 << 27  # the released tokenizer takes 8 MB
 MAX_INDEX_BYTES = 1 << 29  # Pro's index of 145,116 tensors takes 12 MB
 
 AUX_FILES = (

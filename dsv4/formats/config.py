@@ -16,6 +16,7 @@ from typing import Any
 from dsv4.formats.errors import ConfigError
 
 SUPPORTED_MODEL_TYPE = "deepseek_v4"
+MAX_INTEGER = 1 << 31
 
 _TRANSFORMERS_KINDS = {
     "sliding_attention": 0,
@@ -160,21 +161,21 @@ class ModelConfig:
 def _integer(raw: Mapping[str, Any], name: str) -> int:
     value = raw.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"config.json: {name} is {value!r}, expected an integer")
+        raise ConfigError(f"config.json: {name} is {value!r:.80}, expected an integer")
     return value
 
 
 def _number(raw: Mapping[str, Any], name: str) -> float:
     value = raw.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"config.json: {name} is {value!r}, expected a finite number")
+        raise ConfigError(f"config.json: {name} is {value!r:.80}, expected a finite number")
     return float(value)
 
 
 def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name)
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"config.json: {name} is {value!r}, expected an object")
+        raise ConfigError(f"config.json: {name} is {value!r:.80}, expected an object")
     return value or {}
 
 
@@ -182,7 +183,7 @@ def _eos_token_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     value = raw.get("eos_token_id", 1)
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(type(token) is int and token >= 0 for token in ids):
-        raise ConfigError(f"config.json: eos_token_id is {value!r}, expected token ids")
+        raise ConfigError(f"config.json: eos_token_id is {value!r:.80}, expected token ids")
     return tuple(ids)
 
 
@@ -226,21 +227,20 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
     if model_type != SUPPORTED_MODEL_TYPE:
         raise ConfigError(
-            f"config.json: model_type is {model_type!r}, expected {SUPPORTED_MODEL_TYPE!r}"
+            f"config.json: model_type is {model_type!r:.80}, expected {SUPPORTED_MODEL_TYPE!r}"
         )
     scoring = raw.get("scoring_func", "sqrtsoftplus")
     if scoring != "sqrtsoftplus":
-        raise ConfigError(f"config.json: scoring_func is {scoring!r}, expected 'sqrtsoftplus'")
+        raise ConfigError(f"config.json: scoring_func is {scoring!r:.80}, expected 'sqrtsoftplus'")
     if raw.get("norm_topk_prob", True) is not True:
         raise ConfigError("config.json: norm_topk_prob is false, expected true")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"config.json: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
+        raise ConfigError(f"config.json: hidden_act is {raw['hidden_act']!r:.80}, expected 'silu'")
     if raw.get("tie_word_embeddings"):
         raise ConfigError("config.json: tie_word_embeddings is true, expected separate matrices")
-    if raw.get("num_key_value_heads", 1) != 1:
-        raise ConfigError(
-            f"config.json: num_key_value_heads is {raw['num_key_value_heads']!r}, expected 1"
-        )
+    heads = raw.get("num_key_value_heads", 1)
+    if type(heads) is not int or heads != 1:
+        raise ConfigError(f"config.json: num_key_value_heads is {heads!r:.80}, expected 1")
     for flag in ("attention_bias", "mlp_bias"):
         if raw.get(flag):
             raise ConfigError(f"config.json: {flag} is true, expected matrices without biases")
@@ -258,7 +258,9 @@ def _attention_schedule(raw: Mapping[str, Any], layers: int) -> tuple[tuple[int,
                 f"num_hidden_layers = {layers}"
             )
         if bad := sorted(set(ratios) - {0, 4, 128}):
-            raise ConfigError(f"config.json: compress_ratios holds {bad}, expected 0, 4 or 128")
+            raise ConfigError(
+                f"config.json: compress_ratios holds {bad!s:.80}, expected 0, 4 or 128"
+            )
         return tuple(ratios[:layers]), 4, len(ratios) - layers
     kinds = raw.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != layers:
@@ -268,8 +270,10 @@ def _attention_schedule(raw: Mapping[str, Any], layers: int) -> tuple[tuple[int,
         )
     rates = dict(_TRANSFORMERS_KINDS) | dict(_object(raw, "compress_rates"))
     table = {name: _integer(rates, name) for name in _TRANSFORMERS_KINDS}
-    if bad_kinds := sorted(set(kinds) - set(table)):
-        raise ConfigError(f"config.json: layer_types holds {bad_kinds}, expected {sorted(table)}")
+    if bad_kinds := [kind for kind in kinds if not isinstance(kind, str) or kind not in table]:
+        raise ConfigError(
+            f"config.json: layer_types holds {bad_kinds!s:.80}, expected {sorted(table)}"
+        )
     return (
         tuple(table[kind] for kind in kinds),
         table["compressed_sparse_attention"],
@@ -290,7 +294,8 @@ def _hash_layers(raw: Mapping[str, Any], layers: int) -> int:
     count = kinds.count("hash_moe")
     if kinds != ["hash_moe"] * count + ["moe"] * (layers - count):
         raise ConfigError(
-            f"config.json: mlp_layer_types is {kinds}, expected hash_moe layers first, then moe"
+            f"config.json: mlp_layer_types is {kinds!s:.80}, expected hash_moe layers first, "
+            "then moe"
         )
     return count
 
@@ -303,7 +308,12 @@ def _rope_head_dim(raw: Mapping[str, Any], head_dim: int) -> int:
             "config.json: neither qk_rope_head_dim (hub) nor partial_rotary_factor (transformers) "
             "was found"
         )
-    return int(head_dim * _number(raw, "partial_rotary_factor"))
+    factor = _number(raw, "partial_rotary_factor")
+    if not 0.0 < factor <= 1.0:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor is {factor}, expected a part of head_dim"
+        )
+    return int(min(head_dim, MAX_INTEGER) * factor)
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, float, YarnConfig | None]:
@@ -328,10 +338,10 @@ def _yarn(raw: Mapping[str, Any]) -> YarnConfig | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"config.json: rope scaling type is {kind!r}, expected 'yarn' or none")
+        raise ConfigError(f"config.json: rope scaling is {kind!r:.80}, expected 'yarn' or none")
     if raw.get("attention_factor") not in (None, 1.0):
         raise ConfigError(
-            f"config.json: attention_factor is {raw['attention_factor']!r}, expected 1.0"
+            f"config.json: attention_factor is {raw['attention_factor']!r:.80}, expected 1.0"
         )
     return YarnConfig(
         factor=_number(raw, "factor"),
@@ -348,10 +358,13 @@ def _check(c: ModelConfig) -> None:
         zero_ok = field.name in ("num_hash_layers", "num_draft_layers", "bos_token_id")
         if type(value) is int and (value < 0 or (value == 0 and not zero_ok)):
             raise ConfigError(f"config: {field.name} is {value}, expected a positive integer")
-        if type(value) is int and value > 1 << 31:
+        if type(value) is int and value > MAX_INTEGER:
             raise ConfigError(f"config: {field.name} is {value}, larger than any real model's")
         if type(value) is float and value < 0:
             raise ConfigError(f"config: {field.name} is {value}, expected a positive number")
+    for name, value in ({} if c.yarn is None else dataclasses.asdict(c.yarn)).items():
+        if not 0 < value <= MAX_INTEGER:
+            raise ConfigError(f"config: {name} of YaRN is {value}, expected a positive number")
     if bad := [ratio for ratio in c.compress_ratios if not 0 <= ratio <= 1 << 16]:
         raise ConfigError(f"config: compress_ratios holds {bad[0]}, expected 0 or a block length")
     if len(c.compress_ratios) != c.num_hidden_layers:

@@ -17,8 +17,11 @@ import re
 from collections.abc import Mapping
 
 from dsv4.formats.errors import SourceError
+from dsv4.formats.inventory import MAX_PARAMETERS
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.source_tensor import FLOATS, ITSELF, ROLES, SourceTensor, classify
+
+MAX_EXPERTS = 1 << 12  # ten times the largest release; each becomes a tensor of its own
 
 TRANSFORMERS_TOP = {
     "embed_tokens": "embed",
@@ -114,11 +117,15 @@ def group(entries: Mapping[str, TensorEntry]) -> Grouped:
     """
     members: dict[str, dict[str, TensorEntry]] = {}
     problems: dict[str, str] = {}
+    cut = 0
     for name, entry in entries.items():
         stem, role = hub_stem(name)
         if role == ITSELF and (fused := _FUSED.fullmatch(stem)):
             try:
+                if cut > MAX_PARAMETERS:
+                    raise SourceError(f"{entry.file}: {name} is one fused tensor of too many")
                 parts = _cut(fused[1], fused[2], entry)
+                cut += len(parts)
             except SourceError as error:
                 problems[stem] = str(error)
                 continue
@@ -154,11 +161,12 @@ def _cut(prefix: str, leaf: str, entry: TensorEntry) -> dict[str, tuple[str, Ten
         len(entry.shape) != 3
         or entry.shape[1] % len(projections)
         or math.prod(entry.shape) == 0
+        or entry.shape[0] > MAX_EXPERTS
         or entry.dtype not in FLOATS
     ):
         raise SourceError(
             f"{entry.file}: {entry.name} is {entry.dtype} {list(entry.shape)}, expected BF16 or "
-            f"F32 [experts, {len(projections)} x rows, columns]"
+            f"F32 [experts, {len(projections)} x rows, columns] of at most {MAX_EXPERTS} experts"
         )
     experts, rows, cols = entry.shape
     size = entry.nbytes // (experts * len(projections))

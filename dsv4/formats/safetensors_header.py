@@ -11,20 +11,18 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv4.formats.errors import SourceError
+from dsv4.formats.strict_json import DuplicateKeyError, parse_strict
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_RANK = 8
 MAX_TENSOR_BITS = 1 << 62
-MAX_INTEGER_DIGITS = 20  # of an unsigned 64-bit number
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 256
 METADATA_KEY = "__metadata__"
@@ -141,38 +139,17 @@ def _refuse_tensor(file_name: str, name: str, problem: str) -> NoReturn:
 
 
 def _parse_json(text: bytes, file_name: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            _refuse(file_name, f"header has {twice[:MAX_NAME_LENGTH]!r} twice; it is ambiguous")
-        return found
-
     if not text.startswith(b"{"):
         _refuse(file_name, "header does not begin with '{'; this is not a safetensors file")
     try:
-        header: dict[str, Any] = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_int=_parse_integer,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:
+        header: dict[str, Any] = parse_strict(text)
+    except DuplicateKeyError as error:
+        problem = f"header has {error} twice; it is ambiguous"
+    except ValueError as error:
         problem = f"header is not valid JSON: {error}"
     else:
         return header
     _refuse(file_name, problem)
-
-
-def _parse_integer(text: str) -> int:
-    # Bounded before conversion: Python's integers are not, and conversion is quadratic.
-    if len(text) > MAX_INTEGER_DIGITS or text == "-0":
-        raise ValueError(f"number {text[:MAX_INTEGER_DIGITS]!r} is no 64-bit integer")
-    return int(text)
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON value")
 
 
 def _check_metadata(metadata: object, file_name: str) -> None:
@@ -189,8 +166,9 @@ def _parse_entry(name: str, raw: object, data_start: int, file_name: str) -> Ten
             "non-empty parts between '.'",
         )
     if not isinstance(raw, dict) or set(raw) != ENTRY_FIELDS:
-        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        _refuse_tensor(file_name, name, f"has {found}, expected the fields {sorted(ENTRY_FIELDS)}")
+        found = str(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
+        expected = sorted(ENTRY_FIELDS)
+        _refuse_tensor(file_name, name, f"has {found:.200}, expected the fields {expected}")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         _refuse_tensor(file_name, name, f"has the unknown dtype {dtype!r:.80}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv4.formats import dialects
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.dialects import group, hub_stem
 from dsv4.formats.errors import SourceError
@@ -182,3 +183,16 @@ def test_fused_experts_are_ranges_of_one_entry() -> None:
     assert ranges[f"{prefix}.0.w3.weight"] == (180, 260, (4, 10))
     assert ranges[f"{prefix}.2.w3.weight"] == (500, 580, (4, 10))
     assert len(ranges) == 6
+
+
+def test_fused_experts_are_cut_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of header must not become millions of tensors."""
+    stored = [
+        Stored(f"model.layers.{layer}.mlp.experts.down_proj", "BF16", (4, 2, 2))
+        for layer in range(5)
+    ]
+    entries = {one.name: entry(one) for one in stored}
+    assert not group(entries).problems
+    monkeypatch.setattr(dialects, "MAX_PARAMETERS", 11)
+    assert len(group(entries).problems) == 2
+    assert len(group(entries).tensors) == 3 * 4
