@@ -165,7 +165,20 @@ def convert(
 @click.option("--source", metavar="SRC", help="Invert every transform and compare with SRC.")
 @click.option("--quick", is_flag=True, help="Sizes and metadata only.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE")
-def validate(directory: Path, source: str | None, quick: bool, json_file: Path | None) -> None:
+@click.option(
+    "--html",
+    "html_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report as one page that needs no network.",
+)
+def validate(
+    directory: Path,
+    source: str | None,
+    quick: bool,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> None:
     """Check a packed store; with --source, prove every tensor. Exit 0 only if all holds."""
     from dsv4.render import report_tables
     from dsv4.validate import engine
@@ -173,6 +186,10 @@ def validate(directory: Path, source: str | None, quick: bool, json_file: Path |
     report = engine.validate(directory, source=source, quick=quick)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    if html_file is not None:
+        from dsv4.validate.html import write_html
+
+        write_html(report, html_file)
     for table in report_tables(report):
         out.print(table)
     if not report.ok:

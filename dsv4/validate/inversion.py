@@ -9,6 +9,7 @@ behind as a copy must be one.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -63,16 +64,17 @@ def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
 def _compare(
     packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report
 ) -> TensorVerdict:
+    begin = time.perf_counter()
     name = tensor.name
     kind = packed.format_of(name)
     claimed_exact = bool(packed.provenance(name)["exact"])
     same = _same_bytes(packed, source, tensor) if kind == tensor.encoding else None
     if same is None:
-        loss = _loss(packed, source, tensor, report)
+        loss, optimum = _loss(packed, source, tensor, report)
         exact = loss.errors == 0.0 and not loss.sign_flips
         losses = None if exact else loss.to_dict()
     else:
-        exact, losses = same, None
+        exact, losses, optimum = same, None, None
     # What kept its own format was never rounded, whatever the store claims.
     if not exact and (claimed_exact or same is not None):
         report.add(
@@ -81,7 +83,7 @@ def _compare(
             "carried as it was, but the emitted bytes do not invert to the source's; "
             "convert the source again",
         )
-    return TensorVerdict(name, kind, exact, losses)
+    return TensorVerdict(name, kind, exact, losses, optimum, time.perf_counter() - begin)
 
 
 def _same_bytes(packed: PackedCheckpoint, source: Source, tensor: SourceTensor) -> bool:
@@ -124,8 +126,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report) -> Loss:
-    """The measured loss; a rounded tensor is also held against the recomputed optimum."""
+def _loss(
+    packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report
+) -> tuple[Loss, float | None]:
+    """-> (the measured loss, the optimum's relative MSE where the tensor is rounded)."""
     original = read_values(source, tensor)
     emitted = packed.dequantize(tensor.name)
     loss = Loss()
@@ -136,7 +140,7 @@ def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report
             f"inverts to shape {tuple(emitted.shape)}, expected {tuple(original.shape)}",
         )
         loss.add(original, torch.zeros_like(original))
-        return loss
+        return loss, None
     loss.add(original, emitted)
     recorded = packed.provenance(tensor.name).get("loss")
     if recorded is not None and not math.isclose(
@@ -147,18 +151,19 @@ def _loss(packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report
             tensor.name,
             f"relative MSE is {loss.rel_mse:.3e}, but {recorded['rel_mse']:.3e} was recorded",
         )
-    if loss.errors > 0.0:
-        optimum = Loss()
-        optimum.add(original, _optimum(source, tensor, original))
-        report.count("rounded tensors held against the optimum")
-        if loss.errors > optimum.errors * (1 + OPTIMUM_SLACK):
-            report.add(
-                "optimum",
-                tensor.name,
-                f"relative MSE {loss.rel_mse:.3e} is above {optimum.rel_mse:.3e}, which the format "
-                "allows; convert again",
-            )
-    return loss
+    if not loss.errors > 0.0:
+        return loss, None
+    optimum = Loss()
+    optimum.add(original, _optimum(source, tensor, original))
+    report.count("rounded tensors held against the optimum")
+    if loss.errors > optimum.errors * (1 + OPTIMUM_SLACK):
+        report.add(
+            "optimum",
+            tensor.name,
+            f"relative MSE {loss.rel_mse:.3e} is above {optimum.rel_mse:.3e}, which the format "
+            "allows; convert again",
+        )
+    return loss, optimum.rel_mse
 
 
 def _optimum(source: Source, tensor: SourceTensor, original: Tensor) -> Tensor:

@@ -6,6 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv4.formats.version import TOOL
+
+SCALE_OCTAVES = ("zero", *range(-9, 9))
+"""Of an E4M3 block scale: zero, or the exponent e of 2^e <= scale < 2^(e + 1)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -20,23 +25,44 @@ class Finding:
 class TensorVerdict:
     """One tensor inverted from the emitted bytes and compared with the source.
 
-    `exact`: every value (sign of zero included) equals the source's. `loss` is None when exact.
+    exact: every value (sign of zero included) equals the source's. loss: None when exact.
+    optimum: the relative MSE that the format allows, recomputed from the source, of a rounded
+    tensor. seconds: what reading both and comparing took.
     """
 
     name: str
     format: str
     exact: bool
     loss: dict[str, float | None] | None = None
+    optimum: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def excess(self) -> float | None:
+        """Relative MSE above the optimum, as a fraction of it; None where there is no optimum."""
+        rel_mse = None if self.loss is None else self.loss["rel_mse"]
+        return None if rel_mse is None or not self.optimum else rel_mse / self.optimum - 1.0
 
 
 @dataclasses.dataclass
 class Report:
-    """All findings, how much was checked, and the losses of rounded tensors."""
+    """All findings, how much was checked, and the losses of rounded tensors.
+
+    tool, recipe: what packed the store, by its manifest. recorded: name of a rounded tensor, or
+    template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
+    said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
+    block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
+    """
 
     path: Path
     quick: bool = False
     source: str | None = None
     root: str | None = None
+    tool: str | None = None
+    recipe: str | None = None
+    recorded: dict[str, float] = dataclasses.field(default_factory=dict)
+    said_exact: int | None = None
+    scales: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -64,8 +90,15 @@ class Report:
             "quick": self.quick,
             "source": self.source,
             "root": self.root,
+            "tool": self.tool,
+            "recipe": self.recipe,
+            "validated_by": TOOL,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "checks": self.checks,
+            "said_exact": self.said_exact,
+            "recorded_rel_mse": self.recorded,
+            "scale_octaves": list(SCALE_OCTAVES),
+            "scales": self.scales,
             "tensors": [dataclasses.asdict(verdict) for verdict in self.tensors],
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,

@@ -20,6 +20,7 @@ from dsv4.formats.store import integrity
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import ELEMENTS
+from dsv4.validate.provenance import add_scales, describe, quantized_groups, said_exact
 from dsv4.validate.report import Report
 
 E4M3_NAN = 0x7F
@@ -45,6 +46,7 @@ def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
         report.add("files", fault.key, fault.problem)
     report.count("files present at their size", len(store.files_under(None)))
     _check_inventory(packed, report)
+    describe(packed, report)
 
 
 def check_content(packed: PackedCheckpoint, report: Report) -> None:
@@ -101,11 +103,14 @@ def _check_inventory(packed: PackedCheckpoint, report: Report) -> None:
 
 def _check_values(packed: PackedCheckpoint, report: Report) -> None:
     store = packed.store
-    for group in (*store.contents.matrices.values(), *store.contents.stacks.values()):
+    report.said_exact = said_exact(store)
+    for group in quantized_groups(store):
         for what, ok in _group_values(store, group):
             report.count("value ranges")
             if not ok:
                 report.add("values", group.path, what)
+        if group.format == "nvfp4":
+            add_scales(store, group, report)
     for name, path in store.contents.plain.items():
         tensor = store.array(path).tensor()
         report.count("value ranges")

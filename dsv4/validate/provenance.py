@@ -1,0 +1,78 @@
+"""What a store says of itself, and how its block scales are spread: shown, not judged."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dsv4.convert.recipes import Role, role_of
+from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.codecs import e4m3_decode
+from dsv4.formats.matrices import NVFP4_BLOCK
+from dsv4.formats.store.contents import EXPERT, QuantizedGroup
+from dsv4.formats.store.reader import PackedStore
+from dsv4.validate.report import SCALE_OCTAVES, Report
+
+_ROUNDED_BLOCKS = 7  # column of a stack's lineage
+
+
+def role(name: str) -> Role:
+    """The role of a tensor, or of the template that names the experts of a stack."""
+    return role_of(name.replace(EXPERT, "0"))
+
+
+def quantized_groups(store: PackedStore) -> list[QuantizedGroup]:
+    """Every quantised matrix and stack, once."""
+    contents = store.contents
+    groups = (*contents.matrices.values(), *contents.stacks.values())
+    return list({group.path: group for group in groups}.values())
+
+
+def describe(packed: PackedCheckpoint, report: Report) -> None:
+    """Fill in tool, recipe, and the losses that were recorded at conversion."""
+    recipe = packed.store.manifest.get("recipe")
+    report.tool = str(packed.store.manifest.get("tool"))
+    report.recipe = str(recipe.get("name") if isinstance(recipe, dict) else recipe)
+    for group in quantized_groups(packed.store):
+        loss = group.attributes if group.experts else group.attributes.get("loss")
+        rel_mse = loss.get("rel_mse") if isinstance(loss, dict) else None
+        if isinstance(rel_mse, float) and 0.0 < rel_mse < math.inf:
+            report.recorded |= dict.fromkeys(group.names, rel_mse)
+
+
+def said_exact(store: PackedStore) -> int:
+    """How many tensors the store says are the source's, each expert's by itself."""
+    count = len(store.contents.plain)
+    for group in quantized_groups(store):
+        lineage = f"{group.path}/lineage"
+        if group.experts and lineage in store.hierarchy.arrays:
+            count += int((store.array(lineage).tensor()[..., _ROUNDED_BLOCKS] == 0).sum())
+        elif group.attributes["exact"]:
+            count += (group.experts or 1) * len(group.names)
+    return count
+
+
+def add_scales(store: PackedStore, group: QuantizedGroup, report: Report) -> None:
+    """Count the block scales of an NVFP4 group by octave, without the layout's padding."""
+    array = store.array(f"{group.path}/scales")
+    bytes_ = torch.zeros(256, dtype=torch.int64)
+    for file in array.spec.files():
+        view = store.map_file(file).view(0, file.payload_nbytes)
+        bytes_ += torch.bincount(view, minlength=256)
+    blocks = (group.experts or 1) * group.packed_rows * -(-group.cols // NVFP4_BLOCK)
+    bytes_[0] -= int(bytes_.sum()) - blocks
+    counts = report.scales.setdefault(str(role(group.names[0])), [0] * len(SCALE_OCTAVES))
+    for octave, count in zip(_OCTAVES, bytes_.tolist(), strict=True):
+        if octave is not None:
+            counts[octave] += count
+
+
+def _octave(magnitude: float) -> int | None:
+    """Index into SCALE_OCTAVES of a block scale; None for NaN."""
+    if math.isnan(magnitude):
+        return None
+    return SCALE_OCTAVES.index(math.frexp(magnitude)[1] - 1) if magnitude else 0
+
+
+_OCTAVES = [_octave(abs(x)) for x in e4m3_decode(torch.arange(256, dtype=torch.uint8)).tolist()]
