@@ -181,5 +181,5 @@ def test_another_seed_is_another_checkpoint(standard_store: Path, tmp_path: Path
 
 
 def test_an_unreadable_source_is_refused(standard_store: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="not a directory"):
+    with pytest.raises(SourceError, match="there is no directory"):
         dsv4.validate(standard_store, source=tmp_path / "nowhere")
