@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsv4.convert.carried import checked
 from dsv4.convert.dense import nvfp4_arrays
 from dsv4.convert.outputs import (
     FileIndex,
@@ -248,10 +249,13 @@ class ExpertsOutput(Output):
             return packed.codes, packed.scales, packed.global_scales
         reports += [CastReport(0, 0, 0, 0.0)] * len(expert)
         if self.format is Encoding.FP8:
-            pairs = [read_fp8(source, tensor) for tensor in expert]
+            pairs = [
+                tuple(checked(part, tensor.name) for part in read_fp8(source, tensor))
+                for tensor in expert
+            ]
             codes, scales = (torch.cat(list(column)) for column in zip(*pairs, strict=True))
             return pack_fp8(codes, scales, slabs=self.slabs).codes, scales
-        values = [source.read(tensor.weight) for tensor in expert]
+        values = [checked(source.read(tensor.weight), tensor.name) for tensor in expert]
         if self.interleave:
             return (interleave_rows(values[0], values[1], self.interleave),)
         return (values[0],)

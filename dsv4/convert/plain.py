@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dsv4.convert.carried import checked
 from dsv4.convert.outputs import (
     TILE_BYTES,
     FileIndex,
@@ -48,6 +49,7 @@ class PlainOutput(Output):
     """An unquantised tensor as one array at its own path, cut by rows where that is aligned."""
 
     tensor: SourceTensor
+    below: int | None = None  # what entries of a table of experts have to stay below
 
     @property
     def path(self) -> str:
@@ -67,7 +69,7 @@ class PlainOutput(Output):
         return (Unit(self.path, self, (self.tensor,), targets),)
 
     def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
-        sink.write(unit.targets[0].file, row_tiles(source, self.tensor))
+        sink.write(unit.targets[0].file, row_tiles(source, self.tensor, self.below))
         return {}
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
@@ -136,7 +138,8 @@ class Fp8Output(Output):
             for tile in row_tiles(source, self.tensor):
                 write_slabs(sink, codes, to_slabs(tile, self.slabs), begin, rows)
                 begin += tile.shape[0]
-        sink.write(scales, [source.read(self.tensor.scale)])
+        scale = self.tensor.scale
+        sink.write(scales, [checked(source.read(scale), scale.name)])
         return {}
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
@@ -158,17 +161,18 @@ class Fp8Output(Output):
         return False
 
 
-def row_tiles(source: Reader, tensor: SourceTensor) -> Iterator[Tensor]:
-    """The weight's bytes in row order, a bounded number of rows at a time."""
+def row_tiles(source: Reader, tensor: SourceTensor, below: int | None = None) -> Iterator[Tensor]:
+    """The weight's values in row order, checked, a bounded number of rows at a time."""
     entry = tensor.weight
     if len(entry.shape) < 2:
-        yield source.read(entry)
+        yield checked(source.read(entry), tensor.name, below=below)
         return
     rows = entry.shape[0]
     row_bytes = (entry.end - entry.begin) // max(rows, 1)
     step = tile_rows(rows, row_bytes)
     for start in range(0, rows, step):
-        yield source.read_rows(entry, start, min(start + step, rows))
+        part = source.read_rows(entry, start, min(start + step, rows))
+        yield checked(part, tensor.name, start, below)
 
 
 def write_slabs(sink: Sink, file: FileSpec, tile: Tensor, begin: int, rows: int) -> None:

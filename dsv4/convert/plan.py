@@ -98,7 +98,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     outputs = [
         *_stacks(inventory.by_name, recipe, files),
         *(
-            _single(tensor, recipe)
+            _single(tensor, recipe, config)
             for tensor in inventory.by_name.values()
             if role_of(tensor.name) is not Role.EXPERT
         ),
@@ -114,10 +114,13 @@ def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
     )
 
 
-def _single(tensor: SourceTensor, recipe: Recipe) -> Output:
+def _single(tensor: SourceTensor, recipe: Recipe, config: ModelConfig) -> Output:
     if tensor.encoding is Encoding.NVFP4 or recipe.rounds(tensor.name):
         return Nvfp4Output(tensor)
-    return Fp8Output(tensor) if tensor.encoding is Encoding.FP8 else PlainOutput(tensor)
+    if tensor.encoding is Encoding.FP8:
+        return Fp8Output(tensor)
+    table = tensor.weight.dtype == "I64"
+    return PlainOutput(tensor, config.n_routed_experts if table else None)
 
 
 def _stacks(
