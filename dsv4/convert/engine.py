@@ -97,7 +97,7 @@ def convert(
         writer.require_space(_missing_bytes(plan, writer))
         sha256 = _run(plan, finished, source, writer, budget, progress)
         notes = writer.notes()
-        results = {unit.key: notes[unit.key] for unit in plan.units}
+        results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
         _complete(plan, results, source, writer)
         groups, arrays, losses = _metadata(plan, results)
         root = writer.finish(groups, arrays, _manifest(plan, source.description(sha256)))
@@ -143,6 +143,9 @@ def _run(
     """Run what is not finished; -> SHA-256 of every source file."""
     fingerprints = Fingerprints()
     notes = writer.notes()
+    for unit in plan.units:
+        if unit.key in finished:
+            fingerprints.remember(unit, notes[unit.key]["read"])
     read = {file: note for file in source.sizes if (note := notes.get(file_note(file)))}
     parts = [
         dataclasses.replace(part, units=tuple(u for u in part.units if u.key not in finished))
