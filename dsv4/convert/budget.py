@@ -47,18 +47,30 @@ class Budget:
         unit = max((output.peak_bytes() for output in outputs), default=0)
         spare = memory - BASE_BYTES
         asked = workers or max(1, min(os.cpu_count() or 1, (spare - 2 * MIN_BUFFER) // (2 * unit)))
-        streams = min(REMOTE_STREAMS, asked) if remote else max(1, asked // 4)
+        while workers is None and asked > 1 and memory < _least(asked, unit, remote):
+            asked -= 1
+        streams = _streams(asked, remote)
         free = spare - (asked + 1) * unit
-        if free < (streams + 1) * MIN_BUFFER:
-            needed = BASE_BYTES + (asked + 1) * unit + (streams + 1) * MIN_BUFFER
+        if memory < (needed := _least(asked, unit, remote)):
             fewer = "give fewer --workers or " if asked > 1 else ""
             raise OutOfSpaceError(
                 f"--memory {memory / 2**30:.2f} GiB does not suffice for {asked} workers on this "
                 f"checkpoint, expected at least {needed / 2**30:.2f} GiB; {fewer}more --memory"
             )
-        flight = min(free // 2, MAX_FLIGHT)
+        flight = min(free // (streams + 1), MAX_FLIGHT)
         hold = (free - flight) // streams
         if not remote:
             hold = min(hold, LOCAL_HOLD)
         peak = BASE_BYTES + (asked + 1) * unit + streams * hold + flight
         return cls(asked, streams, hold, flight, peak)
+
+
+def _streams(workers: int, remote: bool) -> int:
+    """Files that are read at once."""
+    return min(REMOTE_STREAMS, workers) if remote else max(1, workers // 4)
+
+
+def _least(workers: int, unit: int, remote: bool) -> int:
+    """The memory that so many workers cannot do without."""
+    buffers = (_streams(workers, remote) + 1) * MIN_BUFFER
+    return BASE_BYTES + (workers + 1) * unit + buffers

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dsv4.convert.budget import Budget
 from dsv4.convert.file_pass import Fingerprints
@@ -68,9 +68,11 @@ def run_on_cluster(
     otherwise what a part raised.
     """
     by_key = {f"dsv4-{index}-{part.file}": part for index, part in enumerate(parts)}
+    seen = fingerprints.seen
+    tasks = {k: Task.of(part, seen.get(part.file, ()), writer) for k, part in by_key.items()}
     with ThreadPoolExecutor(job.budget.workers) as completing:
         whole: list[Future[None]] = []
-        for key, done in _results(scheduler, job, by_key):
+        for key, done in _results(scheduler, job, tasks):
             for batch, notes in done.batches:
                 covered = writer.commit(batch, notes)
                 whole += [completing.submit(writer.complete, file) for file in covered]
@@ -81,7 +83,7 @@ def run_on_cluster(
             future.result()
 
 
-def _results(scheduler: str, job: Job, parts: Mapping[str, Part]) -> Iterator[tuple[str, Done]]:
+def _results(scheduler: str, job: Job, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Done]]:
     """What the parts return, as they finish."""
     try:
         from distributed import Client, KilledWorker, as_completed
@@ -96,30 +98,50 @@ def _results(scheduler: str, job: Job, parts: Mapping[str, Part]) -> Iterator[tu
             client.wait_for_workers(1, timeout=SECONDS_TO_CONNECT)
         except TimeoutError:
             raise ClusterError(f"the scheduler at {scheduler} has no workers; start some") from None
-        futures = [
-            client.submit(run_part, job, part.file, [unit.key for unit in part.units], key=key)
-            for key, part in parts.items()
-        ]
+        futures = [client.submit(run_part, job, task, key=key) for key, task in tasks.items()]
         try:
             for future in as_completed(futures):
                 try:
                     yield future.key, future.result()
                 except KilledWorker:
                     raise ClusterError(
-                        f"{parts[future.key].file} lost its worker again and again; what is "
+                        f"{tasks[future.key].file} lost its worker again and again; what is "
                         "finished is kept: look at the workers, then run the same command again"
                     ) from None
         finally:
             client.cancel(futures)
 
 
-def run_part(job: Job, file: str, keys: Sequence[str]) -> Done:
-    """On a worker: run the units `keys` of the part of `file`."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A part as it is sent to a worker.
+
+    keys: of the units to run. seen: what earlier runs have read of the file. durable: targets of
+    these units that need not be written again, `(file key, begin, end)`.
+    """
+
+    file: str
+    keys: frozenset[str]
+    seen: tuple[tuple[int, str], ...]
+    durable: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, part: Part, seen: Sequence[tuple[int, str]], writer: StoreWriter) -> Self:
+        """The task of a part, at this state of the journal."""
+        targets = [target for unit in part.units for target in unit.targets]
+        durable = ((t.file.key, t.begin, t.end) for t in targets if writer.covers(*t))
+        return cls(
+            part.file, frozenset(unit.key for unit in part.units), tuple(seen), tuple(durable)
+        )
+
+
+def run_part(job: Job, task: Task) -> Done:
+    """On a worker: run a task."""
     source, plan = _opened(job)
-    part = next(part for part in make_parts(plan.units, source.sizes) if part.file == file)
-    wanted = set(keys)
-    units = tuple(unit for unit in part.units if unit.key in wanted)
-    collector, fingerprints = _Collector(Path(job.out)), Fingerprints()
+    part = next(part for part in make_parts(plan.units, source.sizes) if part.file == task.file)
+    units = tuple(unit for unit in part.units if unit.key in task.keys)
+    collector, fingerprints = _Collector(Path(job.out), task.durable), Fingerprints()
+    fingerprints.seen[task.file] = list(task.seen)
     budget = dataclasses.replace(job.budget, streams=1)
     workshop = Workshop(source, collector, budget, fingerprints, lambda unit: None)
     workshop.run([dataclasses.replace(part, units=units)])
@@ -140,8 +162,9 @@ def _opened(job: Job) -> tuple[Source, Plan]:
 class _Collector:
     """Stands for the store's writer on a worker: notes what was made durable, keeps no journal."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, durable: Sequence[tuple[str, int, int]]) -> None:
         self.out = out
+        self._durable = durable
         self.batches: list[tuple[Batch, Mapping[str, Any]]] = []
 
     def commit(self, batch: Batch, notes: Mapping[str, Any]) -> list[FileSpec]:
@@ -150,6 +173,10 @@ class _Collector:
         extents: dict[FileSpec, list[Extent]] = {f: list(e) for f, e in batch.extents.items()}
         self.batches.append((Batch(files, extents), dict(notes)))
         return []
+
+    def covers(self, file: FileSpec, begin: int, end: int) -> bool:
+        """Whether an earlier run has written this already."""
+        return any(k == file.key and b <= begin and end <= e for k, b, e in self._durable)
 
     def complete(self, file: FileSpec) -> None:
         """Nothing is covered as far as a worker can tell."""

@@ -113,7 +113,7 @@ def convert(
             )
             sha256 = work.run_on_cluster(scheduler, job)
         notes = writer.notes()
-        results = {unit.key: notes[unit.key] for unit in plan.units}
+        results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
         _complete(plan, results, source, writer)
         groups, arrays, losses = _metadata(plan, results)
         root = writer.finish(groups, arrays, _manifest(plan, source.description(sha256)))
@@ -166,6 +166,9 @@ class _Work:
         self._counter = counter
         self._fingerprints = Fingerprints()
         notes = writer.notes()
+        for unit in plan.units:
+            if unit.key in finished:
+                self._fingerprints.remember(unit, notes[unit.key]["read"])
         self._parts: list[Part] = []
         for part in make_parts(plan.units, source.sizes):
             left = tuple(unit for unit in part.units if unit.key not in finished)

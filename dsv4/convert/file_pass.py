@@ -5,7 +5,9 @@
     held       tensors of units whose other inputs are still to come, up to a limit
     ready      a unit whose last tensor has passed; what was not held it reads again, as ranges
 
-A tensor that is read again must be the one that was hashed, so all readings are fingerprinted.
+A tensor that is read again must be the one that was hashed, so all readings are fingerprinted. A
+pass that an interruption cut short is repeated, and must come by what its finished units have read:
+with each of them the digest of the file up to there was kept.
 A large tensor that is a unit by itself (the embedding) is never held: its unit takes the rows
 while they pass.
 """
@@ -13,6 +15,7 @@ while they pass.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,20 +31,37 @@ from dsv4.formats.source_tensor import Encoding
 PIECE_BYTES = 4 << 20  # read and hashed at a time, while it is in cache
 INLINE_BYTES = 128 << 20  # a lone tensor above this is transformed while it passes
 
-Ready = Callable[[Unit, Reader], None]
+Ready = Callable[[Unit, "RangeReads"], None]
 """Takes a unit whose tensors have passed, and what to read them from; may wait for room."""
+
+Evidence = dict[str, Any]
+"""What a unit has read (JSON types only): its file up to a position, tensors of other files."""
 
 
 class Fingerprints:
-    """XXH3-64 of tensors that are read more than once. passed: as they were hashed."""
+    """What was read, to be compared with what is read again; threads may share it.
+
+    passed: XXH3-64 of tensors as they were hashed. seen: what units of earlier runs have read of a
+    file, `(position, SHA-256 up to there)`.
+    """
 
     def __init__(self) -> None:
         self.passed: dict[TensorEntry, int] = {}
+        self.seen: dict[str, list[tuple[int, str]]] = {}
         self._again: list[tuple[TensorEntry, int]] = []
 
     def read_again(self, entry: TensorEntry, fingerprint: int) -> None:
-        """Another reading of the tensor gave this."""
+        """Another reading of the tensor gave this. Raises ChangedSourceError when it differs."""
         self._again.append((entry, fingerprint))
+        self._compare(entry, fingerprint)
+
+    def remember(self, unit: Unit, evidence: Evidence) -> None:
+        """A unit that an earlier run finished has read this."""
+        seen = self.seen.setdefault(evidence["file"], [])
+        seen.append((evidence["position"], evidence["sha256"]))
+        places = {(entry.file, entry.begin, entry.end): entry for entry in entries_of(unit)}
+        for *place, fingerprint in evidence["others"]:
+            self._again.append((places[tuple(place)], fingerprint))
 
     def merge(self, other: Fingerprints) -> None:
         """Readings that were made elsewhere."""
@@ -51,12 +71,11 @@ class Fingerprints:
     def check(self) -> None:
         """Raise ChangedSourceError when two readings of a tensor differ."""
         for entry, fingerprint in self._again:
-            if self.passed.get(entry, fingerprint) != fingerprint:
-                raise ChangedSourceError(
-                    entry.file,
-                    f"{entry.file}: {entry.name} changed between two readings; do not change a "
-                    "checkpoint while it is converted, and run the same command again",
-                )
+            self._compare(entry, fingerprint)
+
+    def _compare(self, entry: TensorEntry, fingerprint: int) -> None:
+        if self.passed.get(entry, fingerprint) != fingerprint:
+            raise _changed(entry.file, f"{entry.name} changed between two readings")
 
 
 class Schedule:
@@ -132,20 +151,24 @@ class FilePass:
         self._schedule = schedule
         self._held: dict[str, dict[TensorEntry, Tensor]] = {}  # by key of a unit
         self._digest = hashlib.sha256()
+        self._seen = deque(sorted(fingerprints.seen.get(file, ())))
+        self._stopped: Callable[[], bool] = lambda: False
 
     def run(self, ready: Ready, stopped: Callable[[], bool]) -> str | None:
         """Read the file; -> its SHA-256 in hex, or None when `stopped` said so.
 
         Raises SourceError when it cannot be read, ChangedSourceError when it is not the file the
-        repository published.
+        repository published, or not the one that an earlier run has read.
         """
-        with self.source.stream(self._file) as stream:
-            for entry in self._schedule.entries:
-                self.pass_by(stream, entry.begin)
-                if stopped():
-                    return None
-                self._take(stream, entry, ready)
-            self.pass_by(stream, self.source.sizes[self._file])
+        self._stopped = stopped
+        try:
+            with self.source.stream(self._file) as stream:
+                for entry in self._schedule.entries:
+                    self.pass_by(stream, entry.begin)
+                    self._take(stream, entry, ready)
+                self.pass_by(stream, self.source.sizes[self._file])
+        except _StoppedError:
+            return None
         measured = self._digest.hexdigest()
         published = self.source.published_sha256(self._file)
         if published is not None and published != measured:
@@ -174,17 +197,39 @@ class FilePass:
             self.fingerprints.passed[entry] = checksum.intdigest()
         if (complete := self._schedule.passed(entry)) is not None:
             held = self._held.pop(complete.key, {})
-            ready(complete, RangeReads(self.source, held, self.fingerprints))
+            ready(complete, RangeReads(self.source, held, self.fingerprints, self.seen()))
+
+    def seen(self) -> Evidence:
+        """What of the file has passed."""
+        return {
+            "file": self._file,
+            "position": self.position,
+            "sha256": self._digest.hexdigest(),
+        }
 
     def read(self, stream: ByteStream, view: memoryview, checksum: Any = None) -> None:
         """Fill `view` with what comes next, and hash it."""
         for begin in range(0, len(view), PIECE_BYTES):
+            if self._stopped():
+                raise _StoppedError
             piece = view[begin : begin + PIECE_BYTES]
             stream.readinto(piece)
-            self._digest.update(piece)
-            self.position += len(piece)
             if checksum is not None:
                 checksum.update(piece)
+            self._hash(piece)
+
+    def _hash(self, piece: memoryview) -> None:
+        """Hash a piece; up to where an earlier run has read, it must be what that run has read."""
+        end = self.position + len(piece)
+        while self._seen and self._seen[0][0] <= end:
+            position, sha256 = self._seen.popleft()
+            self._digest.update(piece[: position - self.position])
+            piece = piece[position - self.position :]
+            self.position = position
+            if self._digest.hexdigest() != sha256:
+                raise _changed(self._file, "it is not what an earlier run has read")
+        self._digest.update(piece)
+        self.position = end
 
     def pass_by(self, stream: ByteStream, end: int, checksum: Any = None) -> None:
         """Hash up to byte `end` of the file without keeping anything."""
@@ -198,12 +243,22 @@ class RangeReads(Reader):
     """Tensors that were held, and ranges of the source for all others, fingerprinted."""
 
     def __init__(
-        self, source: Source, held: dict[TensorEntry, Tensor], fingerprints: Fingerprints
+        self,
+        source: Source,
+        held: dict[TensorEntry, Tensor],
+        fingerprints: Fingerprints,
+        seen: Evidence,
     ) -> None:
         self._source = source
         self._held = held
         self._fingerprints = fingerprints
+        self._seen = seen
+        self._others: list[list[Any]] = []
         self._partly: dict[TensorEntry, tuple[int, Any]] = {}
+
+    def evidence(self) -> Evidence:
+        """What was read so far, for `Fingerprints.remember`."""
+        return {**self._seen, "others": self._others}
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor; one that was held is given away."""
@@ -226,7 +281,10 @@ class RangeReads(Reader):
             checksum.update(view)
             at += len(view)
             if at == entry.end:
-                self._fingerprints.read_again(entry, checksum.intdigest())
+                fingerprint = checksum.intdigest()
+                if entry.file != self._seen["file"]:
+                    self._others.append([entry.file, entry.begin, entry.end, fingerprint])
+                self._fingerprints.read_again(entry, fingerprint)
             else:
                 self._partly[entry] = at, checksum
 
@@ -235,7 +293,7 @@ class _Passing(RangeReads):
     """One tensor while it passes: rows that are asked for in order come from the stream itself."""
 
     def __init__(self, owner: FilePass, stream: ByteStream, entry: TensorEntry) -> None:
-        super().__init__(owner.source, {}, owner.fingerprints)
+        super().__init__(owner.source, {}, owner.fingerprints, owner.seen())
         self._owner = owner
         self._stream = stream
         self._entry = entry
@@ -245,13 +303,32 @@ class _Passing(RangeReads):
         """From the stream where it stands at `position`, else a range of the source."""
         if entry == self._entry and position == self._owner.position:
             self._owner.read(self._stream, view, self._checksum)
+            self._note()
         else:
             super().fill(entry, position, view)
 
     def finish(self) -> None:
         """Let what the unit left of the tensor pass, too."""
         self._owner.pass_by(self._stream, self._entry.end, self._checksum)
-        self._owner.fingerprints.passed[self._entry] = self._checksum.intdigest()
+        self._note()
+
+    def _note(self) -> None:
+        """Once all of the tensor has passed, it is known."""
+        self._seen = self._owner.seen()
+        if self._owner.position == self._entry.end:
+            self._fingerprints.passed[self._entry] = self._checksum.intdigest()
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, so there is no use in reading on."""
+
+
+def _changed(file: str, what: str) -> ChangedSourceError:
+    return ChangedSourceError(
+        file,
+        f"{file}: {what}; do not change a checkpoint while it is converted, and run the same "
+        "command again",
+    )
 
 
 def entries_of(unit: Unit) -> list[TensorEntry]:

@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsv4.convert.budget import Budget
-from dsv4.convert.file_pass import FilePass, Fingerprints, Schedule, is_inline
+from dsv4.convert.file_pass import (
+    Evidence,
+    FilePass,
+    Fingerprints,
+    RangeReads,
+    Schedule,
+    is_inline,
+)
 from dsv4.convert.outputs import Result, Unit
-from dsv4.convert.source import Reader, Source
+from dsv4.convert.source import Source
 from dsv4.formats.errors import Dsv4Error, SourceError
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.store.extents import Batch, Sink
@@ -50,6 +57,9 @@ class Keeper(Protocol):
 
     def complete(self, file: FileSpec) -> None:
         """Make a covered file whole."""
+
+    def covers(self, file: FileSpec, begin: int, end: int) -> bool:
+        """Whether bytes `[begin, end)` of the payload are durable."""
 
 
 class Workshop:
@@ -133,22 +143,22 @@ class Workshop:
             watched = [[entry.begin, entry.end, known.passed[entry]] for entry in part.watched]
             self._ledger.note(file_note(part.file), {"sha256": sha256, "watched": watched})
 
-    def _ready(self, unit: Unit, reader: Reader) -> None:
+    def _ready(self, unit: Unit, reader: RangeReads) -> None:
         if is_inline(unit):
             self._run(unit, reader)
             return
         self._room.enter(unit.input_bytes)
         self._submit(self._run_and_leave, unit, reader)
 
-    def _run_and_leave(self, unit: Unit, reader: Reader) -> None:
+    def _run_and_leave(self, unit: Unit, reader: RangeReads) -> None:
         try:
             self._run(unit, reader)
         finally:
             self._room.leave(unit.input_bytes)
 
-    def _run(self, unit: Unit, reader: Reader) -> None:
+    def _run(self, unit: Unit, reader: RangeReads) -> None:
         result = unit.run(reader, self._ledger.sink)
-        if self._ledger.finished(unit.key, result):
+        if self._ledger.finished(unit.key, result, reader.evidence()):
             before, self._committing = self._committing, self._committer.submit(self._commit)
             if before is not None:  # the disk may lag behind by one commit, not more
                 before.result()
@@ -190,11 +200,12 @@ class _Ledger:
         self._keeper = keeper
         self._lock = threading.Lock()
         self._notes: dict[str, Any] = {}
-        self.sink = Sink(keeper.out)
+        self._failure: BaseException | None = None
+        self.sink = Sink(keeper.out, keeper.covers)
 
-    def finished(self, key: str, result: Result) -> bool:
+    def finished(self, key: str, result: Result, read: Evidence) -> bool:
         """A unit has written all its targets; whether it is time to commit."""
-        self.note(key, result)
+        self.note(key, {"result": result, "read": read})
         return self.sink.unsynced_bytes >= COMMIT_BYTES
 
     def note(self, key: str, value: Any) -> None:
@@ -203,10 +214,19 @@ class _Ledger:
             self._notes[key] = value
 
     def commit(self) -> list[FileSpec]:
-        """Make everything noted so far durable; returns files that are covered now."""
+        """Make everything noted so far durable; returns files that are covered now.
+
+        Fails for good: after a failed sync nobody knows what of the unsynced bytes the disk has.
+        """
+        if self._failure is not None:
+            raise self._failure
         with self._lock:  # notes first: what they speak of is written already
             notes, self._notes = self._notes, {}
-        return self._keeper.commit(self.sink.sync(), notes)
+        try:
+            return self._keeper.commit(self.sink.sync(), notes)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def complete(self, file: FileSpec) -> None:
         """Make a covered file whole."""

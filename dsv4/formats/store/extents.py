@@ -3,7 +3,8 @@
     sink = Sink(root)
     sink.write_at(file, offset, parts)      # into file.partial, not yet on disk for good
     batch = sink.sync()                     # now it is; the journal's owner records the batch
-    complete_file(root, file, extents)      # once they cover it: read back, index, rename
+    record = seal(root, file, extents)      # once they cover it: read back, hash, index, sync
+    publish(root, file)                     # and rename
 
 A file is hashed when it is whole, by reading it back; each extent's checksum was taken from memory
 before it was written, so whatever the disk did in between is noticed.
@@ -14,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -61,11 +63,20 @@ class Batch:
     extents: Mapping[FileSpec, Sequence[Extent]]
 
 
-class Sink:
-    """Writes files and pieces of files below `root`; keeps no journal. Threads may share it."""
+Durable = Callable[[FileSpec, int, int], bool]
+"""Whether bytes `[begin, end)` of a file's payload are on disk for good."""
 
-    def __init__(self, root: Path) -> None:
+
+class Sink:
+    """Writes files and pieces of files below `root`; keeps no journal. Threads may share it.
+
+    durable: ranges that `write_at` leaves alone, for a unit that is done again because another of
+    its files was lost writes the same bytes.
+    """
+
+    def __init__(self, root: Path, durable: Durable = lambda file, begin, end: False) -> None:
         self._root = root
+        self._durable = durable
         self._directories = Directories(root)
         self._descriptors: dict[FileSpec, int] = {}
         self._files: dict[str, FileRecord] = {}
@@ -92,22 +103,21 @@ class Sink:
         Raises StoreError when they reach beyond the file or writing fails, OutOfSpaceError when
         the disk is full.
         """
-        descriptor = self._descriptor(file)
-        begin, checksum = offset, xxhash.xxh3_64()
         for part in parts:
             view = bytes_of(file, part)
-            if offset + len(view) > file.payload_nbytes:
+            extent = Extent(offset, len(view), xxhash.xxh3_64_intdigest(view))
+            if extent.end > file.payload_nbytes:
                 raise StoreError(
                     f"{file.key}: {len(view)} bytes at {offset}, beyond its {file.payload_nbytes}"
                 )
-            checksum.update(view)
-            with storage_errors(self._root, f"writing {file.key}"):
-                _pwrite_all(descriptor, view, offset)
-            offset += len(view)
-        extent = Extent(begin, offset - begin, checksum.intdigest())
-        with self._lock:
-            self._extents.setdefault(file, []).append(extent)
-            self.unsynced_bytes += extent.nbytes
+            if not self._durable(file, offset, extent.end):
+                descriptor = self._descriptor(file)
+                with storage_errors(self._root, f"writing {file.key}"):
+                    _pwrite_all(descriptor, view, offset)
+                with self._lock:
+                    self._extents.setdefault(file, []).append(extent)
+                    self.unsynced_bytes += extent.nbytes
+            offset = extent.end
 
     def sync(self) -> Batch:
         """Put everything written since the last call on disk for good, and say what it was."""
@@ -137,9 +147,13 @@ class Sink:
                 self._make_directory(file)
                 with storage_errors(self._root, f"making room for {file.key}"):
                     descriptor = os.open(partial_path(self._root, file), _OPEN | os.O_CREAT, 0o644)
+                    try:
+                        if _allocate(descriptor, file.nbytes):
+                            sync_directory((self._root / file.key).parent)
+                    except BaseException:
+                        os.close(descriptor)
+                        raise
                     self._descriptors[file] = descriptor
-                    if _allocate(descriptor, file.payload_nbytes):
-                        sync_directory((self._root / file.key).parent)
             return self._descriptors[file]
 
     def _make_directory(self, file: FileSpec) -> None:
@@ -160,15 +174,15 @@ def covers(extents: Iterable[Extent], begin: int, end: int) -> bool:
     return begin >= end
 
 
-def complete_file(root: Path, file: FileSpec, extents: Sequence[Extent]) -> FileRecord:
-    """Turn a partial file that its extents cover into the file: checked, indexed, on disk.
+def seal(root: Path, file: FileSpec, extents: Sequence[Extent]) -> FileRecord:
+    """Make a partial file that its extents cover ready to be renamed: checked, indexed, on disk.
 
-    Raises StoreError when what is read back is not what was written.
+    Raises StoreError when what is read back is not what was written, or cannot be read back; the
+    partial file is then worth nothing.
     """
-    partial = partial_path(root, file)
     checksums = digest.FileDigest(file.chunk_nbytes)
     with storage_errors(root, f"completing {file.key}"):
-        descriptor = os.open(partial, _OPEN)
+        descriptor = os.open(partial_path(root, file), _OPEN)
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             for piece in _read_back(descriptor, file, extents):
@@ -177,14 +191,35 @@ def complete_file(root: Path, file: FileSpec, extents: Sequence[Extent]) -> File
                 index = digest.dense_index(file.chunks, file.chunk_nbytes)
                 _pwrite_all(descriptor, memoryview(index), file.payload_nbytes)
                 checksums.index(index)
+            os.ftruncate(descriptor, file.nbytes)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        target = root / file.key
-        partial.replace(target)
-        sync_directory(target.parent)
     sha256, xxh3 = checksums.finish()
     return FileRecord(file.nbytes, sha256, file.chunk_nbytes, xxh3)
+
+
+def publish(root: Path, file: FileSpec) -> None:
+    """Give a sealed file its name, for good."""
+    target = root / file.key
+    with storage_errors(root, f"renaming {file.key}"):
+        partial_path(root, file).replace(target)
+        sync_directory(target.parent)
+
+
+def restore_partial(root: Path, key: str, extents: Iterable[Extent]) -> bool:
+    """Whether the partial file of `key` is there and long enough to hold its extents.
+
+    A file that was renamed before the journal learned of it gets its partial name back.
+    """
+    target, partial = root / key, root / (key + PARTIAL_SUFFIX)
+    if not partial.exists() and target.exists():
+        target.replace(partial)
+    try:
+        status = partial.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size >= max(e.end for e in extents)
 
 
 def _read_back(descriptor: int, file: FileSpec, extents: Sequence[Extent]) -> Iterator[memoryview]:

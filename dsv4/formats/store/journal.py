@@ -22,7 +22,7 @@ from dsv4.formats.store.extents import Extent
 from dsv4.formats.store.hierarchy import parse_json
 from dsv4.formats.store.manifest import FileRecord
 
-_VERSION = 1
+_VERSION = 2
 _IDENTITY_KEY = "dsv4_journal"
 
 
@@ -69,9 +69,9 @@ class Journal:
         ]
         self._append(lines)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """The files of these keys, or the extents they have, no longer count."""
-        self._append([{"forget": sorted(keys)}])
+    def forget(self, keys: Iterable[str], notes: Iterable[str] = ()) -> None:
+        """The files of these keys, or the extents they have, and these notes no longer count."""
+        self._append([{"forget": sorted(keys)}, *({"note": key, "value": None} for key in notes)])
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         raw = [canonical_json(line) for line in lines]
@@ -144,7 +144,7 @@ class Journal:
             try:
                 write_all(self._descriptor, line + b"\n")
                 os.fsync(self._descriptor)
-            except OSError:
+            except BaseException:
                 os.ftruncate(self._descriptor, begin)
                 os.lseek(self._descriptor, begin, os.SEEK_SET)
                 raise

@@ -37,7 +37,15 @@ from dsv4.formats.store.durable import (
     write_file,
     write_unsynced,
 )
-from dsv4.formats.store.extents import Batch, Extent, complete_file, covers, partial_path
+from dsv4.formats.store.extents import (
+    Batch,
+    Extent,
+    covers,
+    partial_path,
+    publish,
+    restore_partial,
+    seal,
+)
 from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
 from dsv4.formats.store.integrity import sizes, walk
 from dsv4.formats.store.journal import Journal
@@ -169,10 +177,11 @@ class StoreWriter:
         """Make a covered file whole. Raises StoreError when it is not what was written."""
         journal = self._open_journal
         try:
-            record = complete_file(self.out, file, journal.extents.get(file.key, ()))
+            record = seal(self.out, file, journal.extents.get(file.key, ()))
         except StoreError:
             self.forget([file])
             raise
+        publish(self.out, file)
         journal.append({file.key: record}, {}, {})
 
     def covered_files(self, files: Iterable[FileSpec]) -> list[FileSpec]:
@@ -189,8 +198,7 @@ class StoreWriter:
     def forget(self, files: Iterable[FileSpec], notes: Iterable[str] = ()) -> None:
         """Drop files, whole or not, and notes: what they hold has proved wrong."""
         files = list(files)
-        self._journal_append({}, {}, dict.fromkeys(notes))
-        self._open_journal.forget(file.key for file in files)
+        self._open_journal.forget((file.key for file in files), notes)
         with storage_errors(self.out, "removing files"):
             for file in files:
                 (self.out / file.key).unlink(missing_ok=True)
@@ -372,11 +380,10 @@ def _has_begun(journal: Path) -> bool:
 
 def _remove_leftovers(out: Path, journal: Journal) -> None:
     """Remove what an interrupted run left behind, but for partial files with durable extents."""
-    found = set(walk(out))
+    if gone := [k for k, found in journal.extents.items() if not restore_partial(out, k, found)]:
+        journal.forget(gone)
     begun = {key + PARTIAL_SUFFIX for key in journal.extents}
-    if gone := begun - found:
-        journal.forget(key.removesuffix(PARTIAL_SUFFIX) for key in gone)
-    for key in found:
+    for key in list(walk(out)):
         temporary = key.endswith(PARTIAL_SUFFIX) and key not in begun
         if temporary or key.rpartition("/")[2] == NODE_DOCUMENT:
             (out / key).unlink()
