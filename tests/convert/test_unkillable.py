@@ -269,7 +269,7 @@ def test_a_full_disk(subject: Subject, reference: Reference, tmp_path: Path) -> 
     """Room for the arrays' bytes, so that it starts, but not for their last blocks."""
     plan = json.loads(subject.run("plan", reference.source, "--json").stdout)
     disk = tmp_path / "disk"
-    with _small_disk(disk, plan["output_bytes"] // 1024 + 64) as mounted:
+    with _small_disk(disk, plan["peak_disk_bytes"] // 1024 + 64) as mounted:
         fault = None if mounted else Fault("write", 300, errno.ENOSPC, lasting=True)
         done = _convert(subject, reference.source, disk / "out", fault)
         assert done.code == 3, done
