@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import torch
+
 from dsv4.convert.budget import Budget
 from dsv4.convert.file_pass import FilePass, Fingerprints, is_inline
 from dsv4.convert.outputs import Result, Unit
@@ -67,6 +69,8 @@ class Workshop:
         self._readers = ThreadPoolExecutor(self._budget.streams, "reader")
         self._workers = ThreadPoolExecutor(self._budget.workers, "worker")
         self._keeper = ThreadPoolExecutor(1, "ledger")
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a unit's operations are short, and other units keep cores busy
         try:
             passes = [self._readers.submit(self._read, part) for part in parts]
             self._wait(passes)
@@ -82,6 +86,7 @@ class Workshop:
             with contextlib.suppress(Dsv4Error):  # after a failure, what is finished is kept
                 self._ledger.commit()
             self._ledger.close()
+            torch.set_num_threads(torch_threads)
 
     def _wait(self, futures: Sequence[Future[None]]) -> None:
         """Until all are done or one of them, or of the units meanwhile, has failed."""
