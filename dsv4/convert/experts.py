@@ -224,7 +224,9 @@ class ExpertsOutput(Output):
     def peak_bytes(self) -> int:
         rows, cols = self.shape
         per_expert = self.projections * rows * cols
-        return (24 if self.rounded else 4) * per_expert
+        if self.rounded:
+            return 24 * per_expert
+        return (2 if self.format is Encoding.NVFP4 else 4) * per_expert  # as read, and as packed
 
     def _pack(
         self, source: Reader, expert: tuple[SourceTensor, ...], reports: list[CastReport]
