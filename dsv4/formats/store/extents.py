@@ -114,6 +114,8 @@ class Sink:
         with self._lock:
             batch = Batch(self._files, self._extents)
             self._files, self._extents, self.unsynced_bytes = {}, {}, 0
+        with storage_errors(self._root, "creating directories"):
+            self._directories.sync()
         for file in batch.extents:
             with storage_errors(self._root, f"writing {file.key}"):
                 os.fdatasync(self._descriptor(file))
