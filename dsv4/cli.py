@@ -6,16 +6,16 @@ Data goes to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 a ch
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 import dsv4
+from dsv4.bench_cli import bench
+from dsv4.console import err, out, print_json
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
 from dsv4.formats.plain_text import printable
 from dsv4.options import keep_option, memory_option, recipe_option, revision_option, workers_option
@@ -25,13 +25,8 @@ if TYPE_CHECKING:
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
 
-PIPE_WIDTH = 160
 MAX_SENTENCE = 2000
 EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-# Piped output keeps names and hashes on one line.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -58,10 +53,6 @@ def main() -> None:
         sentence = f"dsv4: {error.strerror or error}: {error.filename or ''}"
         err.print(printable(sentence, MAX_SENTENCE), markup=False)
         sys.exit(EXIT_USAGE)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,7 +96,7 @@ def plan(
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = planned.to_dict() | expected.to_dict()
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         out.print(plan_table(source, document))
 
@@ -155,7 +146,7 @@ def convert(
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
     if as_json:
-        _print_json(summary.to_dict())
+        print_json(summary.to_dict())
     else:
         out.print(summary_table(summary))
 
@@ -208,7 +199,7 @@ def inspect(directory: Path, tensor: str | None, as_json: bool) -> None:
     if tensor is None:
         if as_json:
             manifest = packed.store.manifest
-            _print_json(
+            print_json(
                 {
                     "root": manifest["root"],
                     "tool": manifest["tool"],
@@ -221,7 +212,7 @@ def inspect(directory: Path, tensor: str | None, as_json: bool) -> None:
         return
     provenance = packed.provenance(tensor)
     if as_json:
-        _print_json(provenance)
+        print_json(provenance)
     else:
         out.print(provenance_table(tensor, provenance))
 
@@ -312,7 +303,7 @@ def run(
         write=(lambda piece: None) if as_json else _write,
     )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     _write("\n")
     rate = result.timings.tokens_per_second
@@ -369,30 +360,4 @@ def _write(piece: str) -> None:
     sys.stdout.flush()
 
 
-@cli.group()
-def bench() -> None:
-    """Measure: each line a figure, its bound, the fraction of it, and correctness."""
-
-
-@bench.command("quantize")
-@click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
-    """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
-    from dsv4.bench.quantize import quality, speed
-    from dsv4.render import quality_table, speed_table
-
-    qualities = quality(elements, seeds)
-    speeds = speed(elements, threads)
-    if as_json:
-        _print_json(
-            {
-                "quality": [dataclasses.asdict(line) for line in qualities],
-                "speed": [dataclasses.asdict(line) for line in speeds],
-            }
-        )
-        return
-    out.print(quality_table(qualities, seeds))
-    out.print(speed_table(speeds, threads))
+cli.add_command(bench)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dsv4.bench.convert import Throughput
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
     from dsv4.formats.checkpoint import PackedCheckpoint
@@ -194,3 +195,39 @@ def speed_table(lines: Sequence[Speed], threads: int) -> Table:
             "right" if line.correct else "WRONG",
         )
     return table
+
+
+def throughput_tables(found: Throughput) -> Iterator[Table]:
+    """Every lane's rate beside the plain copy's; then where dsv4's lanes spend their time."""
+    title = (
+        f"{found.layers} {found.model} layer(s) of {found.experts} experts, {size(found.nbytes)}, "
+        f"{found.workers} worker(s), median of {found.rounds} round(s)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("lane")
+    for column in ("GB/s", "spread", "of the copy", "CPU s/GB", "start-up", "peak RSS", "result"):
+        table.add_column(column, justify="right")
+    for line in found.lines:
+        table.add_row(
+            line.lane,
+            f"{line.rate:.3f}",
+            f"{line.slowest:.3f} to {line.fastest:.3f}",
+            f"{line.of_copy:.2f}",
+            f"{line.cpu_seconds_per_gb:.2f}",
+            f"{line.start_up:.1f} s",
+            f"{line.peak_rss / 2**20:.0f} MiB",
+            "right" if line.correct else "WRONG",
+        )
+    yield table
+    title = "seconds per GB over all threads: elapsed (on a core) in calls"
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    by_stage: dict[str, list[str]] = {}
+    for stage in found.stages:
+        seconds = f"{stage.wall_per_gb:.2f} ({stage.cpu_per_gb:.2f}) in {stage.calls}"
+        by_stage.setdefault(stage.stage, []).append(seconds)
+    for recipe in dict.fromkeys(stage.recipe for stage in found.stages):
+        table.add_column(recipe, justify="right")
+    for name, columns in by_stage.items():
+        table.add_row(name, *columns)
+    yield table

@@ -94,6 +94,22 @@ def write_checkpoint(out: Path, config: ModelConfig) -> int:
     if out.exists() and any(out.iterdir()):
         raise ConflictError(f"{out} is not an empty directory; choose another one")
     out.mkdir(parents=True, exist_ok=True)
+    shards = _shards(config)
+    tiles = _tiles()
+    for name, tensors in shards.items():
+        with (out / f"{name}.safetensors").open("wb") as file:
+            _write_shard(file, sorted(tensors, key=_position), tiles)
+    (out / CONFIG_FILE).write_text(json.dumps(hub_config(config, DraftKind.NONE)))
+    return checkpoint_bytes(config)
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Bytes of all tensors that `write_checkpoint` writes."""
+    return sum(tensor.nbytes for shard in _shards(config).values() for tensor in shard)
+
+
+def _shards(config: ModelConfig) -> dict[str, list[_Stored]]:
+    """What each shard holds, by its name."""
     shards: dict[str, list[_Stored]] = {}
     for parameter in parameters(config, DraftKind.NONE, 0):
         head, layer, *_ = [*parameter.name.split("."), ""]
@@ -101,12 +117,7 @@ def write_checkpoint(out: Path, config: ModelConfig) -> int:
         shards.setdefault(shard, []).extend(
             _stored(parameter.name, parameter.kind, parameter.shape)
         )
-    tiles = _tiles()
-    for name, tensors in shards.items():
-        with (out / f"{name}.safetensors").open("wb") as file:
-            _write_shard(file, sorted(tensors, key=_position), tiles)
-    (out / CONFIG_FILE).write_text(json.dumps(hub_config(config, DraftKind.NONE)))
-    return sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    return shards
 
 
 def _stored(name: str, kind: Kind, shape: tuple[int, ...]) -> Iterator[_Stored]:

@@ -20,7 +20,7 @@ DEFAULT_MEMORY = 2 << 30
 BASE_BYTES = 500 << 20  # CPython 3.11 with torch 2.13 loaded, and the plan of the largest model
 MIN_BUFFER = 64 << 20
 LOCAL_HOLD = 128 << 20  # reading a local range twice costs nothing
-MAX_FLIGHT = 256 << 20
+MAX_FLIGHT = 384 << 20  # with the units at work: what they take more, the queue takes less
 REMOTE_STREAMS = 4
 
 
@@ -57,7 +57,8 @@ class Budget:
                 f"--memory {memory / 2**30:.2f} GiB does not suffice for {asked} workers on this "
                 f"checkpoint, expected at least {needed / 2**30:.2f} GiB; {fewer}more --memory"
             )
-        flight = min(free // (streams + 1), MAX_FLIGHT)
+        most = max(MAX_FLIGHT - asked * unit, MIN_BUFFER)
+        flight = min(free // (streams + 1), most)
         hold = (free - flight) // streams
         if not remote:
             hold = min(hold, LOCAL_HOLD)

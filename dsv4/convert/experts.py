@@ -233,7 +233,7 @@ class ExpertsOutput(Output):
     def peak_bytes(self) -> int:
         rows, cols = self.shape
         per_expert = self.projections * rows * cols
-        return 2 * per_expert + (PEAK_BYTES if self.rounded else 0)
+        return 2 * per_expert + (PEAK_BYTES if self.rounded else 0)  # as read, and as packed
 
     def _pack(
         self, source: Reader, expert: tuple[SourceTensor, ...], reports: list[CastReport]

@@ -17,6 +17,8 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from dsv4.convert.budget import Budget
 from dsv4.convert.file_pass import (
     Evidence,
@@ -89,6 +91,8 @@ class Workshop:
         self._readers = ThreadPoolExecutor(self._budget.streams, "reader")
         self._workers = ThreadPoolExecutor(self._budget.workers, "worker")
         self._committer = ThreadPoolExecutor(1, "ledger")
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a unit is short work, and other units keep the cores busy
         try:
             passes = [self._readers.submit(self._read, part) for part in parts]
             self._wait(passes)
@@ -101,7 +105,10 @@ class Workshop:
             # After a failure to read, what has been read well is still worth finishing.
             self._close(cancel=not isinstance(error, SourceError))
             raise
-        self._close(cancel=False)
+        else:
+            self._close(cancel=False)
+        finally:
+            torch.set_num_threads(torch_threads)
 
     def _close(self, *, cancel: bool) -> None:
         """Finish, or `cancel`, what is in flight; keep what is finished."""

@@ -71,19 +71,26 @@ class DirectoryLock:
 
 
 class Directories:
-    """Creates directories below `root` so that they survive a power loss; refuses symlinks."""
+    """Creates directories below `root`, and makes them survive a power loss; refuses symlinks."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._known = {""}
+        self._unsynced: dict[Path, None] = {}
         self._lock = threading.Lock()
 
     def ensure(self, relative: str) -> None:
-        """Make `relative` and its parents exist, durably."""
+        """Make `relative` and its parents exist; durable after `sync`."""
         with self._lock:
-            created = list(self._make(relative))
-            for parent in reversed(created):
+            self._unsynced.update(dict.fromkeys(self._make(relative)))
+
+    def sync(self) -> None:
+        """Make every directory created so far survive; one commit of the disk does for many."""
+        with self._lock:
+            while self._unsynced:
+                parent = next(reversed(self._unsynced))
                 sync_directory(parent)
+                del self._unsynced[parent]
 
     def _make(self, relative: str) -> Iterator[Path]:
         if relative in self._known:
@@ -92,10 +99,10 @@ class Directories:
         path = self._root / relative
         try:
             path.mkdir()
-            yield path.parent
         except FileExistsError:
             if path.is_symlink() or not path.is_dir():
                 raise StoreError(f"{path} is no directory, remove it") from None
+        yield path.parent  # also of one that was there: whoever made it may have been stopped
         self._known.add(relative)
 
 

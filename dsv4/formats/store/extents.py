@@ -124,6 +124,8 @@ class Sink:
         with self._lock:
             batch = Batch(self._files, self._extents)
             self._files, self._extents, self.unsynced_bytes = {}, {}, 0
+        with storage_errors(self._root, "creating directories"):
+            self._directories.sync()
         for file in batch.extents:
             with storage_errors(self._root, f"writing {file.key}"):
                 os.fdatasync(self._descriptor(file))
@@ -193,6 +195,8 @@ def seal(root: Path, file: FileSpec, extents: Sequence[Extent]) -> FileRecord:
                 checksums.index(index)
             os.ftruncate(descriptor, file.nbytes)
             os.fsync(descriptor)
+            # Nobody reads it again soon: its memory is worth more to the files that follow.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
     sha256, xxh3 = checksums.finish()

@@ -275,6 +275,7 @@ class StoreWriter:
         journal = self._open_journal
         with storage_errors(self.out, f"creating the directory of {file.key}"):
             self._directories.ensure(file.key.rpartition("/")[0])
+            self._directories.sync()
         journal.append({file.key: write_file(self.out, file, parts)}, {}, {})
 
     def _journal_append(

@@ -1,0 +1,61 @@
+"""`dsv4 bench`: the commands that measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from dsv4.console import out, print_json
+
+
+@click.group()
+def bench() -> None:
+    """Measure: each line a figure, its bound, the fraction of it, and correctness."""
+
+
+@bench.command("quantize")
+@click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
+    """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
+    from dsv4.bench.quantize import quality, speed
+    from dsv4.render import quality_table, speed_table
+
+    qualities = quality(elements, seeds)
+    speeds = speed(elements, threads)
+    if as_json:
+        print_json(
+            {
+                "quality": [dataclasses.asdict(line) for line in qualities],
+                "speed": [dataclasses.asdict(line) for line in speeds],
+            }
+        )
+        return
+    out.print(quality_table(qualities, seeds))
+    out.print(speed_table(speeds, threads))
+
+
+@bench.command("convert")
+@click.option("--model", type=click.Choice(("flash", "pro", "both")), default="flash")
+@click.option("--experts", type=click.IntRange(min=0), default=32, help="0: all of the layer's.")
+@click.option("--layers", type=click.IntRange(min=1), default=1)
+@click.option("--workers", type=click.IntRange(min=1), default=2)
+@click.option("--rounds", type=click.IntRange(min=1), default=3)
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> None:
+    """Conversion of real layer shapes beside a plain copy and beside today's path."""
+    from dsv4.bench.convert import throughput
+    from dsv4.render import throughput_tables
+
+    models = ("flash", "pro") if model == "both" else (model,)
+    found = [throughput(name, directory, **sizes) for name in models]
+    if as_json:
+        print_json({"models": [dataclasses.asdict(one) for one in found]})
+        return
+    for table in (table for one in found for table in throughput_tables(one)):
+        out.print(table)
