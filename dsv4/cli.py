@@ -19,6 +19,7 @@ import dsv4
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
 from dsv4.formats.plain_text import printable
 from dsv4.options import keep_option, memory_option, recipe_option, revision_option, workers_option
+from dsv4.repair_command import repair_command
 
 if TYPE_CHECKING:
     from dsv4.runtime.model import Model
@@ -323,6 +324,7 @@ def run(
 
 
 DEFAULT_NEW_TOKENS = 256
+cli.add_command(repair_command)
 
 
 def _required(text: Text | None) -> Text:
