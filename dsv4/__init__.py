@@ -3,6 +3,7 @@
     packed = dsv4.open("packed")              # what the bytes are
     model = dsv4.load("packed", device="cpu") # what they do
     dsv4.convert(src, out); dsv4.validate("packed", source=src)
+    dsv4.repair("packed", source=src)         # what was damaged since
 
 `import dsv4` is light: torch and all else are imported when they are first needed.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
     from dsv4.runtime.model import Model
     from dsv4.validate.engine import validate
+    from dsv4.validate.repair import repair
 else:
     # Both names are packages and functions: each package's module is callable.
     from dsv4 import convert, validate
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "open",
     "quantize_nvfp4",
+    "repair",
     "validate",
 ]
 
@@ -79,7 +82,9 @@ def load(
 
 
 def __getattr__(name: str) -> Any:
-    """The functions and types of `formats.nvfp4`, imported on first use."""
+    """`repair`, and the functions and types of `formats.nvfp4`, imported on first use."""
+    if name == "repair":
+        return importlib.import_module("dsv4.validate.repair").repair
     if name in ("NVFP4Tensor", "dequantize_nvfp4", "quantize_nvfp4"):
         return getattr(importlib.import_module("dsv4.formats.nvfp4"), name)
     raise AttributeError(f"module 'dsv4' has no attribute {name!r}")

@@ -187,6 +187,29 @@ def validate(
         raise click.exceptions.Exit(EXIT_FAILED)
 
 
+@cli.command("repair")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--source",
+    metavar="SRC",
+    help="What DIR was made from; default: the hub's repository and commit that it names.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def repair(directory: Path, source: str | None, as_json: bool) -> None:
+    """Rewrite exactly the damaged chunks of a packed store. Exit 0 only if it is whole then."""
+    from dsv4.render import repair_tables
+    from dsv4.validate import repair as repairing
+
+    report = repairing.repair(directory, source)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        for table in repair_tables(report):
+            out.print(table)
+    if not report.ok:
+        raise click.exceptions.Exit(EXIT_FAILED)
+
+
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.argument("tensor", required=False)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
     from dsv4.formats.checkpoint import PackedCheckpoint
+    from dsv4.validate.repair import RepairReport
     from dsv4.validate.report import Report, TensorVerdict
 
 MAX_ROWS = 20
@@ -116,6 +117,30 @@ def report_tables(report: Report) -> Iterator[Table]:
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
     rows["verdict"] = "OK" if report.ok else f"FAILED, {len(report.findings)} findings"
     yield _facts(f"validation of {report.path}", rows)
+
+
+def repair_tables(report: RepairReport) -> Iterator[Table]:
+    """What was damaged and what became of it, what failed first; then the outcome."""
+    if report.files:
+        table = Table(title="damaged", title_justify="left")
+        for column in ("file", "what", "outcome"):
+            table.add_column(column, overflow="fold")
+        ordered = sorted(report.files, key=lambda file: file.failure is None)
+        for file in ordered[:MAX_ROWS]:
+            outcome = file.failure or f"whole again, {size(file.made_bytes)} rewritten"
+            table.add_row(escape(file.key), escape(file.problem), escape(outcome))
+        if (more := len(ordered) - MAX_ROWS) > 0:
+            table.add_row("", "", f"... and {more} more (see --json)")
+        yield table
+    failed = sum(file.failure is not None for file in report.files)
+    rows: dict[str, object] = {
+        "repaired": f"{len(report.files) - failed} of {len(report.files)} damaged files",
+        "rewritten": size(sum(file.made_bytes for file in report.files)),
+        "source": report.source or "not needed",
+        "root": report.root,
+        "verdict": f"FAILED, {failed} files are not in order" if failed else "whole",
+    }
+    yield _facts(f"repair of {report.path}", rows)
 
 
 def _losses(rounded: list[TensorVerdict]) -> Table:

@@ -40,6 +40,13 @@ ADVICE = {
     "config": "The store was packed from a checkpoint with another config.json. Give that one.",
     "inversion": "The bytes are not the source's. Give the source that was packed, or convert "
     "this one again.",
+    "layouts": "The metadata is not what was packed. Convert the source again.",
+    "counts": "The metadata is not what was packed. Convert the source again.",
+    "source": "The store does not come from this source, or says so wrongly. Convert it again.",
+    "assets": "The file is not the source's. Convert the source again.",
+    "recipe": "The recipe is not the one that was packed by. Convert the source again.",
+    "origin": "What the store says of its source is wrong. Convert the source again.",
+    "loss": "What the store says of its losses is wrong. Convert the source again.",
     "optimum": "The format allows a smaller error. Convert the source again with this version.",
 }
 """What to do about a finding, by the check that made it."""

@@ -8,9 +8,9 @@ behind as a copy must be one.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from dsv4.formats.mxfp4 import cast_mxfp4_to_nvfp4
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
 from dsv4.formats.source_inventory import check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.validate.claims import check_claims, check_loss, check_origin, check_stack_loss
+from dsv4.validate.provenance import quantized_groups
 from dsv4.validate.report import Report, TensorVerdict
 
 TILE_ROWS = 4096
@@ -43,14 +45,20 @@ def invert(packed: PackedCheckpoint, source: Source, report: Report) -> None:
         report.add("inventory", name, "in the source, but not in the store: convert again")
     for name in sorted(names - tensors.keys()):
         report.add("inventory", name, "in the store, but not in the source: the wrong source?")
+    worst: dict[str, float] = {}
     for name, tensor in tensors.items():
         if name in names:
-            report.tensors.append(_compare(packed, source, tensor, report))
+            verdict = _compare(packed, source, tensor, report, worst)
+            report.tensors.append(verdict)
+    for group in quantized_groups(packed.store):
+        if group.experts and group.path in worst:
+            check_stack_loss(group, worst[group.path], report)
     report.count("tensors compared with the source", len(report.tensors))
     for copy, original in inventory.copies:
         report.count("draft copies compared with what they copy")
         if not _equal(source, copy, tensors[original]):
             report.add("inversion", copy.name, f"was left behind, but differs from {original}")
+    check_claims(packed, source, report)
 
 
 def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
@@ -62,19 +70,29 @@ def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
 
 
 def _compare(
-    packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report
+    packed: PackedCheckpoint,
+    source: Source,
+    tensor: SourceTensor,
+    report: Report,
+    worst: dict[str, float],
 ) -> TensorVerdict:
+    """worst: path of a node -> the largest relative MSE of its tensors so far; grows."""
     begin = time.perf_counter()
     name = tensor.name
     kind = packed.format_of(name)
-    claimed_exact = bool(packed.provenance(name)["exact"])
+    provenance = packed.provenance(name)
+    claimed_exact = bool(provenance["exact"])
+    check_origin(tensor, provenance, report)
     same = _same_bytes(packed, source, tensor) if kind == tensor.encoding else None
     if same is None:
-        loss, optimum = _loss(packed, source, tensor, report)
+        loss, optimum = _loss(packed, source, tensor, provenance, report)
         exact = loss.errors == 0.0 and not loss.sign_flips
         losses = None if exact else loss.to_dict()
+        rel_mse = loss.rel_mse
     else:
-        exact, losses, optimum = same, None, None
+        exact, losses, optimum, rel_mse = same, None, None, 0.0
+    path = str(provenance["path"])
+    worst[path] = max(worst.get(path, 0.0), rel_mse)
     # What kept its own format was never rounded, whatever the store claims.
     if not exact and (claimed_exact or same is not None):
         report.add(
@@ -83,6 +101,8 @@ def _compare(
             "carried as it was, but the emitted bytes do not invert to the source's; "
             "convert the source again",
         )
+    elif exact and not claimed_exact:
+        report.add("loss", name, "equals the source, but is said to be rounded")
     return TensorVerdict(name, kind, exact, losses, optimum, time.perf_counter() - begin)
 
 
@@ -127,7 +147,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _loss(
-    packed: PackedCheckpoint, source: Source, tensor: SourceTensor, report: Report
+    packed: PackedCheckpoint,
+    source: Source,
+    tensor: SourceTensor,
+    provenance: Mapping[str, Any],
+    report: Report,
 ) -> tuple[Loss, float | None]:
     """-> (the measured loss, the optimum's relative MSE where the tensor is rounded)."""
     original = read_values(source, tensor)
@@ -142,15 +166,7 @@ def _loss(
         loss.add(original, torch.zeros_like(original))
         return loss, None
     loss.add(original, emitted)
-    recorded = packed.provenance(tensor.name).get("loss")
-    if recorded is not None and not math.isclose(
-        recorded["rel_mse"], loss.rel_mse, rel_tol=OPTIMUM_SLACK, abs_tol=1e-30
-    ):
-        report.add(
-            "inversion",
-            tensor.name,
-            f"relative MSE is {loss.rel_mse:.3e}, but {recorded['rel_mse']:.3e} was recorded",
-        )
+    check_loss(tensor, provenance, loss, report)
     if not loss.errors > 0.0:
         return loss, None
     optimum = Loss()

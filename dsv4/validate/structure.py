@@ -16,6 +16,8 @@ from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.inventory import detect_draft, parameters
+from dsv4.formats.layouts import LAYOUTS, pack_nvfp4, unpack_nvfp4
+from dsv4.formats.matrices import NVFP4_BLOCK, NVFP4_K_ALIGN, SF_ROWS, Matrix, Nvfp4Matrix
 from dsv4.formats.store import integrity
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
@@ -46,6 +48,7 @@ def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
         report.add("files", fault.key, fault.problem)
     report.count("files present at their size", len(store.files_under(None)))
     _check_inventory(packed, report)
+    _check_layouts(store, report)
     describe(packed, report)
 
 
@@ -54,6 +57,8 @@ def check_content(packed: PackedCheckpoint, report: Report) -> None:
     store = packed.store
     damaged = set()
     for fault in integrity.damage(store):
+        if fault.key not in store.records:
+            continue  # `check_metadata` has said so
         if fault.key not in damaged:
             where = fault.key if fault.chunk is None else f"{fault.key}, chunk {fault.chunk}"
             report.add("checksums", where, fault.problem)
@@ -101,6 +106,34 @@ def _check_inventory(packed: PackedCheckpoint, report: Report) -> None:
     report.count("tensors of the model's inventory", len(expected))
 
 
+def _check_layouts(store: PackedStore, report: Report) -> None:
+    """The manifest describes the layouts that are used, with the parameters they have."""
+    used = {str(group.attributes["layout"]) for group in quantized_groups(store)}
+    described = store.manifest["layouts"]
+    report.count("layouts described", len(used))
+    for layout in sorted(used):
+        found = described.get(layout)
+        if not isinstance(found, dict) or found.keys() != LAYOUTS[layout].parameters.keys():
+            report.add("layouts", layout, "is used, but not described with its parameters")
+
+
+def _check_counts(store: PackedStore, group: QuantizedGroup, report: Report) -> None:
+    """A stack's counts are the sums of its experts'."""
+    lineage = store.array(f"{group.path}/lineage").tensor()
+    recoded, rounded = (int(lineage[..., column].sum()) for column in (6, 7))
+    blocks = group.packed_rows * -(-group.cols // NVFP4_BLOCK) * (group.experts or 0)
+    expected = {
+        "blocks": blocks if group.format == "nvfp4" else 0,
+        "recoded_blocks": recoded,
+        "rounded_blocks": rounded,
+        "exact": rounded == 0,
+    }
+    report.count("stacks whose counts add up")
+    for what, value in expected.items():
+        if (said := group.attributes.get(what)) != value:
+            report.add("counts", group.path, f"{what} is said to be {said}, its experts: {value}")
+
+
 def _check_values(packed: PackedCheckpoint, report: Report) -> None:
     store = packed.store
     report.said_exact = said_exact(store)
@@ -111,6 +144,8 @@ def _check_values(packed: PackedCheckpoint, report: Report) -> None:
                 report.add("values", group.path, what)
         if group.format == "nvfp4":
             add_scales(store, group, report)
+        if group.experts and f"{group.path}/lineage" in store.hierarchy.arrays:
+            _check_counts(store, group, report)
     for name, path in store.contents.plain.items():
         tensor = store.array(path).tensor()
         report.count("value ranges")
@@ -144,6 +179,24 @@ def _group_values(store: PackedStore, group: QuantizedGroup) -> Iterator[tuple[s
     yield "its block scales hold a negative value", not bool((scales & E4M3_SIGN).any())
     global_scale = store.array(f"{group.path}/global_scale").tensor()
     yield "its global scales are not finite and positive", _positive(global_scale)
+    if group.packed_rows % SF_ROWS or group.cols % NVFP4_K_ALIGN:
+        yield "its padding is not zero", all(map(_is_padded, _matrices(store, group)))
+
+
+def _matrices(store: PackedStore, group: QuantizedGroup) -> Iterator[Matrix]:
+    if group.experts is None:
+        yield store.matrix(group.names[0])
+    else:
+        stack = store.stack(group)
+        yield from (stack.matrix(expert) for expert in range(group.experts))
+
+
+def _is_padded(matrix: Matrix) -> bool:
+    """Whether what the layout adds to an NVFP4 matrix is zero."""
+    assert isinstance(matrix, Nvfp4Matrix)
+    slabs = matrix.codes.shape[0]
+    packed = pack_nvfp4(unpack_nvfp4(matrix), slabs=slabs, interleave=matrix.interleave)
+    return torch.equal(packed.codes, matrix.codes) and torch.equal(packed.scales, matrix.scales)
 
 
 def _raw(store: PackedStore, path: str) -> Tensor:

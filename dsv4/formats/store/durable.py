@@ -57,7 +57,7 @@ class DirectoryLock:
             except BlockingIOError:
                 self.release()
                 raise ConflictError(
-                    f"{root}: another process is converting into this directory; wait for it, "
+                    f"{root}: another process is writing into this directory; wait for it, "
                     "stop it, or choose another directory"
                 ) from None
 

@@ -90,14 +90,14 @@ class Sink:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def write(self, file: FileSpec, parts: Iterable[Tensor]) -> None:
+    def write(self, file: FileSpec, parts: Iterable[Tensor | bytes]) -> None:
         """Write a whole file, durable on return (see `durable.write_file`)."""
         self._make_directory(file)
         record = write_file(self._root, file, parts)
         with self._lock:
             self._files[file.key] = record
 
-    def write_at(self, file: FileSpec, offset: int, parts: Iterable[Tensor]) -> None:
+    def write_at(self, file: FileSpec, offset: int, parts: Iterable[Tensor | bytes]) -> None:
         """Write the bytes of `parts` from byte `offset` of the payload on; durable after `sync`.
 
         Raises StoreError when they reach beyond the file or writing fails, OutOfSpaceError when

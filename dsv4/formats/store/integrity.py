@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store import digest
 from dsv4.formats.store.hierarchy import (
+    MAX_DOCUMENT_BYTES,
     array_document,
     descriptions,
     group_document,
@@ -111,12 +112,19 @@ def node_faults(store: PackedStore) -> Iterator[Damage]:
     nodes |= {path: group_document(own) for path, own in store.hierarchy.groups.items()}
     for path, expected in nodes.items():
         key = f"{path}/{NODE_DOCUMENT}"
-        try:
-            found = parse_json((store.root / key).read_bytes(), key)
-        except (OSError, StoreError):
-            found = None
-        if found != expected:
+        if _read_node(store.root / key, key) != expected:
             yield Damage(key, None, "it is missing or contradicts the root's metadata")
+
+
+def _read_node(path: Path, key: str) -> object:
+    """A node's document; None when there is none, or what lies there is no regular file."""
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_DOCUMENT_BYTES:
+            return None
+        return parse_json(path.read_bytes(), key)
+    except (OSError, StoreError):
+        return None
 
 
 def unlisted(store: PackedStore) -> Iterator[Damage]:

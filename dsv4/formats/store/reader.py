@@ -139,7 +139,7 @@ class PackedStore:
         marker = _read_marker(root)
         raw = _read_document(root / NODE_DOCUMENT, MAX_DOCUMENT_BYTES)
         if hashlib.sha256(raw).hexdigest() != marker["metadata_sha256"]:
-            raise StoreError(f"{NODE_DOCUMENT} was altered after the store was finished")
+            raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
         store = cls(root, parse_root(raw), verify=verify)
         if store.manifest.get("root") != marker["root"]:
             raise StoreError(
