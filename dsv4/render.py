@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
     from dsv4.formats.checkpoint import PackedCheckpoint
-    from dsv4.validate.report import Report, TensorVerdict
+    from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20
 
@@ -106,10 +106,14 @@ def report_tables(report: Report) -> Iterator[Table]:
     )
     if rounded:
         yield _losses(rounded)
+    if report.gates:
+        yield _gates(report.gates)
     rows: dict[str, object] = dict(report.checks)
     if report.tensors:
         exact = sum(verdict.exact for verdict in report.tensors)
         rows["tensors inverted"] = f"{len(report.tensors)}, {exact} equal to the source exactly"
+    if report.checksums == "xxh3":
+        rows["not checked"] = "SHA-256, and so no forgery; give --checksums sha256"
     rows["root"] = report.root or "none"
     seconds = max(report.seconds, 1e-9)
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
@@ -120,17 +124,31 @@ def report_tables(report: Report) -> Iterator[Table]:
 def _losses(rounded: list[TensorVerdict]) -> Table:
     table = Table(title="rounded tensors, worst first", title_justify="left")
     table.add_column("tensor", overflow="fold")
-    for column in ("relative MSE", "SQNR dB", "cosine", "max error / amax"):
+    columns = ("relative MSE", "over optimum", "SQNR dB", "cosine", "max / amax", "max / bound")
+    for column in columns:
         table.add_column(column, justify="right")
     for verdict in rounded[:MAX_ROWS]:
         loss = {key: value or 0.0 for key, value in (verdict.loss or {}).items()}
         table.add_row(
             verdict.name,
             f"{loss['rel_mse']:.3e}",
+            "" if verdict.excess is None else f"{verdict.excess:.1e}",
             f"{loss['sqnr_db']:.2f}",
             f"{loss['cosine']:.6f}",
             f"{loss['max_abs_error'] / loss['amax']:.3f}" if loss["amax"] else "0",
+            "" if verdict.max_error is None else f"{verdict.max_error:.3f}",
         )
+    return table
+
+
+def _gates(gates: Sequence[GateAgreement]) -> Table:
+    title = f"rounded router gates, {gates[0].inputs} random inputs, worst first"
+    table = Table(title=title, title_justify="left")
+    table.add_column("gate", overflow="fold")
+    for column in ("same experts", "experts in common"):
+        table.add_column(column, justify="right")
+    for gate in sorted(gates, key=lambda gate: gate.same_set)[:MAX_ROWS]:
+        table.add_row(gate.name, f"{gate.same_set:.2%}", f"{gate.overlap:.2%}")
     return table
 
 

@@ -40,6 +40,8 @@ ADVICE = {
     "config": "The store was packed from a checkpoint with another config.json. Give that one.",
     "inversion": "The bytes are not the source's. Give the source that was packed, or convert "
     "this one again.",
+    "bound": "A code is not the nearest one, which no correct packer writes. Convert the source "
+    "again.",
     "optimum": "The format allows a smaller error. Convert the source again with this version.",
 }
 """What to do about a finding, by the check that made it."""
@@ -105,6 +107,8 @@ def _losses(report: Report) -> dict[str, Any]:
         "worst": sorted(losses.items(), key=lambda item: -order[item[0]])[:MAX_ROWS],
         "verdicts": {verdict.name: verdict for verdict in report.tensors},
         "compared": [v for v in report.tensors if v.excess is not None],
+        "sampled": sum((v.optimum_share or 1.0) < 1.0 for v in report.tensors),
+        "gates": sorted(report.gates, key=lambda gate: gate.same_set)[:MAX_ROWS],
         "excess": _top([v for v in report.tensors if (v.excess or 0.0) > 0.0], "excess"),
     }
 

@@ -152,7 +152,7 @@ def test_a_self_consistent_store_of_wrong_bytes_fails_with_the_source(
     assert dsv4.validate(tmp_path / "packed").ok
     report = dsv4.validate(tmp_path / "packed", source=tiny_source)
     assert not report.ok
-    assert {finding.check for finding in report.findings} <= {"inversion", "optimum"}
+    assert {finding.check for finding in report.findings} <= {"inversion", "optimum", "bound"}
     assert all("layers.2." in finding.where for finding in report.findings)
 
 
