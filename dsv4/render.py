@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
-    from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20
@@ -152,26 +150,47 @@ def _gates(gates: Sequence[GateAgreement]) -> Table:
     return table
 
 
-def store_table(packed: PackedCheckpoint) -> Table:
-    """A store at a glance: sizes by part."""
-    root = packed.store.manifest["root"]
-    table = Table(title=f"packed store, root {root}", title_justify="left")
-    for column in ("part", "tensors", "formats"):
-        table.add_column(column, justify="right" if column == "tensors" else "left")
-    parts: dict[str, Counter[str]] = {}
-    for name in packed.names():
-        head = name.split(".")
-        part = ".".join(head[:2]) if head[0] in ("layers", "mtp") else head[0]
-        parts.setdefault(part, Counter())[packed.format_of(name)] += 1
-    for part, formats in parts.items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
-        table.add_row(part, str(sum(formats.values())), kinds)
+def store_table(tree: Mapping[str, Any]) -> Table:
+    """A store at a glance: tensors, sizes and formats by part."""
+    origin = " ".join(map(str, tree["source"].values()))
+    title = f"packed store, root {tree['root']}\nfrom {origin}, recipe {tree['recipe']}"
+    table = Table(title=escape(title), title_justify="left", show_footer=True)
+    table.add_column("part", "all")
+    table.add_column("tensors", str(len(tree["tensors"])), justify="right")
+    table.add_column("size", size(tree["bytes"]), justify="right")
+    table.add_column("formats")
+    for part, facts in tree["parts"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["formats"].items())
+        table.add_row(escape(part), str(facts["tensors"]), size(facts["bytes"]), kinds)
     return table
 
 
-def provenance_table(name: str, provenance: Mapping[str, Any]) -> Table:
-    """Where one tensor's bytes came from and what they hold."""
-    return _facts(name, provenance)
+def tensor_table(name: str, facts: Mapping[str, Any]) -> Table:
+    """Where one tensor's bytes came from, what became of them, and its first block."""
+    block = facts["first_block"]
+    rows = {key: value for key, value in facts.items() if key != "first_block"}
+    rows["transforms"] = "; ".join(facts["transforms"])
+    for role, place in facts["sources"].items():
+        rows[f"source of {role}"] = f"{place['file']}, bytes {place['begin']} to {place['end']}"
+    rows |= {f"first block: {key}": value for key, value in block.items() if key != "codes"}
+    if "codes" in block:
+        rows["first block: codes"] = " ".join(f"{code:x}" for code in block["codes"])
+    rows.pop("sources")
+    return _facts(name, rows)
+
+
+def diff_table(document: Mapping[str, Any]) -> Table:
+    """What differs between two stores."""
+    found = document["differences"]
+    verdict = f"{len(found)} differences" if found else "no difference"
+    title = f"A {document['a']}\nB {document['b']}\n{verdict}"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("kind", "where", "tensors", "what"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        names = ", ".join(one["names"])
+        table.add_row(one["kind"], escape(one["path"]), escape(names), escape(one["what"]))
+    return table
 
 
 def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
