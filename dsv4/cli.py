@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +18,14 @@ from dsv4.bench_cli import bench
 from dsv4.console import err, out, print_json
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
 from dsv4.formats.plain_text import printable
-from dsv4.options import keep_option, memory_option, recipe_option, revision_option, workers_option
+from dsv4.options import (
+    keep_option,
+    memory_option,
+    recipe_option,
+    revision_option,
+    validate_options,
+    workers_option,
+)
 
 if TYPE_CHECKING:
     from dsv4.runtime.model import Model
@@ -153,28 +160,19 @@ def convert(
 
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--source", metavar="SRC", help="Invert every transform and compare with SRC.")
-@click.option("--quick", is_flag=True, help="Sizes and metadata only.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE")
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the report as one page that needs no network.",
-)
+@validate_options
 def validate(
     directory: Path,
     source: str | None,
-    quick: bool,
     json_file: Path | None,
     html_file: Path | None,
+    **how: Any,
 ) -> None:
     """Check a packed store; with --source, prove every tensor. Exit 0 only if all holds."""
     from dsv4.render import report_tables
     from dsv4.validate import engine
 
-    report = engine.validate(directory, source=source, quick=quick)
+    report = engine.validate(directory, source=source, **how)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if html_file is not None:
@@ -213,31 +211,22 @@ def repair(directory: Path, source: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.argument("tensor", required=False)
+@click.option("--diff", "other", type=click.Path(path_type=Path), metavar="OTHER")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def inspect(directory: Path, tensor: str | None, as_json: bool) -> None:
-    """Show the tree of a packed store, or where one TENSOR's bytes came from."""
-    from dsv4.render import provenance_table, store_table
+def inspect(directory: Path, tensor: str | None, other: Path | None, as_json: bool) -> None:
+    """Show the tree of a packed store, all about one TENSOR, or what differs from OTHER.
 
-    packed = dsv4.open(directory)
-    if tensor is None:
-        if as_json:
-            manifest = packed.store.manifest
-            print_json(
-                {
-                    "root": manifest["root"],
-                    "tool": manifest["tool"],
-                    "recipe": manifest["recipe"],
-                    "tensors": {name: packed.format_of(name) for name in packed.names()},
-                }
-            )
-        else:
-            out.print(store_table(packed))
-        return
-    provenance = packed.provenance(tensor)
+    With --diff, exit 0 if nothing differs and 1 if something does; no weight is read.
+    """
+    from dsv4.inspection import inspection
+
+    document, table, same = inspection(directory, tensor, other)
     if as_json:
-        print_json(provenance)
+        print_json(document)
     else:
-        out.print(provenance_table(tensor, provenance))
+        out.print(table)
+    if not same:
+        raise click.exceptions.Exit(EXIT_FAILED)
 
 
 @cli.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -50,3 +52,35 @@ memory_option = click.option(
     show_default=True,
     help="Ceiling of RAM, whatever the size of the model.",
 )
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def validate_options(command: _Command) -> _Command:
+    """What `dsv4 validate` can be told."""
+    file = click.Path(path_type=Path)
+    for option in (
+        click.option("--html", "html_file", type=file, metavar="FILE", help="Write one page."),
+        click.option("--json", "json_file", type=file, metavar="FILE", help="Write the report."),
+        click.option("--workers", type=click.IntRange(min=1), help="Threads; default: all cores."),
+        click.option(
+            "--optimum",
+            type=click.Choice(("sample", "full")),
+            default="sample",
+            show_default=True,
+            help="With --source: round large tensors again in part, or in full.",
+        ),
+        click.option(
+            "--checksums",
+            type=click.Choice(("sha256", "xxh3")),
+            default="sha256",
+            show_default=True,
+            help="xxh3 is faster than most disks, and no proof against forgery.",
+        ),
+        click.option("--quick", is_flag=True, help="Sizes and metadata only."),
+        click.option(
+            "--source", metavar="SRC", help="Invert every transform and compare with SRC."
+        ),
+    ):
+        command = option(command)
+    return command

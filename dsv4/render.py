@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,8 @@ if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
-    from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.validate.repair import RepairReport
-    from dsv4.validate.report import Report, TensorVerdict
+    from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20
 
@@ -108,10 +106,14 @@ def report_tables(report: Report) -> Iterator[Table]:
     )
     if rounded:
         yield _losses(rounded)
+    if report.gates:
+        yield _gates(report.gates)
     rows: dict[str, object] = dict(report.checks)
     if report.tensors:
         exact = sum(verdict.exact for verdict in report.tensors)
         rows["tensors inverted"] = f"{len(report.tensors)}, {exact} equal to the source exactly"
+    if report.checksums == "xxh3":
+        rows["not checked"] = "SHA-256, and so no forgery; give --checksums sha256"
     rows["root"] = report.root or "none"
     seconds = max(report.seconds, 1e-9)
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
@@ -146,40 +148,75 @@ def repair_tables(report: RepairReport) -> Iterator[Table]:
 def _losses(rounded: list[TensorVerdict]) -> Table:
     table = Table(title="rounded tensors, worst first", title_justify="left")
     table.add_column("tensor", overflow="fold")
-    for column in ("relative MSE", "SQNR dB", "cosine", "max error / amax"):
+    columns = ("relative MSE", "over optimum", "SQNR dB", "cosine", "max / amax", "max / bound")
+    for column in columns:
         table.add_column(column, justify="right")
     for verdict in rounded[:MAX_ROWS]:
         loss = {key: value or 0.0 for key, value in (verdict.loss or {}).items()}
         table.add_row(
             verdict.name,
             f"{loss['rel_mse']:.3e}",
+            "" if verdict.excess is None else f"{verdict.excess:.1e}",
             f"{loss['sqnr_db']:.2f}",
             f"{loss['cosine']:.6f}",
             f"{loss['max_abs_error'] / loss['amax']:.3f}" if loss["amax"] else "0",
+            "" if verdict.max_error is None else f"{verdict.max_error:.3f}",
         )
     return table
 
 
-def store_table(packed: PackedCheckpoint) -> Table:
-    """A store at a glance: sizes by part."""
-    root = packed.store.manifest["root"]
-    table = Table(title=f"packed store, root {root}", title_justify="left")
-    for column in ("part", "tensors", "formats"):
-        table.add_column(column, justify="right" if column == "tensors" else "left")
-    parts: dict[str, Counter[str]] = {}
-    for name in packed.names():
-        head = name.split(".")
-        part = ".".join(head[:2]) if head[0] in ("layers", "mtp") else head[0]
-        parts.setdefault(part, Counter())[packed.format_of(name)] += 1
-    for part, formats in parts.items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(formats.items()))
-        table.add_row(part, str(sum(formats.values())), kinds)
+def _gates(gates: Sequence[GateAgreement]) -> Table:
+    title = f"rounded router gates, {gates[0].inputs} random inputs, worst first"
+    table = Table(title=title, title_justify="left")
+    table.add_column("gate", overflow="fold")
+    for column in ("same experts", "experts in common"):
+        table.add_column(column, justify="right")
+    for gate in sorted(gates, key=lambda gate: gate.same_set)[:MAX_ROWS]:
+        table.add_row(gate.name, f"{gate.same_set:.2%}", f"{gate.overlap:.2%}")
     return table
 
 
-def provenance_table(name: str, provenance: Mapping[str, Any]) -> Table:
-    """Where one tensor's bytes came from and what they hold."""
-    return _facts(name, provenance)
+def store_table(tree: Mapping[str, Any]) -> Table:
+    """A store at a glance: tensors, sizes and formats by part."""
+    origin = " ".join(map(str, tree["source"].values()))
+    title = f"packed store, root {tree['root']}\nfrom {origin}, recipe {tree['recipe']}"
+    table = Table(title=escape(title), title_justify="left", show_footer=True)
+    table.add_column("part", "all")
+    table.add_column("tensors", str(len(tree["tensors"])), justify="right")
+    table.add_column("size", size(tree["bytes"]), justify="right")
+    table.add_column("formats")
+    for part, facts in tree["parts"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["formats"].items())
+        table.add_row(escape(part), str(facts["tensors"]), size(facts["bytes"]), kinds)
+    return table
+
+
+def tensor_table(name: str, facts: Mapping[str, Any]) -> Table:
+    """Where one tensor's bytes came from, what became of them, and its first block."""
+    block = facts["first_block"]
+    rows = {key: value for key, value in facts.items() if key != "first_block"}
+    rows["transforms"] = "; ".join(facts["transforms"])
+    for role, place in facts["sources"].items():
+        rows[f"source of {role}"] = f"{place['file']}, bytes {place['begin']} to {place['end']}"
+    rows |= {f"first block: {key}": value for key, value in block.items() if key != "codes"}
+    if "codes" in block:
+        rows["first block: codes"] = " ".join(f"{code:x}" for code in block["codes"])
+    rows.pop("sources")
+    return _facts(name, rows)
+
+
+def diff_table(document: Mapping[str, Any]) -> Table:
+    """What differs between two stores."""
+    found = document["differences"]
+    verdict = f"{len(found)} differences" if found else "no difference"
+    title = f"A {document['a']}\nB {document['b']}\n{verdict}"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("kind", "where", "tensors", "what"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        names = ", ".join(one["names"])
+        table.add_row(one["kind"], escape(one["path"]), escape(names), escape(one["what"]))
+    return table
 
 
 def quality_table(lines: Sequence[Quality], seeds: int) -> Table:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import StoreError
 from dsv4.formats.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
-from dsv4.formats.matrices import FP8_BLOCK, Fp8Matrix, Nvfp4Matrix
+from dsv4.formats.matrices import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
@@ -84,9 +84,7 @@ class PackedCheckpoint:
         stored = self.stored(name)
         if isinstance(stored, Tensor):
             return stored.to(dtype, copy=True) if stored.is_floating_point() else stored.clone()
-        if isinstance(stored, Fp8Matrix):
-            return dequantize(stored).to(dtype)
-        return dequantize_nvfp4(stored).to(dtype)
+        return values_of(stored).to(dtype)
 
     def stored(self, name: str) -> Stored:
         """`name` alone, rows and columns in the source's order, in the format it is stored in.
@@ -94,28 +92,25 @@ class PackedCheckpoint:
         May share memory with the mapped files. Raises as `dequantize`.
         """
         place = self._place(name)
-        if place.group is None:
-            return self.store.tensor(name)
-        if place.expert is None:
-            matrix = self.store.matrix(name)
-        else:
-            matrix = self.store.stack(place.group).matrix(place.expert)
-        if isinstance(matrix, Nvfp4Matrix):
-            return unpack_nvfp4(matrix)[place.projection]
-        if len(place.group.names) == 1:
-            return matrix
-        if isinstance(matrix, Tensor):
-            return deinterleave_rows(matrix, place.group.interleave)[place.projection]
-        return _fp8_rows(matrix, place.group.rows, place.projection)
+        return _one_projection(self._matrix(name, place), place)
 
-    def provenance(self, name: str) -> dict[str, Any]:
+    def stored_rows(self, name: str, start: int, stop: int) -> Stored:
+        """Rows `[start, stop)` of `stored(name)`, at the cost of these rows alone.
+
+        `start` is a multiple of 128, as is `stop` unless it is the last row. Raises as `stored`.
+        """
+        place = self._place(name)
+        return _rows(self._matrix(name, place), place, start, stop)
+
+    def provenance(self, name: str, *, statistics: bool = True) -> dict[str, Any]:
         """Where `name` came from and what became of it.
 
         Always: `name`, `path`, `format`, `layout`, `shape`, `exact`. `sources`: role (weight,
         scale) -> `{"file", "begin", "end"}`, bytes of a file of the source. For quantised ones:
         `parameters` and `scales` (min, max, and for NVFP4 the counts of blocks, subnormal and zero
         scales and the global scale). For experts `recoded_blocks` and `rounded_blocks`. Further
-        fields (such as `loss`) are the node's own attributes. Raises StoreError when unknown.
+        fields (such as `loss`) are the node's own attributes. Without `statistics` there is no
+        `scales`, and no weight is read. Raises StoreError when unknown.
         """
         place = self._place(name)
         if place.group is None:
@@ -123,15 +118,12 @@ class PackedCheckpoint:
             facts = _free_fields(own) | {"format": "plain", "layout": PLAIN_LAYOUT}
         else:
             own = place.group.attributes
-            facts = (
-                _free_fields(own)
-                | {
-                    "format": place.group.format,
-                    "layout": own["layout"],
-                    "parameters": dict(own["parameters"]),
-                }
-                | _scale_statistics(self.stored(name))
-            )
+            facts = _free_fields(own) | {
+                "format": place.group.format,
+                "layout": own["layout"],
+                "parameters": dict(own["parameters"]),
+            }
+            facts |= _scale_statistics(self.stored(name)) if statistics else {}
         facts |= {"name": name, "path": place.path, "shape": list(self.shape(name))}
         facts["exact"] = own["exact"]
         if place.expert is not None:
@@ -159,6 +151,13 @@ class PackedCheckpoint:
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise StoreError(f"{self.store.root}: there is no tensor {name!r}{hint}")
         return place
+
+    def _matrix(self, name: str, place: _Place) -> Matrix:
+        if place.group is None:
+            return self.store.tensor(name)
+        if place.expert is None:
+            return self.store.matrix(name)
+        return self.store.stack(place.group).matrix(place.expert)
 
     def _lineage(self, place: _Place) -> dict[str, Any]:
         """Sources and block counts of one expert's projection; empty without the lineage array."""
@@ -192,15 +191,49 @@ class PackedCheckpoint:
             ) from None
 
 
-def _fp8_rows(matrix: Fp8Matrix, rows: int, projection: int) -> Fp8Matrix:
-    """Rows of one of several projections that follow each other; `rows` is whole scale tiles."""
-    tiles = rows // FP8_BLOCK
-    return Fp8Matrix(
-        matrix.codes[:, projection * rows : (projection + 1) * rows],
-        matrix.scales[projection * tiles : (projection + 1) * tiles],
-        rows,
-        matrix.cols,
+def values_of(stored: Stored) -> Tensor:
+    """The values of what `PackedCheckpoint.stored` gives, float32."""
+    if isinstance(stored, NVFP4Tensor):
+        return dequantize_nvfp4(stored)
+    return dequantize(stored)
+
+
+def _one_projection(matrix: Matrix, place: _Place) -> Stored:
+    """One projection of a matrix, or of its rows that `_rows` took, its layout undone."""
+    if isinstance(matrix, Nvfp4Matrix):
+        return unpack_nvfp4(matrix)[place.projection]
+    group = place.group
+    if group is None or len(group.names) == 1:
+        return matrix
+    if isinstance(matrix, Tensor):
+        return deinterleave_rows(matrix, group.interleave)[place.projection]
+    rows = matrix.rows // len(group.names)
+    return _fp8_rows(matrix, place.projection * rows, (place.projection + 1) * rows)
+
+
+def _rows(matrix: Matrix, place: _Place, start: int, stop: int) -> Stored:
+    """Rows of one projection of a matrix, the layout of nothing else undone."""
+    count = 1 if place.group is None else len(place.group.names)
+    if isinstance(matrix, Fp8Matrix):
+        first = place.projection * (matrix.rows // count)
+        return _fp8_rows(matrix, first + start, first + stop)
+    span = slice(start * count, stop * count)
+    if isinstance(matrix, Tensor):
+        return _one_projection(matrix[span], place)
+    tiles = slice(span.start // SF_ROWS, -(-span.stop // SF_ROWS))
+    cut = dataclasses.replace(
+        matrix,
+        codes=matrix.codes[:, span],
+        scales=matrix.scales[:, tiles],
+        rows=span.stop - span.start,
     )
+    return _one_projection(cut, place)
+
+
+def _fp8_rows(matrix: Fp8Matrix, start: int, stop: int) -> Fp8Matrix:
+    """Rows from `start` on, which is a multiple of a scale tile's."""
+    tiles = slice(start // FP8_BLOCK, -(-stop // FP8_BLOCK))
+    return Fp8Matrix(matrix.codes[:, start:stop], matrix.scales[tiles], stop - start, matrix.cols)
 
 
 def _scale_statistics(stored: Stored) -> dict[str, dict[str, Any]]:
@@ -238,6 +271,11 @@ def _free_fields(own: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key not in ("names", "sources")}
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    return tuple(map(_natural_part, name.split(".")))
+
+
+@functools.lru_cache(maxsize=4096)  # a model's names are made of a few hundred words and numbers
+def _natural_part(part: str) -> tuple[int, int | str]:
+    return (0, int(part)) if part.isdigit() else (1, part)

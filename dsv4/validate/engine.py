@@ -8,9 +8,12 @@ from pathlib import Path
 from dsv4.convert.open_source import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import StoreError
+from dsv4.formats.store.reader import PackedStore, collector_paused
+from dsv4.validate.content import Checksums, check_content, default_workers
 from dsv4.validate.inversion import invert
 from dsv4.validate.report import Report
-from dsv4.validate.structure import check_content, check_metadata
+from dsv4.validate.rounding import Optimum
+from dsv4.validate.structure import check_metadata
 
 
 def validate(
@@ -18,11 +21,17 @@ def validate(
     source: str | Path | None = None,
     *,
     quick: bool = False,
+    workers: int | None = None,
+    checksums: Checksums = "sha256",
+    optimum: Optimum = "sample",
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
-    `quick` reads metadata and file sizes only. Findings are reported, not raised; SourceError
-    and ConfigError are raised when `source` itself cannot be read.
+    `quick` reads metadata and file sizes only. workers: threads, by default one a core.
+    checksums: "xxh3" leaves out SHA-256; what then holds is proof against accidents, not against
+    forgery. optimum: whether large rounded tensors are rounded again in full or in part.
+    Findings are reported, not raised; SourceError and ConfigError are raised when `source` itself
+    cannot be read.
     """
     begin = time.perf_counter()
     path = packed if isinstance(packed, str | Path) else packed.store.root
@@ -35,10 +44,14 @@ def validate(
         report.seconds = time.perf_counter() - begin
         return report
     report.count("store opened")
-    check_metadata(checkpoint, report)
+    with collector_paused():
+        check_metadata(checkpoint, report)
+    workers = workers or default_workers()
     if not quick:
-        check_content(checkpoint, report)
+        check_content(checkpoint, report, workers=workers, checksums=checksums)
     if opened_source is not None and not report.findings:
-        invert(checkpoint, opened_source, report)
+        # Comparing with the source is stronger than any checksum, so none is computed twice.
+        unverified = PackedCheckpoint(PackedStore.open(checkpoint.store.root, verify=False))
+        invert(unverified, opened_source, report, workers=workers, optimum=optimum)
     report.seconds = time.perf_counter() - begin
     return report

@@ -47,6 +47,8 @@ ADVICE = {
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
     "loss": "What the store says of its losses is wrong. Convert the source again.",
+    "bound": "A code is not the nearest one, which no correct packer writes. Convert the source "
+    "again.",
     "optimum": "The format allows a smaller error. Convert the source again with this version.",
 }
 """What to do about a finding, by the check that made it."""
@@ -112,6 +114,8 @@ def _losses(report: Report) -> dict[str, Any]:
         "worst": sorted(losses.items(), key=lambda item: -order[item[0]])[:MAX_ROWS],
         "verdicts": {verdict.name: verdict for verdict in report.tensors},
         "compared": [v for v in report.tensors if v.excess is not None],
+        "sampled": sum((v.optimum_share or 1.0) < 1.0 for v in report.tensors),
+        "gates": sorted(report.gates, key=lambda gate: gate.same_set)[:MAX_ROWS],
         "excess": _top([v for v in report.tensors if (v.excess or 0.0) > 0.0], "excess"),
     }
 

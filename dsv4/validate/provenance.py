@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from dsv4.convert.recipes import Role, role_of
 from dsv4.formats.checkpoint import PackedCheckpoint
@@ -53,13 +55,15 @@ def said_exact(store: PackedStore) -> int:
     return count
 
 
-def add_scales(store: PackedStore, group: QuantizedGroup, report: Report) -> None:
-    """Count the block scales of an NVFP4 group by octave, without the layout's padding."""
-    array = store.array(f"{group.path}/scales")
-    bytes_ = torch.zeros(256, dtype=torch.int64)
-    for file in array.spec.files():
-        view = store.map_file(file).view(0, file.payload_nbytes)
-        bytes_ += torch.bincount(view, minlength=256)
+def add_scales(
+    store: PackedStore, group: QuantizedGroup, tallies: Mapping[str, Tensor], report: Report
+) -> None:
+    """Count the block scales of an NVFP4 group by octave, without the layout's padding.
+
+    tallies: key of a file -> how often it holds each byte, int64 `[256]`.
+    """
+    files = store.array(f"{group.path}/scales").spec.files()
+    bytes_ = torch.stack([tallies[file.key] for file in files]).sum(dim=0)
     blocks = (group.experts or 1) * group.packed_rows * -(-group.cols // NVFP4_BLOCK)
     bytes_[0] -= int(bytes_.sum()) - blocks
     counts = report.scales.setdefault(str(role(group.names[0])), [0] * len(SCALE_OCTAVES))

@@ -26,8 +26,10 @@ class TensorVerdict:
     """One tensor inverted from the emitted bytes and compared with the source.
 
     exact: every value (sign of zero included) equals the source's. loss: None when exact.
-    optimum: the relative MSE that the format allows, recomputed from the source, of a rounded
-    tensor. seconds: what reading both and comparing took.
+    max_error: of a rounded tensor, the largest error of an element as a fraction of what its block
+    allows. optimum: the relative MSE that the format allows, recomputed from the source for
+    `optimum_share` of its rows and inferred for the others. seconds: what reading both and
+    comparing took.
     """
 
     name: str
@@ -36,6 +38,8 @@ class TensorVerdict:
     loss: dict[str, float | None] | None = None
     optimum: float | None = None
     seconds: float = 0.0
+    max_error: float | None = None
+    optimum_share: float | None = None
 
     @property
     def excess(self) -> float | None:
@@ -44,10 +48,25 @@ class TensorVerdict:
         return None if rel_mse is None or not self.optimum else rel_mse / self.optimum - 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class GateAgreement:
+    """How often a rounded router gate chooses as the source's does, over seeded random inputs.
+
+    same_set: share of the inputs that go to the very same experts. overlap: mean share of the
+    experts chosen by both.
+    """
+
+    name: str
+    inputs: int
+    same_set: float
+    overlap: float
+
+
 @dataclasses.dataclass
 class Report:
     """All findings, how much was checked, and the losses of rounded tensors.
 
+    checksums: what the bytes were compared with: "sha256" (and XXH3) or "xxh3"; None: not read.
     tool, recipe: what packed the store, by its manifest. recorded: name of a rounded tensor, or
     template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
@@ -57,6 +76,7 @@ class Report:
     path: Path
     quick: bool = False
     source: str | None = None
+    checksums: str | None = None
     root: str | None = None
     tool: str | None = None
     recipe: str | None = None
@@ -65,6 +85,7 @@ class Report:
     scales: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     findings: list[Finding] = dataclasses.field(default_factory=list)
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
+    gates: list[GateAgreement] = dataclasses.field(default_factory=list)
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
@@ -82,6 +103,13 @@ class Report:
         """Record that `check` was applied to `number` more things."""
         self.checks[check] = self.checks.get(check, 0) + number
 
+    def absorb(self, part: Report) -> None:
+        """Take over what another report of the same store found, counted and compared."""
+        self.findings += part.findings
+        self.tensors += part.tensors
+        for check, number in part.checks.items():
+            self.count(check, number)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
         return {
@@ -89,6 +117,7 @@ class Report:
             "ok": self.ok,
             "quick": self.quick,
             "source": self.source,
+            "checksums": self.checksums,
             "root": self.root,
             "tool": self.tool,
             "recipe": self.recipe,
@@ -100,6 +129,7 @@ class Report:
             "scale_octaves": list(SCALE_OCTAVES),
             "scales": self.scales,
             "tensors": [dataclasses.asdict(verdict) for verdict in self.tensors],
+            "gates": [dataclasses.asdict(gate) for gate in self.gates],
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
         }

@@ -361,7 +361,7 @@ def test_a_second_converter_is_refused(
     assert _convert(subject, reference.source, out, Fault("pwrite", 30, KILL)).killed
     lock = DirectoryLock(out)
     done = _convert(subject, reference.source, out)
-    assert (done.code, "another process is converting" in done.stderr) == (2, True)
+    assert (done.code, "another process is writing" in done.stderr) == (2, True)
     with pytest.raises(ConflictError):
         DirectoryLock(out)
     lock.release()

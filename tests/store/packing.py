@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import pack_nvfp4
+from dsv4.formats.layouts import LAYOUTS, pack_nvfp4
 from dsv4.formats.nvfp4 import NVFP4Tensor, quantize_nvfp4
 from dsv4.formats.store.schema import (
     FP8_LAYOUT,
@@ -89,7 +89,7 @@ def manifest() -> dict[str, Any]:
             "kind": "local",
             "files": [{"name": f"{n}.safetensors", "bytes": 4096} for n in "ab"],
         },
-        "layouts": {NVFP4_LAYOUT: {}, FP8_LAYOUT: {}, "plain": {}},
+        "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
     }
 
 

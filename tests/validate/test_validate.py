@@ -156,7 +156,7 @@ def test_a_self_consistent_store_of_wrong_bytes_fails_with_the_source(
     assert ("source", "model-00004-of-00009.safetensors") in where  # it is another file
     tensors = where - {("source", "model-00004-of-00009.safetensors")}
     assert {check for check, _ in tensors} & {"inversion", "optimum"}
-    assert {check for check, _ in tensors} <= {"inversion", "optimum", "loss"}
+    assert {check for check, _ in tensors} <= {"inversion", "optimum", "bound", "loss"}
     assert all(name.startswith("layers.2.") for _, name in tensors)
 
 

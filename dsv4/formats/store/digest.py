@@ -50,19 +50,17 @@ def _subtree(hashes: list[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + pair).digest()
 
 
-class FileDigest:
-    """SHA-256 of a file and XXH3-64 of each of its chunks, fed with pieces of any length."""
+class ChunkDigests:
+    """XXH3-64 of each chunk of a file's payload, fed with pieces of any length."""
 
     def __init__(self, chunk_nbytes: int) -> None:
         self._chunk_nbytes = chunk_nbytes
-        self._sha256 = hashlib.sha256()
         self._xxh3 = xxhash.xxh3_64()
         self._filled = 0
         self._digests = bytearray()
 
     def payload(self, piece: memoryview) -> None:
         """Account for bytes of chunks."""
-        self._sha256.update(piece)
         begin = 0
         while begin < len(piece):
             end = min(len(piece), begin + self._chunk_nbytes - self._filled)
@@ -72,20 +70,37 @@ class FileDigest:
             if self._filled == self._chunk_nbytes:
                 self._close_chunk()
 
+    def finish(self) -> str:
+        """Base64 of the chunks' little-endian XXH3-64 digests."""
+        if self._filled or not self._digests:
+            self._close_chunk()
+        return base64.b64encode(self._digests).decode("ascii")
+
+    def _close_chunk(self) -> None:
+        self._digests += self._xxh3.intdigest().to_bytes(XXH3_BYTES, "little")
+        self._xxh3.reset()
+        self._filled = 0
+
+
+class FileDigest:
+    """SHA-256 of a file and XXH3-64 of each of its chunks, fed with pieces of any length."""
+
+    def __init__(self, chunk_nbytes: int) -> None:
+        self._sha256 = hashlib.sha256()
+        self._chunks = ChunkDigests(chunk_nbytes)
+
+    def payload(self, piece: memoryview) -> None:
+        """Account for bytes of chunks."""
+        self._sha256.update(piece)
+        self._chunks.payload(piece)
+
     def index(self, piece: bytes) -> None:
         """Account for bytes behind the chunks, which only the SHA-256 covers."""
         self._sha256.update(piece)
 
     def finish(self) -> tuple[str, str]:
         """-> (SHA-256 as hex, base64 of the chunks' little-endian XXH3-64 digests)."""
-        if self._filled or not self._digests:
-            self._close_chunk()
-        return self._sha256.hexdigest(), base64.b64encode(self._digests).decode("ascii")
-
-    def _close_chunk(self) -> None:
-        self._digests += self._xxh3.intdigest().to_bytes(XXH3_BYTES, "little")
-        self._xxh3.reset()
-        self._filled = 0
+        return self._sha256.hexdigest(), self._chunks.finish()
 
 
 def decode_digests(text: str, chunks: int) -> Digests:

@@ -143,10 +143,11 @@ def walk(root: Path) -> Iterator[str]:
 
     Symbolic links are reported, not followed.
     """
+    base = os.fspath(root)
     folders = [""]
     while folders:
         prefix = folders.pop()
-        with os.scandir(root / prefix) as entries:
+        with os.scandir(f"{base}/{prefix}") as entries:
             found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
         yield from (prefix + name for name, is_directory in found if not is_directory)
         folders += [f"{prefix}{name}/" for name, is_directory in found if is_directory]

@@ -129,7 +129,7 @@ class PackedStore:
         """
         root = Path(path)
         try:
-            with _collector_paused():
+            with collector_paused():
                 return cls._open(root, verify=verify, check_files=check_files)
         except StoreError as error:
             raise StoreError(f"{root}: {error}") from error.__cause__
@@ -277,6 +277,10 @@ class PackedStore:
                 self._mapped[file.key] = mapped
         return mapped
 
+    def forget(self) -> None:
+        """Let go of all mappings; tensors handed out keep theirs, the next use maps again."""
+        self._mapped.clear()
+
 
 def _nvfp4(
     group: QuantizedGroup, codes: Tensor, scales: Tensor, global_scale: Tensor
@@ -292,7 +296,7 @@ def _nvfp4(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keep the garbage collector from walking 10^5 new JSON objects, none of them garbage."""
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,0 +1,185 @@
+"""Every byte of a store, each file read once: checksums, and values no correct packer writes.
+
+Threads take whole files. Each reads into a buffer that stays in its core's cache, and hashes and
+judges it there; nothing is mapped. SHA-256 is what the Merkle root commits to and what bounds the
+speed; XXH3 alone is ten times faster and proves nothing to someone who fears forgery.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.errors import StoreError
+from dsv4.formats.store import digest, integrity
+from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.schema import FileSpec
+from dsv4.validate.coherence import check_counts, check_padding
+from dsv4.validate.provenance import add_scales, quantized_groups, said_exact
+from dsv4.validate.report import Report
+from dsv4.validate.values import NO_JUDGE, Judge, judges
+
+Checksums = Literal["sha256", "xxh3"]
+"""What a full pass compares: both kinds of checksum, or XXH3 alone."""
+
+PIECE_BYTES = 1 << 20
+AHEAD_BYTES = 8 << 20  # asked of the disk while a piece is hashed
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_Item = TypeVar("_Item")
+_Done = TypeVar("_Done")
+
+
+@dataclasses.dataclass
+class Scan:
+    """What one file holds. broken: rules that do not hold; tally: count of each byte, int64."""
+
+    problems: list[tuple[int | None, str]] = dataclasses.field(default_factory=list)
+    forged: bool = False
+    broken: set[str] = dataclasses.field(default_factory=set)
+    tally: Tensor | None = None
+    nbytes: int = 0
+
+
+def default_workers() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_parallel(
+    work: Callable[[_Item], _Done], items: Sequence[_Item], workers: int
+) -> Iterator[_Done]:
+    """`map` over threads, in order; what has not begun is dropped when the caller stops."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def check_content(
+    packed: PackedCheckpoint, report: Report, *, workers: int, checksums: Checksums = "sha256"
+) -> None:
+    """Read all files with `workers` threads; findings go into `report`."""
+    store = packed.store
+    files = store.files_under(None)
+    judged = judges(packed)
+    scans = scan_files(store, files, judged, workers=workers, sha256=checksums == "sha256")
+    damaged = False
+    broken: dict[tuple[str, str], None] = {}
+    for file, scan in zip(files, scans, strict=True):
+        report.bytes_read += scan.nbytes
+        for chunk, problem in scan.problems[:1]:
+            where = file.key if chunk is None else f"{file.key}, chunk {chunk}"
+            report.add("checksums", where, problem)
+            damaged = True
+        if scan.forged:
+            report.add("hashes", file.key, "its SHA-256 is not the manifest's")
+            damaged = True
+        if not scan.problems:
+            owner = judged.get(file.key, NO_JUDGE).owner
+            broken |= dict.fromkeys((owner, what) for what in sorted(scan.broken))
+    for where, what in broken:
+        report.add("values", where, what)
+    report.checksums = checksums
+    report.count("chunk checksums", sum(file.chunks for file in files))
+    if checksums == "sha256":
+        report.count("file hashes", len(files))
+    rules = {(judge.owner, rule) for judge in judged.values() for rule in judge.rules}
+    report.count("value ranges", len(rules))
+    if not damaged:
+        report.said_exact = said_exact(store)
+        tallies = {f.key: s.tally for f, s in zip(files, scans, strict=True) if s.tally is not None}
+        for group in quantized_groups(store):
+            if group.format == "nvfp4":
+                add_scales(store, group, tallies, report)
+            check_padding(store, group, report)
+            if group.experts and f"{group.path}/lineage" in store.hierarchy.arrays:
+                check_counts(store, group, report)
+
+
+def scan_files(
+    store: PackedStore,
+    files: Sequence[FileSpec],
+    judged: Mapping[str, Judge],
+    *,
+    workers: int,
+    sha256: bool,
+) -> list[Scan]:
+    """Read each file once; -> one Scan per file, in their order. Large files are begun first."""
+    real: set[str] = set()
+    links = {d: integrity.symbolic_link(store.root, d, real) for d in map(_directory, files)}
+
+    def scan(number: int) -> Scan:
+        file = files[number]
+        found = Scan()
+        if link := links[_directory(file)]:
+            found.problems.append((None, f"{link} is a symbolic link, expected a directory"))
+            return found
+        try:
+            _scan(store, file, judged.get(file.key, NO_JUDGE), found, sha256=sha256)
+        except (OSError, StoreError) as error:
+            found.problems.append((None, f"it cannot be read: {error}"))
+        return found
+
+    order = sorted(range(len(files)), key=lambda number: -files[number].nbytes)
+    done = dict(zip(order, in_parallel(scan, order, workers), strict=True))
+    return [done[number] for number in range(len(files))]
+
+
+def _scan(store: PackedStore, file: FileSpec, judge: Judge, found: Scan, *, sha256: bool) -> None:
+    chunks, whole = digest.ChunkDigests(file.chunk_nbytes), hashlib.sha256()
+    descriptor = os.open(store.root / file.key, _OPEN)
+    try:
+        if os.fstat(descriptor).st_size != file.nbytes:
+            raise StoreError("it changed since the store was opened")
+        for piece in _pieces(descriptor, file.payload_nbytes):
+            chunks.payload(piece.data)
+            if sha256:
+                whole.update(piece.data)
+            found.broken |= judge.broken_by(piece)
+            if judge.tally:
+                counts = torch.bincount(torch.from_numpy(piece), minlength=256)
+                found.tally = counts if found.tally is None else found.tally + counts
+            found.nbytes += len(piece)
+        index = os.pread(descriptor, file.index_nbytes, file.payload_nbytes)
+    finally:
+        os.close(descriptor)
+    whole.update(index)
+    found.nbytes += len(index)
+    measured = digest.decode_digests(chunks.finish(), file.chunks)
+    wrong = np.flatnonzero(measured != store.chunk_digests(file.key))
+    found.problems += [(int(n), "the bytes do not match the checksum") for n in wrong]
+    if file.sharded and index != digest.dense_index(file.chunks, file.chunk_nbytes):
+        found.problems.append((None, "the sharding index behind the chunks is altered"))
+    if sha256 and not found.problems:
+        found.forged = whole.hexdigest() != store.records[file.key].sha256
+
+
+def _pieces(descriptor: int, nbytes: int) -> Iterator[NDArray[np.uint8]]:
+    """The first `nbytes` of a file, in one buffer again and again; all but the last are full."""
+    buffer = np.empty(min(PIECE_BYTES, nbytes), np.uint8)
+    for position in range(0, nbytes, PIECE_BYTES):
+        if position % AHEAD_BYTES == 0:
+            os.posix_fadvise(descriptor, position, 2 * AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        piece = buffer[: min(PIECE_BYTES, nbytes - position)]
+        filled = 0
+        while filled < len(piece):
+            count = os.preadv(descriptor, [piece[filled:].data], position + filled)
+            if not count:
+                raise StoreError("it is shorter than when the store was opened")
+            filled += count
+        yield piece
+
+
+def _directory(file: FileSpec) -> str:
+    return file.key.rpartition("/")[0]
