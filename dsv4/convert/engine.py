@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.cluster import Job, run_on_cluster
-from dsv4.convert.file_pass import Fingerprints
+from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Losses, Output, Result, Unit
@@ -106,10 +106,15 @@ def convert(
         if scheduler is None:
             sha256 = work.run_here(budget)
         else:
-            commit = getattr(source, "commit", None)
-            place = str(Path(src).resolve()) if commit is None else str(src)
+            place = str(src) if source.commit else str(Path(src).resolve())
             job = Job(
-                place, commit, recipe, tuple(keep), str(out.resolve()), source.fingerprint(), budget
+                place,
+                source.commit,
+                recipe,
+                tuple(keep),
+                str(out.resolve()),
+                source.fingerprint(),
+                budget,
             )
             sha256 = work.run_on_cluster(scheduler, job)
         notes = writer.notes()
@@ -211,7 +216,7 @@ def _made_from(plan: Plan, file: str) -> set[FileSpec]:
     return {
         target.file
         for unit in plan.units
-        if any(e.file == file for tensor in unit.inputs for e in tensor.entries.values())
+        if any(entry.file == file for entry in entries_of(unit))
         for target in unit.targets
     }
 

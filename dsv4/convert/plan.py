@@ -55,11 +55,6 @@ class Plan:
         """Bytes read from the source."""
         return sum(unit.input_bytes for unit in self.units)
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory one unit holds at once."""
-        return max((output.peak_bytes() for output in self.outputs), default=0)
-
     def to_dict(self) -> dict[str, Any]:
         """What `dsv4 plan --json` prints, besides the forecast."""
         tensors = [tensor for unit in self.units for tensor in unit.inputs]

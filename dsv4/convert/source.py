@@ -92,12 +92,14 @@ class Source(Reader):
     """A checkpoint that can be planned from its headers and read range by range.
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
-    every safetensors file, by name, sorted. Reads may come from several threads at once.
+    every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
+    Reads may come from several threads at once.
     """
 
     config: dict[str, Any]
     entries: Mapping[str, TensorEntry]
     sizes: Mapping[str, int]
+    commit: str | None = None
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""

@@ -26,6 +26,7 @@ from dsv4.convert.file_pass import (
     Fingerprints,
     RangeReads,
     Schedule,
+    entries_of,
     is_inline,
 )
 from dsv4.convert.outputs import Result, Unit
@@ -256,7 +257,7 @@ def make_parts(units: Sequence[Unit], files: Iterable[str]) -> list[Part]:
     by_file: dict[str, list[Unit]] = {file: [] for file in order}
     watched: dict[str, list[TensorEntry]] = {file: [] for file in order}
     for unit in units:
-        entries = [entry for tensor in unit.inputs for entry in tensor.entries.values()]
+        entries = entries_of(unit)
         home = max((entry.file for entry in entries), key=order.__getitem__)
         by_file[home].append(unit)
         for entry in entries:

@@ -30,7 +30,6 @@ from dsv4.formats.source_inventory import check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.validate.claims import check_claims, check_origin, check_stack_loss
 from dsv4.validate.content import in_parallel
-from dsv4.validate.provenance import quantized_groups
 from dsv4.validate.report import Report, TensorVerdict
 from dsv4.validate.rounding import Optimum, SourceValues, judge_rounding, stored_tiles
 from dsv4.validate.router import compare_gates
@@ -68,25 +67,26 @@ def invert(
         packed.store.forget()
         return part
 
-    worst: dict[str, float] = {}  # by path of a node, over its tensors
+    losses: dict[str, float] = {}
     common = [tensor for name, tensor in tensors.items() if name in names]
     with _one_thread_each():
         for begin in range(0, len(common), BATCH):
             for part in in_parallel(compare, common[begin : begin + BATCH], workers):
                 report.absorb(part)
                 (verdict,) = part.tensors
-                path = str(packed.provenance(verdict.name, statistics=False)["path"])
-                rel_mse = (verdict.loss or {}).get("rel_mse") or 0.0
-                worst[path] = max(worst.get(path, 0.0), rel_mse)
+                losses[verdict.name] = (verdict.loss or {}).get("rel_mse") or 0.0
         compare_gates(packed, source, tensors, report)
     report.count("tensors compared with the source", len(report.tensors))
     for copy, original in inventory.copies:
         report.count("draft copies compared with what they copy")
         if not _equal(source, copy, tensors[original]):
             report.add("inversion", copy.name, f"was left behind, but differs from {original}")
-    for group in quantized_groups(packed.store):
-        if group.experts and group.path in worst:
-            check_stack_loss(group, worst[group.path], report)
+    worst: dict[str, float] = {}
+    for name, stack, *_ in packed.store.contents.expert_names():
+        if name in losses:
+            worst[stack.path] = max(worst.get(stack.path, 0.0), losses[name])
+    for path, rel_mse in worst.items():
+        check_stack_loss(packed.store.contents.stacks[path], rel_mse, report)
     check_claims(packed, source, report)
 
 
