@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from dsv4.console import out, print_json
+from dsv4.console import err, out, print_json
+from dsv4.options import models_option, operations_option
 
 
 @click.group()
@@ -59,3 +60,56 @@ def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> N
         return
     for table in (table for one in found for table in throughput_tables(one)):
         out.print(table)
+
+
+@bench.command("kernels")
+@operations_option
+@models_option
+@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--shape", default="", help="Only shapes whose name contains this.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_kernels(
+    operations: tuple[str, ...],
+    models: tuple[str, ...],
+    rows: str,
+    shape: str,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
+    import torch
+
+    from dsv4.bench.kernels import measure, measure_machine, open_library
+    from dsv4.formats.releases import MODELS
+    from dsv4.kernels.operations import cases
+    from dsv4.render import kernel_line, kernels_table
+
+    try:
+        counts = [int(count) for count in rows.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{rows!r}, expected numbers such as 1,8") from None
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    machine = measure_machine(device)
+    chosen = [
+        case
+        for model in models
+        for case in cases(MODELS[model], model, counts, operations)
+        if shape in case.shape
+    ]
+    lines = []
+    for line in measure(chosen, library, machine, device):
+        lines.append(line)
+        err.print(kernel_line(line), markup=False)
+    if as_json:
+        print_json(
+            {
+                "machine": dataclasses.asdict(machine),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        )
+    else:
+        out.print(kernels_table(lines, machine))
+    if any(line.faults for line in lines):
+        raise SystemExit(1)

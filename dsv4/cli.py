@@ -18,6 +18,7 @@ from dsv4.bench_cli import bench
 from dsv4.console import err, out, print_json
 from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
 from dsv4.formats.plain_text import printable
+from dsv4.kernels_cli import kernels
 from dsv4.options import (
     keep_option,
     memory_option,
@@ -373,3 +374,4 @@ def _write(piece: str) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(kernels)

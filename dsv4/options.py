@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
+from dsv4.formats.releases import MODELS
+from dsv4.kernels.names import ARCHITECTURES, OPERATIONS
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}iB": size for unit, size in _UNITS.items() if unit}
@@ -53,7 +55,41 @@ memory_option = click.option(
     help="Ceiling of RAM, whatever the size of the model.",
 )
 
+
+def _words(
+    allowed: Sequence[str],
+) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """A list separated by commas, each word one of `allowed`."""
+
+    def parse(ctx: click.Context, param: click.Parameter, text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(text.split(",")))
+        for word in words:
+            if word not in allowed:
+                raise click.BadParameter(f"{word!r}, expected some of {','.join(allowed)}")
+        return words
+
+    return parse
+
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _list_option(
+    name: str, field: str, allowed: Sequence[str], text: str
+) -> Callable[[_Command], _Command]:
+    return click.option(
+        name,
+        field,
+        default=",".join(allowed),
+        show_default=True,
+        callback=_words(allowed),
+        help=text,
+    )
+
+
+architectures_option = _list_option("--arch", "archs", ARCHITECTURES, "Of the GPUs to run on.")
+operations_option = _list_option("--operations", "operations", OPERATIONS, "Which of them.")
+models_option = _list_option("--models", "models", tuple(MODELS), "Whose shapes.")
 
 
 def validate_options(command: _Command) -> _Command:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
+    from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
@@ -293,3 +294,38 @@ def throughput_tables(found: Throughput) -> Iterator[Table]:
     for name, columns in by_stage.items():
         table.add_row(name, *columns)
     yield table
+
+
+def kernel_line(line: Line) -> str:
+    """One measured kernel as a line of progress."""
+    verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
+    return (
+        f"{line.operation} {line.shape} {line.model} rows {line.rows}: "
+        f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, {verdict}"
+    )
+
+
+def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
+    """Time, bytes, rate, fraction of the bound and correctness of every kernel."""
+    title = (
+        f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, "
+        f"{machine.matrix_rate / 1e12:.0f} TFLOP/s in bfloat16, both measured now"
+    )
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("operation", "shape", "model"):
+        table.add_column(column)
+    for column in ("rows", "us", "MB", "GB/s", "of bound", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        table.add_row(
+            line.operation,
+            escape(f"{line.shape} ({line.note})" if line.note else line.shape),
+            line.model,
+            str(line.rows),
+            f"{line.seconds * 1e6:.2f}",
+            f"{line.nbytes / 1e6:.2f}",
+            f"{line.nbytes / line.seconds / 1e9:.0f}",
+            f"{line.fraction:.3f}",
+            "WRONG" if line.faults else "right",
+        )
+    return table

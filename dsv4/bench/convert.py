@@ -35,6 +35,7 @@ from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4, e4m3_decode
 from dsv4.formats.errors import ConfigError, OutOfSpaceError, StoreError
 from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.releases import MODELS
 
 COPIES = 2.25  # the checkpoint, one output at a time, and room for what goes with it
 E8M0_BIAS = 127
@@ -99,7 +100,7 @@ def throughput(
     """
     if min(layers, workers, rounds) < 1 or experts < 0:
         raise ConfigError("layers, workers and rounds have to be at least 1, experts 0 or more")
-    whole = real_shapes.MODELS[model]
+    whole = MODELS[model]
     experts = experts or whole.n_routed_experts
     config = real_shapes.few_layers(whole, layers, experts, real_shapes.SMALL_VOCABULARY)
     require_space(directory, int(COPIES * real_shapes.checkpoint_bytes(config)))

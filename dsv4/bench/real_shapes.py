@@ -19,43 +19,12 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from dsv4.convert.source import CONFIG_FILE
-from dsv4.convert.tiny import RELEASE_YARN, hub_config
+from dsv4.convert.tiny import hub_config
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConflictError
 from dsv4.formats.inventory import DraftKind, Kind, parameters
 from dsv4.formats.safetensors_header import DTYPE_BITS
 
-FLASH = ModelConfig(
-    vocab_size=129280,
-    hidden_size=4096,
-    num_hidden_layers=43,
-    num_attention_heads=64,
-    head_dim=512,
-    qk_rope_head_dim=64,
-    q_lora_rank=1024,
-    o_lora_rank=1024,
-    o_groups=8,
-    moe_intermediate_size=2048,
-    n_routed_experts=256,
-    num_experts_per_tok=6,
-    num_hash_layers=3,
-    compress_ratios=(0, 0, *(4, 128) * 20, 4),
-    yarn=RELEASE_YARN,
-)
-PRO = dataclasses.replace(
-    FLASH,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    o_groups=16,
-    moe_intermediate_size=3072,
-    n_routed_experts=384,
-    compress_ratios=(128, 128, *(4, 128) * 29, 4),
-    routed_scaling_factor=2.5,
-    index_topk=1024,
-)
-MODELS = {"flash": FLASH, "pro": PRO}
 SMALL_VOCABULARY = 1024
 
 _TILE_BYTES = 16 << 20

@@ -20,11 +20,11 @@ from torch import Tensor
 from dsv4.convert.source import CONFIG_FILE, INDEX_FILE
 from dsv4.convert.tiny_flavours import FLAVOURS, Flavour
 from dsv4.convert.tiny_tokenizer import MIN_VOCABULARY, NOISE, build_tokenizer, tokenizer_files
-from dsv4.formats.config import ModelConfig, YarnConfig
+from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConfigError, ConflictError
 from dsv4.formats.inventory import DSPARK_TAPS, DraftKind, Parameter, parameters
+from dsv4.formats.releases import RELEASE_YARN
 
-RELEASE_YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)
 DSPARK_STAGES = 3
 DSPARK_BLOCK = 5
 DSPARK_RANK = 16

@@ -44,6 +44,10 @@ class RuntimeRefusal(Dsv4Error):
     """The runtime cannot do what was asked: device, capacity, or token id out of range."""
 
 
+class KernelError(Dsv4Error):
+    """A GPU kernel is missing, stale, made for another device, or cannot be compiled."""
+
+
 class ClusterError(Dsv4Error):
     """The cluster of `--scheduler` does not answer, has no workers, or keeps losing them."""
 

@@ -18,12 +18,13 @@ from dsv4.bench import real_shapes
 from dsv4.bench.lanes import LANES, RECIPES, copy, run, stack_experts, swizzle, today
 from dsv4.bench.stages import STAGES, watch
 from dsv4.convert.engine import convert
+from dsv4.formats import releases
 from dsv4.formats.errors import ConfigError, OutOfSpaceError
 from dsv4.render import throughput_tables
 from tests.formats import tool_judges
 
 SMALL = dataclasses.replace(
-    real_shapes.FLASH,
+    releases.FLASH,
     hidden_size=512,
     num_attention_heads=8,
     moe_intermediate_size=256,
@@ -34,7 +35,7 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(real_shapes.MODELS, "flash", SMALL)
+    monkeypatch.setitem(releases.MODELS, "flash", SMALL)
 
 
 @pytest.fixture

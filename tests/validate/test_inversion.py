@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import dsv4
-from dsv4.bench.real_shapes import PRO, few_layers, write_checkpoint
+from dsv4.bench.real_shapes import few_layers, write_checkpoint
 from dsv4.convert.open_source import open_source
 from dsv4.convert.rounding import round_tiles
 from dsv4.formats.checkpoint import PackedCheckpoint, values_of
 from dsv4.formats.codecs import e2m1_encode, pack_nibbles
 from dsv4.formats.matrices import Fp8Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.releases import PRO
 from dsv4.validate import inversion, rounding
 from dsv4.validate.html import render_html
 from dsv4.validate.report import Report

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsv4.bench.real_shapes import MODELS
 from dsv4.formats.config import ModelConfig
+from dsv4.formats.releases import MODELS
 from tests.real_configs import FLASH, PRO
 
 

@@ -1,0 +1,147 @@
+"""`dsv4 bench kernels`: each kernel on real shapes, checked, then timed.
+
+A case's launches are recorded in a CUDA graph, once per copy of its cold buffers (weights,
+caches), so that every launch finds them outside the L2 cache; the graph is replayed and the median
+taken. The bound is the bytes that must move, at the bandwidth measured in the same run: the best
+of a copy, a scaled copy and a plain sum of 2 GiB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from dsv4.formats.errors import KernelError
+from dsv4.kernels.case import Buffers, Case
+from dsv4.kernels.check import check, launcher
+from dsv4.kernels.library import Library, architecture, default_location
+
+L2_TIMES = 4  # of the L2's size that the copies of a case's cold buffers take together
+MOST_COPIES = 64
+REPLAYS = 15
+_STREAM_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One case. seconds: median of a run; fraction: of the bandwidth (or matrix rate) bound."""
+
+    operation: str
+    shape: str
+    model: str
+    rows: int
+    seconds: float
+    nbytes: int
+    fraction: float
+    faults: tuple[str, ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The GPU and what it was measured to do: bytes and bfloat16 operations a second."""
+
+    name: str
+    bandwidth: float
+    matrix_rate: float
+
+
+def open_library(device: torch.device, location: Path | None = None) -> Library:
+    """The kernels built for `device`. Raises KernelError without a GPU or a build."""
+    if not torch.cuda.is_available():
+        raise KernelError("torch sees no CUDA device here; `dsv4 bench kernels` needs one")
+    return Library(location or default_location(), architecture(device))
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """Name, memory bandwidth and bfloat16 matrix rate of the GPU."""
+    name = torch.cuda.get_device_name(device)
+    return Machine(name, _bandwidth(device), _matrix_rate(device))
+
+
+def _bandwidth(device: torch.device) -> float:
+    source = torch.empty(_STREAM_BYTES // 4, device=device).normal_()
+    target, total = torch.empty_like(source), torch.empty((), device=device)
+    both = 2 * _STREAM_BYTES
+    return max(
+        both / graph_seconds([lambda: target.copy_(source)]),
+        both / graph_seconds([lambda: torch.mul(source, 2.0, out=target)]),
+        _STREAM_BYTES / graph_seconds([lambda: torch.sum(source, dim=0, out=total)]),
+    )
+
+
+def _matrix_rate(device: torch.device) -> float:
+    a, b = (torch.randn(8192, 8192, device=device).to(torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    return 2 * 8192**3 / graph_seconds([lambda: torch.mm(a, b, out=c)])
+
+
+def measure(
+    cases: Iterable[Case], library: Library, machine: Machine, device: torch.device
+) -> Iterator[Line]:
+    """Check and time each case. A case that fails is reported, not skipped."""
+    for case in cases:
+        try:
+            faults = check(case, library, device)
+            seconds = time_case(case, library, device)
+        except KernelError as error:
+            faults, seconds = [str(error)], float("inf")
+        bound = max(case.nbytes / machine.bandwidth, case.flops / machine.matrix_rate)
+        yield Line(
+            case.operation,
+            case.shape,
+            case.model,
+            case.rows,
+            seconds,
+            case.nbytes,
+            bound / seconds,
+            tuple(faults),
+            case.note,
+        )
+        torch.cuda.empty_cache()
+
+
+def time_case(case: Case, library: Library, device: torch.device) -> float:
+    """Median seconds of one run of the case, its cold buffers outside the L2 cache."""
+    rng = torch.Generator(device).manual_seed(1)
+    buffers = case.make(rng)
+    cold_bytes = sum(buffers[name].nbytes for name in case.cold)
+    wanted = L2_TIMES * torch.cuda.get_device_properties(device).L2_cache_size
+    copies = min(MOST_COPIES, max(2, -(-wanted // cold_bytes))) if cold_bytes else 1
+    sets: list[Buffers] = [buffers]
+    for _ in range(copies - 1):
+        sets.append(buffers | {name: buffers[name].clone() for name in case.cold})
+    return graph_seconds([launcher(case, library, one) for one in sets])
+
+
+def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
+    """Median seconds of one of `runs`, replayed one after another as one CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    repeats = max(1, 8 // len(runs))
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                for run in runs:
+                    run()
+        times = []
+        for turn in range(REPLAYS + 1):
+            begin, end = _event(), _event()
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            stream.synchronize()
+            if turn:  # the first warms up
+                times.append(float(begin.elapsed_time(end)) / 1e3)
+    return statistics.median(times) / (repeats * len(runs))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

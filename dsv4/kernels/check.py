@@ -1,0 +1,119 @@
+"""Does a kernel do what its reference does? Run a case and say what is wrong with it.
+
+Outputs are poisoned and stand between guard bytes; afterwards every element must be within its
+bound and every guard as it was. A launch recorded in a CUDA graph must give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.case import Buffers, Case, Expected
+from dsv4.kernels.library import Library
+
+GUARD = 0xA5
+GUARD_BYTES = 4096
+POISON = 0xFF  # NaN in every floating-point format here, -1 in integers
+
+
+def launcher(case: Case, library: Library, buffers: Buffers) -> Callable[[], None]:
+    """A function that launches the case on `buffers`, on torch's current stream."""
+    calls = [
+        (library.function(launch.kernel), launch.arguments(buffers)) for launch in case.launches
+    ]
+
+    def run() -> None:
+        for function, arguments in calls:
+            function(*arguments)
+
+    return run
+
+
+def check(case: Case, library: Library, device: torch.device, seed: int = 0) -> list[str]:
+    """-> what is wrong, nothing when all is well. Raises KernelError when a kernel is missing."""
+    buffers = case.make(torch.Generator(device).manual_seed(seed))
+    expected = case.expect(dict(buffers))
+    guards = guard_outputs(case, buffers)
+    before = {name: buffers[name].clone() for name in guards}
+    run = launcher(case, library, buffers)
+    run()
+    torch.cuda.synchronize(device)
+    faults = [f for name, want in expected.items() if (f := fault(name, buffers[name], want))]
+    faults += [f"{name}: bytes beside it were written" for name in guards if _broken(guards[name])]
+    first = {name: buffers[name].clone() for name in guards}
+    replayed = _replay(run, buffers, before)
+    faults += [
+        f"{name}: the graph gives other bytes than the launch"
+        for name in guards
+        if name in expected and not torch.equal(_bytes(first[name]), _bytes(replayed[name]))
+    ]
+    return faults
+
+
+def fault(name: str, found: Tensor, expected: Expected) -> str | None:
+    """A sentence when `found` is not within the bound of `expected`, else None."""
+    value, tolerance = expected
+    if found.shape != value.shape:
+        return f"{name}: shape {tuple(found.shape)}, expected {tuple(value.shape)}"
+    if isinstance(tolerance, float) and tolerance == 0.0:
+        wrong = ~(found == value)
+    else:
+        excess = (found.to(torch.float64) - value.to(torch.float64)).abs() - tolerance
+        wrong = ~(excess <= 0)  # NaN is wrong
+    count = int(wrong.sum())
+    if not count:
+        return None
+    place = tuple(int(i) for i in wrong.nonzero()[0])
+    return (
+        f"{name}: {count} of {wrong.numel()} elements are outside their bound, first at {place}: "
+        f"{found[place].item()!r}, expected {value[place].item()!r}"
+    )
+
+
+def guard_outputs(case: Case, buffers: Buffers) -> dict[str, Tensor]:
+    """Move every written buffer between guard bytes; poison those that are only written.
+
+    -> name -> the bytes that hold it, guards included.
+    """
+    roles: dict[str, set[str]] = {}
+    for launch in case.launches:
+        for argument in launch.kernel.arguments:
+            name = launch.binding.get(argument.name, argument.name)
+            roles.setdefault(name, set()).add(argument.role)
+    guards = {}
+    for name in dict.fromkeys(n for launch in case.launches for n in launch.written()):
+        old: Tensor = buffers[name]
+        raw = torch.full(
+            (old.nbytes + 2 * GUARD_BYTES,), GUARD, dtype=torch.uint8, device=old.device
+        )
+        new = raw[GUARD_BYTES : GUARD_BYTES + old.nbytes].view(old.dtype).view(old.shape)
+        if "inout" in roles[name]:
+            new.copy_(old)
+        else:
+            _bytes(new).fill_(POISON)
+        buffers[name], guards[name] = new, raw
+    return guards
+
+
+def _broken(raw: Tensor) -> bool:
+    edges = torch.cat((raw[:GUARD_BYTES], raw[-GUARD_BYTES:]))
+    return bool((edges != GUARD).any())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _replay(run: Callable[[], None], buffers: Buffers, before: Buffers) -> Buffers:
+    """The same from a graph, outputs poisoned again; -> the buffers it wrote."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for name, old in before.items():
+        buffers[name].copy_(old)
+    graph.replay()
+    torch.cuda.synchronize()
+    return {name: buffers[name] for name in before}

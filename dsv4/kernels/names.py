@@ -1,0 +1,6 @@
+"""Names that the command line offers, light enough to import for `--help`."""
+
+from __future__ import annotations
+
+ARCHITECTURES = ("sm_90a", "sm_100a")
+OPERATIONS = ("gemv",)

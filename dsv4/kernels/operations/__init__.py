@@ -1,0 +1,22 @@
+"""The operations: for each its contract, its reference on the same buffers, and real shapes.
+
+A module `operations/<name>.py` has `cases(config, model, rows)`; this package knows them all.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+
+from dsv4.formats.config import ModelConfig
+from dsv4.kernels.case import Case
+from dsv4.kernels.names import OPERATIONS
+
+
+def cases(
+    config: ModelConfig, model: str, rows: Sequence[int], operations: Sequence[str] = OPERATIONS
+) -> Iterator[Case]:
+    """The cases of `operations` on the shapes of `config`, for each number of rows."""
+    for name in operations:
+        module = importlib.import_module(f"dsv4.kernels.operations.{name}")
+        yield from module.cases(config, model, rows)

@@ -1,0 +1,55 @@
+"""`dsv4 kernels`: compile the GPU kernels ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dsv4.console import err, out
+from dsv4.options import architectures_option, models_option, operations_option
+
+
+@click.group()
+def kernels() -> None:
+    """Compile the GPU kernels; needs no GPU."""
+
+
+@kernels.command("build")
+@architectures_option
+@operations_option
+@models_option
+@click.option("--out", "location", type=click.Path(path_type=Path), help="Default: a cache folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compilers at once.")
+def build_kernels(
+    archs: tuple[str, ...],
+    operations: tuple[str, ...],
+    models: tuple[str, ...],
+    location: Path | None,
+    workers: int | None,
+) -> None:
+    """Compile every kernel of the real models' shapes into shared objects.
+
+    What is there and made from the same source, compiler, architecture and shapes is kept. The
+    result needs no compiler: it can be copied to the GPU machine and named by DSV4_KERNELS.
+    """
+    from dsv4.formats.releases import MODELS
+    from dsv4.kernels.build import Built, build
+    from dsv4.kernels.library import default_location
+    from dsv4.kernels.operations import cases
+
+    wanted = [
+        kernel
+        for model in models
+        for case in cases(MODELS[model], model, (1, 8), operations)
+        for kernel in case.kernels
+    ]
+    target = location or default_location()
+
+    def tell(one: Built) -> None:
+        if one.fresh:
+            err.print(f"{one.arch} {one.name} {one.seconds:.1f} s", markup=False)
+
+    done = build(wanted, archs, target, workers=workers, progress=tell)
+    fresh = sum(one.fresh for one in done)
+    out.print(f"{len(done)} kernels in {target}, {fresh} compiled now", markup=False)
