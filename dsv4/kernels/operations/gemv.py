@@ -127,7 +127,9 @@ def _case(weight: Weight, shape: str, model: str, rows: int) -> Case:
         return {
             "x": x.to(torch.bfloat16),
             **random_weight(weight, rng),
-            "global_scales": torch.full((1,), 2.0**-9, device=rng.device),
+            "global_scales": torch.full(
+                (1,), 2.0**-9 if weight.kind == "nvfp4" else 1.0, device=rng.device
+            ),
             "y": torch.empty(rows, weight.n, device=rng.device),
         }
 
