@@ -148,7 +148,12 @@ def compile_kernel(kernel: Kernel, arch: str, options: str = "") -> Any:
     module, _, name = kernel.implementation.partition(":")
     function = getattr(importlib.import_module(module), name)(**dict(kernel.config))
     sizes: dict[str, Any] = {}
-    arguments = [_fake(argument, sizes) for argument in kernel.arguments]
+    arguments = [
+        tuple(_fake(one, sizes) for one in argument)
+        if isinstance(argument, tuple)
+        else _fake(argument, sizes)
+        for argument in kernel.arguments
+    ]
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     options = f"--gpu-arch {arch} --enable-tvm-ffi {options}".strip()
     return cute.compile(function, *arguments, stream, options=options)

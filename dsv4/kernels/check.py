@@ -80,9 +80,8 @@ def guard_outputs(case: Case, buffers: Buffers) -> dict[str, Tensor]:
     """
     roles: dict[str, set[str]] = {}
     for launch in case.launches:
-        for argument in launch.kernel.arguments:
-            name = launch.binding.get(argument.name, argument.name)
-            roles.setdefault(name, set()).add(argument.role)
+        for argument in launch.kernel.leaves():
+            roles.setdefault(launch.buffer(argument), set()).add(argument.role)
     guards = {}
     for name in dict.fromkeys(n for launch in case.launches for n in launch.written()):
         old: Tensor = buffers[name]
