@@ -108,8 +108,8 @@ def validate_options(command: _Command) -> _Command:
         ),
         click.option(
             "--checksums",
-            type=click.Choice(("sha256", "xxh3")),
-            default="sha256",
+            type=click.Choice(("blake3", "xxh3")),
+            default="blake3",
             show_default=True,
             help="xxh3 is faster than most disks, and no proof against forgery.",
         ),

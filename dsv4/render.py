@@ -114,7 +114,7 @@ def report_tables(report: Report) -> Iterator[Table]:
         exact = sum(verdict.exact for verdict in report.tensors)
         rows["tensors inverted"] = f"{len(report.tensors)}, {exact} equal to the source exactly"
     if report.checksums == "xxh3":
-        rows["not checked"] = "SHA-256, and so no forgery; give --checksums sha256"
+        rows["not checked"] = "BLAKE3, and so no forgery; give --checksums blake3"
     rows["root"] = report.root or "none"
     seconds = max(report.seconds, 1e-9)
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
