@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.quantize import Quality, Speed
+    from dsv4.bench.validate import Pass
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
@@ -294,6 +296,26 @@ def throughput_tables(found: Throughput) -> Iterator[Table]:
     for name, columns in by_stage.items():
         table.add_row(name, *columns)
     yield table
+
+
+def passes_table(passes: Sequence[Pass]) -> Table:
+    """The full pass and the plain read, from the disk and from the page cache."""
+    table = Table(title="validation beside a plain read of the same files", title_justify="left")
+    table.add_column("from")
+    table.add_column("pass")
+    for column in ("GB/s, median", "spread", "of the read", "CPU s/GB", "result"):
+        table.add_column(column, justify="right")
+    for one in passes:
+        table.add_row(
+            "disk" if one.cold else "page cache",
+            one.name,
+            f"{statistics.median(one.rates) / 1e9:.2f}",
+            f"{min(one.rates) / 1e9:.2f} to {max(one.rates) / 1e9:.2f}",
+            f"{one.of_read:.2f}",
+            f"{one.cpu_seconds_per_gb:.2f}",
+            "right" if one.correct else "WRONG",
+        )
+    return table
 
 
 def kernel_line(line: Line) -> str:
