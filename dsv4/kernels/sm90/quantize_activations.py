@@ -1,9 +1,10 @@
 """Activations to NVFP4: their largest magnitude, then codes and scales in tensor-core order.
 
 `Amax` leaves maxima of parts of the activations; `Quantize` joins them, so that no counter and no
-atomic is needed and any number of parts gives the same. A CTA quantises a scale tile, 128 rows x
-64 columns: thread `4g + j` takes block j of rows g, g + 32, g + 64 and g + 96, whose 16 scales are
-neighbours.
+atomic is needed and any number of parts gives the same. A scale tile is 128 rows x 64 columns; four
+lanes take the four blocks of rows g, g + 32, g + 64 and g + 96, whose 16 scales are neighbours. A
+warp has 8 of the 32 such g, a CTA a whole tile. Grouped rows, of which a tile often has a few only,
+are taken by a warp for a whole tile, 8 g at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dsv4.kernels.sm90 import fp4, groups, transfer
 from dsv4.kernels.sm90.ptx import byte_permute
 from dsv4.kernels.tiles import TILE_COLUMNS, TILE_ROWS, scale_offset
 
-THREADS = 128
+WARPS = 4
 AMAX_THREADS = 256
 VECTOR = 8  # bfloat16 in 16 bytes
 UNROLL = 4
@@ -108,9 +109,10 @@ class Quantize:
         global_scale: Any,
         stream: Any,
     ) -> None:
+        columns = self.k // TILE_COLUMNS
         self.kernel(x, amax, offsets, codes, scales, global_scale).launch(
-            grid=[self.k // TILE_COLUMNS, scales.shape[0], 1],
-            block=[THREADS, 1, 1],
+            grid=[-(-columns // WARPS) if self.groups else columns, scales.shape[0], 1],
+            block=[32 * WARPS, 1, 1],
             stream=stream,
             use_pdl=self.pdl,
         )
@@ -122,40 +124,47 @@ class Quantize:
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
             cute.arch.griddepcontrol_wait()
+        thread, _, _ = cute.arch.thread_idx()
         column, tile, _ = cute.arch.block_idx()
         smem = cutlass.memory.SmemAllocator()
-        shared = smem.allocate_tensor(Uint32, cute.make_layout(THREADS // 32), 16)
+        maximum = Uint32(0)
+        if cutlass.const_expr(not self.per_row):
+            shared = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
+            for part in cutlass.range(thread, Int32(amax.shape[0]), 32 * WARPS, unroll=1):
+                maximum = cutlass.max(maximum, amax[part].bitcast(Uint32))
+            maximum = _largest(maximum, shared, thread, 32 * WARPS)
+            first_thread = (column == 0) & (tile == 0) & (thread == 0)
+            _store_if(first_thread, global_scale, Int32(0), _global_scale(maximum))
+        buffers = (x, amax, codes, scales, global_scale)
         if cutlass.const_expr(self.groups):
             before = smem.allocate_tensor(Int32, cute.make_layout(self.groups + 1), 16)
             if cute.arch.warp_idx() == 0:
                 groups.count_tiles(offsets, before, self.groups)
             cute.arch.sync_threads()
-            if tile < before[self.groups]:
+            column = column * WARPS + cute.arch.warp_idx()
+            if (tile < before[self.groups]) & (column < self.k // TILE_COLUMNS):
                 at = groups.rows_of(tile, offsets, before, self.groups)
-                self._tile(
-                    x, amax, codes, scales, global_scale, shared, at.first, at.end, column, tile
-                )
+                for turn in cutlass.range(4, unroll=1):
+                    row = turn * 8 + cute.arch.lane_idx() // 4
+                    self._rows(buffers, maximum, at.first, at.end, row, column, tile)
         else:
             first, end = tile * TILE_ROWS, Int32(x.shape[0])
-            self._tile(x, amax, codes, scales, global_scale, shared, first, end, column, tile)
+            self._rows(buffers, maximum, first, end, thread // 4, column, tile)
 
     @cute.jit
-    def _tile(
+    def _rows(
         self,
-        x: Any,
-        amax: Any,
-        codes: Any,
-        scales: Any,
-        global_scale: Any,
-        shared: Any,
+        buffers: Any,
+        maximum: Uint32,
         first: Int32,
         end: Int32,
+        row_in_tile: Int32,
         column: Int32,
         tile: Int32,
     ) -> None:
-        """Quantise rows `[first, end)`, at most 128, of one column of tiles."""
-        thread, _, _ = cute.arch.thread_idx()
-        row, block = first + thread // 4, thread % 4
+        """Quantise a block of four rows, `first + row_in_tile` and on in steps of 32."""
+        x, amax, codes, scales, global_scale = buffers
+        row, block = first + row_in_tile, cute.arch.lane_idx() % 4
         offset = column * TILE_COLUMNS + block * BLOCK
         loaded, maxima = [], []
         for i in range_constexpr(4):
@@ -163,30 +172,22 @@ class Quantize:
             source = x.iterator + Int64(row + 32 * i) * self.k + offset
             halves = [transfer.load_b128_if(present, source + VECTOR * h) for h in range(2)]
             loaded.append([word for half in halves for word in half])
+            own = maximum
             if cutlass.const_expr(self.per_row):
-                maximum = Uint32(0)
-                if row + 32 * i < end:
-                    maximum = amax[row + 32 * i].bitcast(Uint32)
-                maxima.append(maximum)
-        if cutlass.const_expr(not self.per_row):
-            most = Uint32(0)
-            for part in cutlass.range(thread, Int32(amax.shape[0]), THREADS, unroll=1):
-                most = cutlass.max(most, amax[part].bitcast(Uint32))
-            maxima = [_largest(most, shared, thread, THREADS)] * 4
+                own = amax[cutlass.min(row + 32 * i, end - 1)].bitcast(Uint32)
+            maxima.append(own)
         word = Uint32(0)
         for i in range_constexpr(4):
-            g = _global_scale(maxima[i])
             byte = Uint32(0)
             if row + 32 * i < end:
+                g = _global_scale(maxima[i])
                 target = codes.iterator + (Int64(row + 32 * i) * (self.k // 2) + offset // 2)
                 byte = self._block(loaded[i], g, target)
                 if cutlass.const_expr(self.per_row):
                     _store_if((column == 0) & (block == 0), global_scale, row + 32 * i, g)
             word |= byte << Uint32(8 * i)
-        if cutlass.const_expr(not self.per_row):
-            first_thread = (column == 0) & (tile == 0) & (thread == 0)
-            _store_if(first_thread, global_scale, Int32(0), _global_scale(maxima[0]))
-        place = scale_offset(Int64(tile), column, self.k // TILE_COLUMNS) + thread * 4
+        place = scale_offset(Int64(tile), column, self.k // TILE_COLUMNS)
+        place += row_in_tile * 16 + block * 4
         transfer.store_b32(scales.iterator + place, _transposed(word, block))
 
     @cute.jit
