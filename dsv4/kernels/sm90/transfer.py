@@ -52,6 +52,13 @@ def store_b32(address: Any, word: Uint32, *, loc: Any = None, ip: Any = None) ->
     _effect(None, "st.global.u32 [$0], $1;", "l,r", operands, loc, ip)
 
 
+@dsl_user_op
+def store_shared_b128(slot: Int32, words: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Four words to byte `slot` of shared memory."""
+    operands = [slot.ir_value(loc=loc, ip=ip), *(word.ir_value(loc=loc, ip=ip) for word in words)]
+    _effect(None, "st.shared.v4.u32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", operands, loc, ip)
+
+
 def _effect(result: Any, text: str, constraints: str, operands: Any, loc: Any, ip: Any) -> Any:
     return llvm.inline_asm(
         result, operands, text, constraints, has_side_effects=True, loc=loc, ip=ip
