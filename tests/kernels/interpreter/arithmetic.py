@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -119,6 +120,8 @@ def shift(op: tuple[str, ...], a: Bits, count: Bits) -> Bits:
 
 def _compare(relation: str, kind: str, args: Sequence[Bits]) -> NDArray[np.bool_]:
     unordered = False
+    a: NDArray[Any]
+    b: NDArray[Any]
     if kind == "f32":
         a, b = (f32(x) for x in args)
         nan = np.isnan(a) | np.isnan(b)
@@ -193,7 +196,7 @@ def convert(op: tuple[str, ...], args: Sequence[Bits]) -> Bits:
                 high, low = (_limited(a, 6.0, ml_dtypes.float4_e2m1fn) for a in args)
                 return ((high & np.uint64(15)) << np.uint64(4)) | (low & np.uint64(15))
             case "f16x2", "e4m3x2":
-                halves = [
+                halves: list[Bits] = [
                     ((args[0] >> np.uint64(s)) & np.uint64(255))
                     .astype(np.uint8)
                     .view(ml_dtypes.float8_e4m3fn)

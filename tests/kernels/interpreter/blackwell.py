@@ -177,7 +177,8 @@ class Device:
         places = swizzled(starts[:, None] + np.arange(32), swizzle)
         raw = self.shared.data[places]
         codes = np.stack((raw & 15, raw >> 4), axis=-1).reshape(rows, 64)
-        return codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+        values: NDArray[np.float64] = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+        return values
 
     def _scales(self, place: int, rows: int) -> NDArray[np.float64]:
         """Row r's four scales are a word of lane r % 32, column r / 32."""
@@ -187,7 +188,8 @@ class Device:
         words = parts[0].T.reshape(rows)
         raw = np.ascontiguousarray(words).view(np.uint8).reshape(rows, 4)
         assert not (raw & 0x80).any(), "a scale that was never copied, or is negative"
-        return raw.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        values: NDArray[np.float64] = raw.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        return values
 
 
 def _matrix(descriptor: int) -> tuple[int, int, int]:

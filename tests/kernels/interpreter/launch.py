@@ -78,9 +78,8 @@ class _Managed(ctypes.Structure):
     )
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _keep(_: int) -> None:
-    """Tensors live as long as the process."""
+# Tensors live as long as the process.
+_keep = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
 
 
 class _Tensor:
@@ -112,9 +111,6 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
     driver = ctypes.CDLL(driver_path, mode=ctypes.RTLD_GLOBAL)
     found: dict[str, Any] = {}
 
-    @ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
-    )
     def handed_over(config: int, _: int, arguments: Any) -> int:
         found["config"] = list((ctypes.c_uint32 * 7).from_address(config))
         found["parameters"] = [
@@ -122,8 +118,10 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
         ]
         return 0
 
+    signature = (ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, *signature)(handed_over)
     target = ctypes.c_void_p.in_dll(driver, "handed_over")
-    target.value = ctypes.cast(handed_over, ctypes.c_void_p).value
+    target.value = ctypes.cast(callback, ctypes.c_void_p).value
 
     def tensor(argument: Any) -> Any:
         if isinstance(argument[0], list):

@@ -168,7 +168,7 @@ class Warp:
         self.registers[operand[1]] = np.where(active, value, old)
 
     def _address(self, operand: Operand, lane: int) -> int:
-        return int(self.value(operand[1])[lane]) + operand[2]
+        return int(self.value(operand[1])[lane]) + int(operand[2])
 
     def _all(self, active: Any) -> None:
         assert active.sum() == LANES, "an operation of a whole warp in a branch of it"
@@ -270,8 +270,8 @@ class Warp:
         elif one.op[1] == "try_wait":
             self.assign(args[0], np.ones(LANES, dtype=np.uint64), active)
         else:
-            for lane in np.flatnonzero(active):
-                own = barriers[self._address(args[1], int(lane))]
+            for lane in map(int, np.flatnonzero(active)):
+                own = barriers[self._address(args[1], lane)]
                 number = int(self.value(args[2])[lane])
                 if one.op[2] == "expect_tx":
                     own.bytes += number
