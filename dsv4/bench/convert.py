@@ -4,7 +4,7 @@ A checkpoint with layers of the real shapes is written first. Then, round by rou
 process each: a plain copy of its bytes, dsv4 with `native` and with `standard`, and what a user
 does without dsv4 (see `lanes`). Rates are of source bytes; fractions are taken round by round, so
 that both sides met the same disk and neighbours. The copy is the bound: dsv4 reads and writes as
-much, and computes two SHA-256 besides.
+much, and computes a SHA-256 of the source and a BLAKE3 of the output besides.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -73,30 +75,54 @@ def build(
         raise KernelError(f"no C compiler to link kernels with, expected one of {_LINKER}")
     unique = {one.name: one for one in kernels}
     done: list[Built] = []
+
+    def tell(one: Built) -> None:
+        done.append(one)
+        if progress is not None:
+            progress(one)
+
     for arch in archs:
-        wanted = {name: one for name, one in unique.items() if arch in one.architectures}
-        keys = {name: one.key(arch, compiler) for name, one in wanted.items()}
-        folder = out / arch
-        folder.mkdir(parents=True, exist_ok=True)
-        known = _read_index(folder).get("kernels", {})
-        kept = {n: known[n] for n, key in keys.items() if known.get(n, {}).get("key") == key}
-        kept = {name: entry for name, entry in kept.items() if (folder / entry["file"]).is_file()}
-        jobs = [(one, arch, folder, linker) for name, one in wanted.items() if name not in kept]
-        entries = dict(kept)
-        for name in sorted(kept):
-            _tell(Built(name, arch, False, 0.0), done, progress)
-        for name, digest, seconds in _compile_all(jobs, workers):
-            entries[name] = {"file": f"{name}.so", "key": keys[name], "sha256": digest}
-            _tell(Built(name, arch, True, seconds), done, progress)
-        _write_index(folder, {"compiler": compiler, "kernels": dict(sorted(entries.items()))})
+        wanted = [one for one in unique.values() if arch in one.architectures]
+        _build_for(arch, wanted, out / arch, compiler, linker, workers, tell)
     _copy_runtime(out)
     return done
 
 
-def _tell(one: Built, done: list[Built], progress: Callable[[Built], None] | None) -> None:
-    done.append(one)
-    if progress is not None:
-        progress(one)
+def _build_for(
+    arch: str,
+    wanted: Sequence[Kernel],
+    folder: Path,
+    compiler: str,
+    linker: str,
+    workers: int | None,
+    tell: Callable[[Built], None],
+) -> None:
+    """Compile into `folder` what it does not hold; other kernels in it stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = _entries(folder, compiler)
+    keys = {one.name: one.key(arch, compiler) for one in wanted}
+    jobs: list[_Job] = []
+    for one in wanted:
+        if entries.get(one.name, {}).get("key") == keys[one.name]:
+            tell(Built(one.name, arch, False, 0.0))
+        else:
+            entries.pop(one.name, None)
+            jobs.append((one, arch, folder, linker))
+    try:
+        for name, digest, seconds in _compile_all(jobs, workers):
+            entries[name] = {"file": f"{name}.so", "key": keys[name], "sha256": digest}
+            tell(Built(name, arch, True, seconds))
+    finally:  # what is done stays done
+        _write_index(folder, {"compiler": compiler, "kernels": dict(sorted(entries.items()))})
+
+
+def _entries(folder: Path, compiler: str) -> dict[str, dict[str, str]]:
+    """What the index says is there and really is. Nothing, if another compiler made it."""
+    index = _read_index(folder)
+    if index.get("compiler") != compiler:
+        return {}
+    known: dict[str, dict[str, str]] = index.get("kernels", {})
+    return {name: entry for name, entry in known.items() if (folder / f"{name}.so").is_file()}
 
 
 _Job = tuple[Kernel, str, Path, str]
@@ -106,6 +132,9 @@ def _compile_all(jobs: list[_Job], workers: int | None) -> Iterable[tuple[str, s
     if not jobs:
         return
     count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if count == 1:
+        yield from (_compile_one(*job) for job in jobs)
+        return
     spawn = multiprocessing.get_context("spawn")  # the compiler's threads do not survive a fork
     with ProcessPoolExecutor(count, mp_context=spawn) as pool:
         waiting = [pool.submit(_compile_one, *job) for job in jobs]
@@ -119,13 +148,12 @@ def _compile_all(jobs: list[_Job], workers: int | None) -> Iterable[tuple[str, s
 
 def _compile_one(kernel: Kernel, arch: str, folder: Path, linker: str) -> tuple[str, str, float]:
     """-> (name, SHA-256 of the shared object, seconds)."""
-    import time
-
     begin = time.perf_counter()
     try:
         compiled = compile_kernel(kernel, arch)
     except Exception as error:
-        raise KernelError(f"{kernel.name} does not compile for {arch}: {error}") from error
+        why = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())
+        raise KernelError(f"{kernel.name} does not compile for {arch}: {why}") from None
     from cutlass.cute.runtime import find_runtime_libraries
 
     target, partial = folder / f"{kernel.name}.so", folder / f"{kernel.name}.o"
@@ -148,7 +176,12 @@ def compile_kernel(kernel: Kernel, arch: str, options: str = "") -> Any:
     module, _, name = kernel.implementation.partition(":")
     function = getattr(importlib.import_module(module), name)(**dict(kernel.config))
     sizes: dict[str, Any] = {}
-    arguments = [_fake(argument, sizes) for argument in kernel.arguments]
+    arguments = [
+        tuple(_fake(one, sizes) for one in argument)
+        if isinstance(argument, tuple)
+        else _fake(argument, sizes)
+        for argument in kernel.arguments
+    ]
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     options = f"--gpu-arch {arch} --enable-tvm-ffi {options}".strip()
     return cute.compile(function, *arguments, stream, options=options)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.kernels.compiled import Kernel
+from dsv4.kernels.compiled import Argument, Kernel
 
 Buffers = dict[str, Any]
 """Name -> tensor, or number for a scalar argument."""
@@ -36,13 +36,20 @@ class Launch:
 
     def arguments(self, buffers: Buffers) -> list[Any]:
         """The kernel's arguments in order."""
-        return [buffers[self.binding.get(a.name, a.name)] for a in self.kernel.arguments]
+        return [
+            tuple(buffers[self.buffer(one)] for one in argument)
+            if isinstance(argument, tuple)
+            else buffers[self.buffer(argument)]
+            for argument in self.kernel.arguments
+        ]
+
+    def buffer(self, argument: Argument) -> str:
+        """The buffer that is passed for `argument`."""
+        return self.binding.get(argument.name, argument.name)
 
     def written(self) -> Iterator[str]:
         """Buffers that the kernel writes."""
-        for argument in self.kernel.arguments:
-            if argument.role != "in":
-                yield self.binding.get(argument.name, argument.name)
+        return (self.buffer(one) for one in self.kernel.leaves() if one.role != "in")
 
 
 @dataclasses.dataclass(frozen=True)

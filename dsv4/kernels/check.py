@@ -1,7 +1,8 @@
 """Does a kernel do what its reference does? Run a case and say what is wrong with it.
 
 Outputs are poisoned and stand between guard bytes; afterwards every element must be within its
-bound and every guard as it was. A launch recorded in a CUDA graph must give the same bytes.
+bound and every guard as it was. A launch recorded in a CUDA graph must give the same bytes, and
+so must a token that is computed alone.
 """
 
 from __future__ import annotations
@@ -40,17 +41,52 @@ def check(case: Case, library: Library, device: torch.device, seed: int = 0) -> 
     before = {name: buffers[name].clone() for name in guards}
     run = launcher(case, library, buffers)
     run()
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     faults = [f for name, want in expected.items() if (f := fault(name, buffers[name], want))]
     faults += [f"{name}: bytes beside it were written" for name in guards if _broken(guards[name])]
-    first = {name: buffers[name].clone() for name in guards}
-    replayed = _replay(run, buffers, before)
-    faults += [
-        f"{name}: the graph gives other bytes than the launch"
-        for name in guards
-        if name in expected and not torch.equal(_bytes(first[name]), _bytes(replayed[name]))
-    ]
+    if device.type == "cuda":
+        first = {name: buffers[name].clone() for name in guards if name in expected}
+        _replay(run, buffers, before)
+        faults += [
+            f"{name}: the graph gives other bytes than the launch"
+            for name, once in first.items()
+            if not torch.equal(_bytes(once), _bytes(buffers[name]))
+        ]
     return faults
+
+
+def check_alone(case: Case, library: Library, device: torch.device, seed: int = 0) -> list[str]:
+    """-> a sentence for every token whose results differ when it is computed alone.
+
+    A token's results are the outputs whose first dimension is "rows"; its inputs likewise.
+    """
+    made = case.make(torch.Generator(device).manual_seed(seed))
+    roles: dict[str, set[str]] = {}
+    for launch in case.launches:
+        for one in launch.kernel.leaves():
+            if one.shape[:1] == ("rows",):
+                roles.setdefault(launch.buffer(one), set()).add(one.role)
+    shared = {n for la in case.launches for n in la.written()} - roles.keys()
+    outputs = [name for name, found in roles.items() if found != {"in"}]
+    kept = {name: made[name].clone() for name in shared}
+    together = _run(case, library, dict(made))
+    faults = []
+    for row in range(case.rows):
+        own = made | {name: made[name][row : row + 1].clone() for name in roles}
+        alone = _run(case, library, own | {name: kept[name].clone() for name in shared})
+        faults += [
+            f"{name}: token {row} differs alone and beside the others"
+            for name in outputs
+            if not torch.equal(_bytes(together[name][row]), _bytes(alone[name][0]))
+        ]
+    return faults
+
+
+def _run(case: Case, library: Library, buffers: Buffers) -> Buffers:
+    guard_outputs(case, buffers)
+    launcher(case, library, buffers)()
+    return buffers
 
 
 def fault(name: str, found: Tensor, expected: Expected) -> str | None:
@@ -80,9 +116,8 @@ def guard_outputs(case: Case, buffers: Buffers) -> dict[str, Tensor]:
     """
     roles: dict[str, set[str]] = {}
     for launch in case.launches:
-        for argument in launch.kernel.arguments:
-            name = launch.binding.get(argument.name, argument.name)
-            roles.setdefault(name, set()).add(argument.role)
+        for argument in launch.kernel.leaves():
+            roles.setdefault(launch.buffer(argument), set()).add(argument.role)
     guards = {}
     for name in dict.fromkeys(n for launch in case.launches for n in launch.written()):
         old: Tensor = buffers[name]
@@ -107,8 +142,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _replay(run: Callable[[], None], buffers: Buffers, before: Buffers) -> Buffers:
-    """The same from a graph, outputs poisoned again; -> the buffers it wrote."""
+def _replay(run: Callable[[], None], buffers: Buffers, before: Buffers) -> None:
+    """The same launches from a graph, into outputs that are poisoned again."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -116,4 +151,3 @@ def _replay(run: Callable[[], None], buffers: Buffers, before: Buffers) -> Buffe
         buffers[name].copy_(old)
     graph.replay()
     torch.cuda.synchronize()
-    return {name: buffers[name] for name in before}

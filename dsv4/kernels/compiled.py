@@ -6,13 +6,14 @@ finds the result again by its name and refuses it when source, architecture or a
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +22,8 @@ from dsv4.kernels.names import ARCHITECTURES
 
 Role = Literal["in", "out", "inout"]
 
+NAME_LENGTH = 100  # of the readable part of a kernel's name
+_PACKAGE = "dsv4.kernels."
 CAPABILITY = {(9, 0): "sm_90a", (10, 0): "sm_100a"}
 
 
@@ -49,24 +52,31 @@ class Kernel:
     """A function that `dsv4 kernels build` compiles.
 
     operation: what it computes; implementation: "module:Class" in CuTe DSL; config: the class's
-    arguments. Equal ones are one function. architectures: those it is compiled for.
+    arguments. Equal ones are one function. arguments: in order; several in a tuple are passed as
+    one. architectures: those it is compiled for.
     """
 
     operation: str
     implementation: str
     config: tuple[tuple[str, int | float | str | bool], ...]
-    arguments: tuple[Argument, ...]
+    arguments: tuple[Argument | tuple[Argument, ...], ...]
     architectures: tuple[str, ...] = ARCHITECTURES
 
     @property
     def name(self) -> str:
-        """An identifier that tells what it is, made from operation and configuration."""
-        words = [self.operation, *(f"{key}{value}" for key, value in self.config)]
-        return re.sub(r"\W", "_", "_".join(words))
+        """An identifier: the operation, how its configuration begins, and a digest of all of it."""
+        words = "_".join([self.operation, *(f"{key}{value}" for key, value in self.config)])
+        digest = hashlib.sha256(json.dumps([self.implementation, self.config]).encode())
+        return f"{re.sub(r'[^a-z0-9]+', '_', words)[:NAME_LENGTH]}_{digest.hexdigest()[:8]}"
+
+    def leaves(self) -> Iterator[Argument]:
+        """All arguments, one by one."""
+        for argument in self.arguments:
+            yield from argument if isinstance(argument, tuple) else (argument,)
 
     def key(self, arch: str, compiler: str) -> str:
         """What a build of it depends on, hashed: source, compiler, architecture, arguments."""
-        arguments = [(a.name, str(a.dtype), a.shape, a.role, a.align) for a in self.arguments]
+        arguments = [(a.name, str(a.dtype), a.shape, a.role, a.align) for a in self.leaves()]
         parts = [self.implementation, self.config, arguments, arch, compiler, source_digest(self)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -75,7 +85,7 @@ def kernel(
     operation: str,
     implementation: str,
     config: Mapping[str, int | float | str | bool],
-    arguments: tuple[Argument, ...],
+    arguments: tuple[Argument | tuple[Argument, ...], ...],
     architectures: tuple[str, ...] = ARCHITECTURES,
 ) -> Kernel:
     """A `Kernel` with its configuration as a mapping."""
@@ -83,16 +93,36 @@ def kernel(
 
 
 def source_digest(kernel: Kernel) -> str:
-    """SHA-256 of all modules of the package that the implementation lies in."""
-    return _package_digest(kernel.implementation.partition(":")[0].rpartition(".")[0])
+    """SHA-256 of the module that the implementation lies in and of all of ours that it imports."""
+    whole = hashlib.sha256()
+    for module in sorted(_reachable(kernel.implementation.partition(":")[0])):
+        whole.update(f"{module}\0".encode() + _source(module))
+    return whole.hexdigest()
 
 
 @functools.cache
-def _package_digest(package: str) -> str:
-    whole = hashlib.sha256()
-    parts = {package, "dsv4.kernels.sm90"}  # what sm100 builds on
-    for part in sorted(parts):
-        for file in sorted(resources.files(part).iterdir(), key=lambda file: file.name):
-            if file.name.endswith(".py"):
-                whole.update(file.name.encode() + b"\0" + file.read_bytes())
-    return whole.hexdigest()
+def _reachable(module: str) -> frozenset[str]:
+    """`module` and the modules of this package that it imports, directly or not."""
+    found, waiting = {module}, [module]
+    while waiting:
+        for node in ast.walk(ast.parse(_source(waiting.pop()))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name.startswith(_PACKAGE) and name not in found and _path(name).is_file():
+                    found.add(name)
+                    waiting.append(name)
+    return frozenset(found)
+
+
+def _source(module: str) -> bytes:
+    return _path(module).read_bytes()
+
+
+def _path(module: str) -> Path:
+    return (
+        Path(__file__).parent.joinpath(*module.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
+    )

@@ -7,6 +7,7 @@ source, is refused with the command that makes it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -84,6 +85,10 @@ class Library:
                 f"`{self._command()}` makes it again"
             )
         file = self.location / self.arch / f"{kernel.name}.so"
+        if hashlib.sha256(file.read_bytes()).hexdigest() != entry.get("sha256"):
+            raise KernelError(
+                f"{file} is not what the build wrote; remove it, and `{self._command()}` makes it"
+            )
         module: Any = tvm_ffi.load_module(str(file))
         function: Function = module[kernel.name]
         return function

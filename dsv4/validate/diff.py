@@ -1,6 +1,6 @@
 """What differs between two stores, by their metadata alone: no weight is read.
 
-Equal SHA-256 in two manifests stand for equal bytes. That each manifest is true of its own files
+Equal BLAKE3 in two manifests stand for equal bytes. That each manifest is true of its own files
 is what `validate` shows.
 """
 
@@ -45,7 +45,7 @@ def diff(a: PackedCheckpoint, b: PackedCheckpoint) -> list[Difference]:
         holder = other if what == "only in B" else one
         kind = "array" if path in holder.hierarchy.arrays else "group"
         found.append(Difference(kind, path, _names(holder, path), what))
-    assets = [{name: s.records[f"assets/{name}"].sha256 for name in s.assets} for s in (one, other)]
+    assets = [{name: s.records[f"assets/{name}"].blake3 for name in s.assets} for s in (one, other)]
     found += [Difference("asset", name, (), what) for name, what in _changes(*assets)]
     for path in one.hierarchy.arrays.keys() & other.hierarchy.arrays.keys():
         if what := _bytes_changed(one, other, path):
@@ -100,7 +100,7 @@ def _group(store: PackedStore, path: str) -> QuantizedGroup | None:
 
 
 def _bytes_changed(a: PackedStore, b: PackedStore, path: str) -> str:
-    """How many chunks of an array differ; nothing when all files have equal SHA-256."""
+    """How many chunks of an array differ; nothing when all files have equal BLAKE3."""
     changed = total = 0
     specs = (a.hierarchy.arrays[path], b.hierarchy.arrays[path])
     first, second = ((s.shape, s.chunk, s.shard, s.element) for s in specs)
@@ -109,7 +109,7 @@ def _bytes_changed(a: PackedStore, b: PackedStore, path: str) -> str:
     experts: set[int] = set()
     for file in specs[0].files():
         total += file.chunks
-        if a.records[file.key].sha256 == b.records[file.key].sha256:
+        if a.records[file.key].blake3 == b.records[file.key].blake3:
             continue
         wrong = np.flatnonzero(a.chunk_digests(file.key) != b.chunk_digests(file.key))
         changed += len(wrong)

@@ -1,6 +1,6 @@
 """Which bytes of a store's files are damaged, file by file: what a repair has to make again.
 
-Every byte is read once, for the chunks' XXH3-64 and the file's SHA-256 together. A file of another
+Every byte is read once, for the chunks' XXH3-64 and the file's BLAKE3 together. A file of another
 size may still have good chunks; one that cannot be read has none.
 """
 
@@ -13,6 +13,7 @@ from io import BufferedReader
 
 from dsv4.formats.store import digest
 from dsv4.formats.store.durable import PIECE_BYTES
+from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.integrity import symbolic_link
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.reader import PackedStore
@@ -60,7 +61,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 def measure(opened: BufferedReader, file: FileSpec) -> tuple[int, FileRecord]:
     """-> (bytes of the payload that are there, record of the file as it is). Raises OSError."""
-    checksums = digest.FileDigest(file.chunk_nbytes)
+    checksums = FileDigest(file.chunk_nbytes)
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(file.payload_nbytes, 1))))
     found = 0
     while count := opened.readinto(buffer[: file.payload_nbytes - found]):
@@ -68,8 +69,8 @@ def measure(opened: BufferedReader, file: FileSpec) -> tuple[int, FileRecord]:
         found += count
     checksums.index(opened.read(file.index_nbytes))
     nbytes = os.fstat(opened.fileno()).st_size
-    sha256, xxh3 = checksums.finish()
-    return found, FileRecord(nbytes, sha256, file.chunk_nbytes, xxh3)
+    blake3, xxh3 = checksums.finish()
+    return found, FileRecord(nbytes, blake3, file.chunk_nbytes, xxh3)
 
 
 def examine(store: PackedStore, file: FileSpec) -> FileDamage | None:
@@ -97,7 +98,7 @@ def examine(store: PackedStore, file: FileSpec) -> FileDamage | None:
         return FileDamage(file, f"of {file.chunks} chunks these are altered: {some}", lost)
     if file.sharded and not _has_index(store, file):
         return FileDamage(file, "the sharding index behind the chunks is altered", ())
-    return FileDamage(file, "its SHA-256 is not the manifest's", everything)
+    return FileDamage(file, "its BLAKE3 is not the manifest's", everything)
 
 
 def _lost_chunks(store: PackedStore, file: FileSpec, payload: int, xxh3: str) -> tuple[int, ...]:

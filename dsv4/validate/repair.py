@@ -2,7 +2,7 @@
 
     examine    every file once: which chunks are not what the manifest pins
     rebuild    FILE.partial: the good bytes of the old file, the lost ones from the source
-    prove      its SHA-256 is the manifest's, or nothing is replaced
+    prove      its BLAKE3 is the manifest's, or nothing is replaced
     replace    renamed over the old file
 
 A file is never written in place, so a repair that is killed leaves the store no worse than it was.
@@ -312,8 +312,8 @@ def _prove(store: PackedStore, file: FileSpec) -> str | None:
     tool = store.manifest["tool"]
     other = "" if tool == TOOL else f", or {TOOL} writes other bytes than {tool} did"
     return (
-        f"{file.key}: what was made again has SHA-256 {found.sha256}, the manifest says "
-        f"{record.sha256}: {WRONG_SOURCE}{other}"
+        f"{file.key}: what was made again has BLAKE3 {found.blake3}, the manifest says "
+        f"{record.blake3}: {WRONG_SOURCE}{other}"
     )
 
 

@@ -66,7 +66,7 @@ class GateAgreement:
 class Report:
     """All findings, how much was checked, and the losses of rounded tensors.
 
-    checksums: what the bytes were compared with: "sha256" (and XXH3) or "xxh3"; None: not read.
+    checksums: what the bytes were compared with: "blake3" (and XXH3) or "xxh3"; None: not read.
     tool, recipe: what packed the store, by its manifest. recorded: name of a rounded tensor, or
     template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4

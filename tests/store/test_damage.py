@@ -91,9 +91,9 @@ MARKERS = {
     "no root": {"root": None},
     "short root": {"root": "ab"},
     "shouted root": {"root": "A" * 64},
-    "other version": {"format_version": 2},
+    "later version": {"format_version": 3},
     "true version": {"format_version": True},
-    "text version": {"format_version": "1"},
+    "text version": {"format_version": "2"},
     "other metadata": {"metadata_sha256": "0" * 64},
 }
 
@@ -104,6 +104,18 @@ def test_an_edited_marker_is_refused(store: Path, case: str) -> None:
     (store / MARKER).write_text(json.dumps(marker | MARKERS[case]))
     with pytest.raises(StoreError, match=r"altered|malformed|format version"):
         PackedStore.open(store)
+
+
+def test_an_older_store_is_refused_with_what_to_do(store: Path) -> None:
+    """Version 1 had SHA-256 where this one has BLAKE3."""
+    marker = json.loads((store / MARKER).read_text())
+    (store / MARKER).write_text(json.dumps(marker | {"format_version": 1}))
+    with pytest.raises(StoreError) as caught:
+        PackedStore.open(store)
+    assert str(caught.value) == (
+        f"{store}: the store has format version 1, this dsv4 reads version 2; convert the source "
+        "again or use the dsv4 that wrote it"
+    )
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}" * 40000, b"NaN"])

@@ -1,4 +1,4 @@
-"""Checksums against the RFCs' vectors and other implementations."""
+"""Checksums against published vectors and other implementations."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import google_crc32c
 import numpy as np
 import pytest
 import xxhash
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv4.formats.store import digest
+from dsv4.formats.store.file_digest import FileDigest, blake3_hex
 
 # Inputs and roots of the Certificate Transparency reference implementation's own tests (RFC 6962).
 CT_LEAVES = [
@@ -35,6 +37,26 @@ CT_ROOTS = [
     "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
     "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328",
 ]
+
+# test_vectors.json of the BLAKE3 team's repository: the first 32 bytes for 0, 1, ... 250, 0, 1, ...
+BLAKE3_VECTORS = {
+    0: "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
+    1: "2d3adedff11b61f14c886e35afa036736dcd87a74d27b5c1510225d0f592e213",
+    1023: "10108970eeda3eb932baac1428c7a2163b0e924c9a9e25b35bba72b28f70bd11",
+    1024: "42214739f095a406f3fc83deb889744ac00df831c10daa55189b5d121c855af7",
+    1025: "d00278ae47eb27b34faecf67b4fe263f82d5412916c1ffd97c8cb7fb814b8444",
+    2049: "5f4d72f40d7a5f82b15ca2b2e44b1de3c2ef86c426c95c1af0b6879522563030",
+}
+
+
+@pytest.mark.parametrize("length", BLAKE3_VECTORS)
+def test_blake3_of_its_authors(length: int) -> None:
+    data = bytes(i % 251 for i in range(length))
+    assert blake3_hex(data) == BLAKE3_VECTORS[length]
+    checksums = FileDigest(max(length, 1))
+    for i in range(0, length, 100):
+        checksums.payload(memoryview(data[i : i + 100]))
+    assert checksums.finish()[0] == BLAKE3_VECTORS[length]
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -61,15 +83,15 @@ def test_crc32c_is_googles(data: bytes) -> None:
 @given(st.binary(min_size=1, max_size=200), st.integers(1, 32), st.data())
 def test_pieces_do_not_matter(payload: bytes, chunk: int, data: st.DataObject) -> None:
     payload = payload * chunk  # a whole number of chunks
-    checksums = digest.FileDigest(chunk)
+    checksums = FileDigest(chunk)
     rest = memoryview(payload)
     while rest:
         taken = data.draw(st.integers(1, len(rest)))
         checksums.payload(rest[:taken])
         rest = rest[taken:]
     checksums.index(b"index")
-    sha256, xxh3 = checksums.finish()
-    assert sha256 == hashlib.sha256(payload + b"index").hexdigest()
+    whole, xxh3 = checksums.finish()
+    assert whole == blake3(payload + b"index").hexdigest()
     chunks = [payload[i : i + chunk] for i in range(0, len(payload), chunk)]
     expected = [xxhash.xxh3_64_intdigest(c) for c in chunks]
     assert digest.decode_digests(xxh3, len(chunks)).tolist() == expected

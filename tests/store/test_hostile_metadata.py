@@ -128,8 +128,8 @@ HOSTILE: dict[str, tuple[str, Edit]] = {
     "nodes are a list": ("consolidated", lambda d: d["consolidated_metadata"].update(metadata=[])),
     "other consolidation": ("consolidated", lambda d: d["consolidated_metadata"].update(kind="x")),
     # the manifest
-    "format version 2": ("format version 2", _section("format_version", 2)),
-    "format version 1.0": ("format version 1.0", _section("format_version", 1.0)),
+    "format version 1": ("format version 1", _section("format_version", 1)),
+    "format version 2.0": ("format version 2.0", _section("format_version", 2.0)),
     "format version true": ("format version True", _section("format_version", True)),
     "unknown layout": ("layouts.*nvfp4.other", _section("layouts", {"nvfp4.other": {}})),
     "layouts as list": ("layouts", _section("layouts", [NVFP4])),
@@ -182,8 +182,8 @@ HOSTILE: dict[str, tuple[str, Edit]] = {
     "size as bool": ("size True", _record("assets/LICENSE", bytes=True)),
     "huge asset": ("expected", _record("assets/LICENSE", bytes=1 << 62)),
     "wrong chunk size": ("expected", _record("norm/weight/c/0", chunk_bytes=8)),
-    "short sha256": ("checksums", _record("norm/weight/c/0", sha256="00")),
-    "sha256 no text": ("checksums", _record("norm/weight/c/0", sha256=None)),
+    "short blake3": ("checksums", _record("norm/weight/c/0", blake3="00")),
+    "blake3 no text": ("checksums", _record("norm/weight/c/0", blake3=None)),
     "too few digests": ("expected", _record("embed/weight/c/0/0", xxh3="AAAAAAAAAAA=")),
     "digests no text": ("checksums", _record("norm/weight/c/0", xxh3=7)),
     # nodes

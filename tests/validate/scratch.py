@@ -13,7 +13,8 @@ from typing import Any
 from dsv4.formats.layouts import pack_nvfp4, unpack_nvfp4
 from dsv4.formats.matrices import Nvfp4Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor
-from dsv4.formats.store.digest import XXH3_BYTES, FileDigest
+from dsv4.formats.store.digest import XXH3_BYTES
+from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.hierarchy import descriptions, parse_root
 from dsv4.formats.store.manifest import FileRecord, content_root
 from dsv4.formats.store.reader import PackedStore
@@ -142,5 +143,5 @@ def _record(old: Json, raw: bytes) -> Json:
     checksums = FileDigest(chunk)
     checksums.payload(memoryview(raw)[:payload])
     checksums.index(raw[payload:])
-    sha256, xxh3 = checksums.finish()
-    return FileRecord(len(raw), sha256, chunk, xxh3).to_json()
+    blake3, xxh3 = checksums.finish()
+    return FileRecord(len(raw), blake3, chunk, xxh3).to_json()

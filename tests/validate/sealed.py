@@ -238,7 +238,7 @@ def _seen_without_the_source(scratch: Scratch) -> Iterator[Mutation]:
     yield seen("no such expert", "tid2eid", lambda s: s.poke(table, 0, b"\x63"))
     yield seen("counts", W13, edit=_of(W13, lambda own: own.update(blocks=5)), check="counts")
     yield seen("recoded", W13, edit=_of(W13, lambda own: own.update(recoded_blocks=999)))
-    yield seen("SHA-256", codes, edit=file(sha256="0" * 64), check="hashes")
+    yield seen("BLAKE3", codes, edit=file(blake3="0" * 64), check="hashes")
     yield seen("XXH3", codes, edit=file(xxh3=digests), check="checksums")
     yield seen("size", codes, edit=file(bytes=5))
     yield seen("layout id", W13, edit=_of(W13, lambda own: own.update(layout="fp8.block128")))

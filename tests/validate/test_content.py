@@ -48,17 +48,17 @@ def test_every_byte_is_read_once(standard_store: Path) -> None:
     files = PackedStore.open(standard_store).files_under(None)
     assert report.bytes_read == sum(file.nbytes for file in files)
     assert report.checks["file hashes"] == len(files)
-    assert report.checksums == "sha256"
+    assert report.checksums == "blake3"
 
 
 def _forge(store: PackedStore, key: str) -> None:
-    """A manifest that names another SHA-256 for a file; its XXH3 digests stay true."""
+    """A manifest that names another BLAKE3 for a file; its XXH3 digests stay true."""
     record = store.records[key]
     forged = FileRecord(record.nbytes, "0" * 64, record.chunk_nbytes, record.xxh3)
     store.records = {**store.records, key: forged}
 
 
-def test_only_sha256_is_proof_and_the_report_says_which_was_computed(standard_store: Path) -> None:
+def test_only_blake3_is_proof_and_the_report_says_which_was_computed(standard_store: Path) -> None:
     packed = dsv4.open(standard_store)
     _forge(packed.store, "head/codes/c/0/0")
     full = dsv4.validate(packed)
@@ -98,7 +98,7 @@ def test_impossible_values_are_named(store: Path, case: str) -> None:
     assert judged.broken_by(raw[: file.payload_nbytes]) == set()
     payload[-1] = value
     raw.tofile(store / file.key)
-    (found,) = scan_files(packed.store, [file], {file.key: judged}, workers=1, sha256=True)
+    (found,) = scan_files(packed.store, [file], {file.key: judged}, workers=1, proof=True)
     assert found.problems
     (broken,) = found.broken
     assert what in broken
@@ -122,11 +122,11 @@ def test_a_link_is_not_followed_and_a_lost_file_is_a_finding(store: Path) -> Non
     norm = packed.store.files_under("norm/weight")
     (store / "norm").rename(store.parent / "norm")
     (store / "norm").symlink_to(store.parent / "norm")
-    (found,) = scan_files(packed.store, norm, {}, workers=1, sha256=True)
+    (found,) = scan_files(packed.store, norm, {}, workers=1, proof=True)
     assert "symbolic link" in found.problems[0][1]
     head = packed.store.files_under("head/codes")
     (store / head[0].key).unlink()
-    (found,) = scan_files(packed.store, head, {head[0].key: Judge("head")}, workers=1, sha256=True)
+    (found,) = scan_files(packed.store, head, {head[0].key: Judge("head")}, workers=1, proof=True)
     assert "cannot be read" in found.problems[0][1]
 
 

@@ -1,9 +1,10 @@
-"""Checksums of a store: XXH3 per chunk for load time, SHA-256 per file and one root for proof.
+"""What the metadata of a store is hashed with: one encoding, one root, and indices of shards.
 
-Load time needs speed (XXH3-64: 20 GB/s a core from memory), publishing needs collision resistance
-(SHA-256). The root is the Merkle tree hash of RFC 6962, section 2.1, over the leaves in order:
-leaf = SHA256(0x00 || data), node = SHA256(0x01 || left || right), split at the largest power of
-two below the count. The domain prefixes keep a node from passing as a leaf.
+A chunk has an XXH3 for load time, a file a BLAKE3 for proof (see `file_digest`), and all of the
+metadata one root: the Merkle tree hash of RFC 6962, section 2.1, over the leaves in order: leaf =
+SHA256(0x00 || data), node = SHA256(0x01 || left || right), split at the largest power of two below
+the count. The domain prefixes keep a node from passing as a leaf. The leaves of Flash are a few
+megabytes, so being the published standard is worth more here than a faster hash.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 XXH3_BYTES = 8
 _CRC32C_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected
@@ -50,61 +50,8 @@ def _subtree(hashes: list[bytes]) -> bytes:
     return hashlib.sha256(b"\x01" + pair).digest()
 
 
-class ChunkDigests:
-    """XXH3-64 of each chunk of a file's payload, fed with pieces of any length."""
-
-    def __init__(self, chunk_nbytes: int) -> None:
-        self._chunk_nbytes = chunk_nbytes
-        self._xxh3 = xxhash.xxh3_64()
-        self._filled = 0
-        self._digests = bytearray()
-
-    def payload(self, piece: memoryview) -> None:
-        """Account for bytes of chunks."""
-        begin = 0
-        while begin < len(piece):
-            end = min(len(piece), begin + self._chunk_nbytes - self._filled)
-            self._xxh3.update(piece[begin:end])
-            self._filled += end - begin
-            begin = end
-            if self._filled == self._chunk_nbytes:
-                self._close_chunk()
-
-    def finish(self) -> str:
-        """Base64 of the chunks' little-endian XXH3-64 digests."""
-        if self._filled or not self._digests:
-            self._close_chunk()
-        return base64.b64encode(self._digests).decode("ascii")
-
-    def _close_chunk(self) -> None:
-        self._digests += self._xxh3.intdigest().to_bytes(XXH3_BYTES, "little")
-        self._xxh3.reset()
-        self._filled = 0
-
-
-class FileDigest:
-    """SHA-256 of a file and XXH3-64 of each of its chunks, fed with pieces of any length."""
-
-    def __init__(self, chunk_nbytes: int) -> None:
-        self._sha256 = hashlib.sha256()
-        self._chunks = ChunkDigests(chunk_nbytes)
-
-    def payload(self, piece: memoryview) -> None:
-        """Account for bytes of chunks."""
-        self._sha256.update(piece)
-        self._chunks.payload(piece)
-
-    def index(self, piece: bytes) -> None:
-        """Account for bytes behind the chunks, which only the SHA-256 covers."""
-        self._sha256.update(piece)
-
-    def finish(self) -> tuple[str, str]:
-        """-> (SHA-256 as hex, base64 of the chunks' little-endian XXH3-64 digests)."""
-        return self._sha256.hexdigest(), self._chunks.finish()
-
-
 def decode_digests(text: str, chunks: int) -> Digests:
-    """The inverse of `FileDigest.finish`'s second value: uint64 `[chunks]`.
+    """The inverse of `ChunkDigests.finish`: uint64 `[chunks]`.
 
     Raises ValueError when `text` is not base64 of exactly that many digests.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
 from dsv4.formats.store import digest
+from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.schema import LOCK, PARTIAL_SUFFIX, FileSpec
 
@@ -164,7 +165,7 @@ def write_file(root: Path, file: FileSpec, parts: Iterable[Tensor | bytes]) -> F
         with storage_errors(root, action):
             descriptor = os.open(partial, _CREATE, 0o644)
         try:
-            checksums = digest.FileDigest(file.chunk_nbytes)
+            checksums = FileDigest(file.chunk_nbytes)
             for piece in _pieces(file, parts):
                 with storage_errors(root, action):
                     write_all(descriptor, piece)
@@ -183,8 +184,8 @@ def write_file(root: Path, file: FileSpec, parts: Iterable[Tensor | bytes]) -> F
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sha256, xxh3 = checksums.finish()
-    return FileRecord(file.nbytes, sha256, file.chunk_nbytes, xxh3)
+    blake3, xxh3 = checksums.finish()
+    return FileRecord(file.nbytes, blake3, file.chunk_nbytes, xxh3)
 
 
 def _pieces(file: FileSpec, parts: Iterable[Tensor | bytes]) -> Iterator[memoryview]:

@@ -34,6 +34,7 @@ from dsv4.formats.store.durable import (
     sync_directory,
     write_file,
 )
+from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.schema import PARTIAL_SUFFIX, FileSpec
 
@@ -182,7 +183,7 @@ def seal(root: Path, file: FileSpec, extents: Sequence[Extent]) -> FileRecord:
     Raises StoreError when what is read back is not what was written, or cannot be read back; the
     partial file is then worth nothing.
     """
-    checksums = digest.FileDigest(file.chunk_nbytes)
+    checksums = FileDigest(file.chunk_nbytes)
     with storage_errors(root, f"completing {file.key}"):
         descriptor = os.open(partial_path(root, file), _OPEN)
         try:
@@ -199,8 +200,8 @@ def seal(root: Path, file: FileSpec, extents: Sequence[Extent]) -> FileRecord:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-    sha256, xxh3 = checksums.finish()
-    return FileRecord(file.nbytes, sha256, file.chunk_nbytes, xxh3)
+    blake3, xxh3 = checksums.finish()
+    return FileRecord(file.nbytes, blake3, file.chunk_nbytes, xxh3)
 
 
 def publish(root: Path, file: FileSpec) -> None:

@@ -22,7 +22,7 @@ from dsv4.formats.store.extents import Extent
 from dsv4.formats.store.hierarchy import parse_json
 from dsv4.formats.store.manifest import FileRecord
 
-_VERSION = 2
+_VERSION = 3
 _IDENTITY_KEY = "dsv4_journal"
 
 

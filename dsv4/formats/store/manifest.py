@@ -1,8 +1,8 @@
 """The manifest: the root group's `dsv4` attribute, which says what the store is and pins it.
 
-    {"format_version": 1, "tool": …, "config": {…}, "recipe": …, "source": {…},
+    {"format_version": 2, "tool": …, "config": {…}, "recipe": …, "source": {…},
      "layouts": {layout id: {parameters}}, …any further section…,
-     "files": {key: {"bytes", "sha256", "chunk_bytes", "xxh3"}}, "root": hex}
+     "files": {key: {"bytes", "blake3", "chunk_bytes", "xxh3"}}, "root": hex}
 
 The root covers one leaf per section (without `files` and `root`), per node and per file, so it is
 one name for every byte that matters; it depends on nothing but the content.
@@ -27,21 +27,22 @@ from dsv4.formats.store.schema import (
 
 REQUIRED_SECTIONS = ("config", "layouts", "recipe", "source", "tool")
 _UNPINNED = ("files", "root")  # what the root is computed from in another form, and itself
-_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX_HASH = re.compile(r"[0-9a-f]{64}")
 _HEX_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _SIZE_LIMIT = 1 << 63
-_RECORD_KEYS = {"bytes", "sha256", "chunk_bytes", "xxh3"}
+_RECORD_KEYS = {"bytes", "blake3", "chunk_bytes", "xxh3"}
 
 
 class FileRecord(NamedTuple):
     """What the manifest and the journal say of one file.
 
-    xxh3: base64 of the little-endian XXH3-64 digests, one per chunk of the payload.
+    blake3: of all its bytes, in hex. xxh3: base64 of the little-endian XXH3-64 digests, one per
+    chunk of the payload.
     """
 
     nbytes: int
-    sha256: str
+    blake3: str
     chunk_nbytes: int
     xxh3: str
 
@@ -49,7 +50,7 @@ class FileRecord(NamedTuple):
         """As it stands in the manifest."""
         return {
             "bytes": self.nbytes,
-            "sha256": self.sha256,
+            "blake3": self.blake3,
             "chunk_bytes": self.chunk_nbytes,
             "xxh3": self.xxh3,
         }
@@ -59,18 +60,18 @@ class FileRecord(NamedTuple):
         """The inverse of `to_json`. Raises StoreError naming `key` when a field is malformed."""
         if not isinstance(raw, dict) or raw.keys() != _RECORD_KEYS:
             raise StoreError(f"manifest: the entry of file {key} is malformed")
-        record = cls(raw["bytes"], raw["sha256"], raw["chunk_bytes"], raw["xxh3"])
+        record = cls(raw["bytes"], raw["blake3"], raw["chunk_bytes"], raw["xxh3"])
         for size in (record.nbytes, record.chunk_nbytes):
             if type(size) is not int or not 0 <= size < _SIZE_LIMIT:
                 raise StoreError(f"manifest: file {key} has size {size!r}, expected an integer")
-        if not is_sha256(record.sha256) or not isinstance(record.xxh3, str):
+        if not is_hash(record.blake3) or not isinstance(record.xxh3, str):
             raise StoreError(f"manifest: file {key} has malformed checksums")
         return record
 
 
-def is_sha256(value: object) -> bool:
-    """Whether `value` is a SHA-256 in lower-case hex."""
-    return isinstance(value, str) and _HEX_SHA256.fullmatch(value) is not None
+def is_hash(value: object) -> bool:
+    """Whether `value` is a SHA-256 or a BLAKE3, 32 bytes in lower-case hex."""
+    return isinstance(value, str) and _HEX_HASH.fullmatch(value) is not None
 
 
 def content_root(

@@ -31,7 +31,7 @@ from dsv4.formats.store.manifest import (
     FileRecord,
     check_manifest,
     expected_files,
-    is_sha256,
+    is_hash,
     parse_records,
 )
 from dsv4.formats.store.mapped import MappedFile, StoredArray
@@ -331,7 +331,7 @@ def _read_marker(root: Path) -> dict[str, str]:
             f"the store has format version {version!r}, this dsv4 reads version {FORMAT_VERSION}; "
             "convert the source again or use the dsv4 that wrote it"
         )
-    if not is_sha256(marker.get("root")) or not is_sha256(marker.get("metadata_sha256")):
+    if not is_hash(marker.get("root")) or not is_hash(marker.get("metadata_sha256")):
         raise StoreError(f"{MARKER} is malformed")
     return marker
 

@@ -25,7 +25,7 @@ import torch
 
 from dsv4.formats.errors import Dsv4Error, SourceError, StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had SHA-256 where files have BLAKE3
 ATTRIBUTE = "dsv4"  # the one key under which every node keeps what is ours
 ASSET_DIRECTORY = "assets"
 NODE_DOCUMENT = "zarr.json"

@@ -46,6 +46,7 @@ from dsv4.formats.store.extents import (
     restore_partial,
     seal,
 )
+from dsv4.formats.store.file_digest import blake3_hex
 from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
 from dsv4.formats.store.integrity import sizes, walk
 from dsv4.formats.store.journal import Journal
@@ -215,8 +216,8 @@ class StoreWriter:
         """
         file = asset_file(name, len(data))
         record = self._open_journal.records.get(file.key)
-        same = record is not None and record.sha256 == hashlib.sha256(data).hexdigest()
-        if not (same and self.has(file)):
+        wanted = blake3_hex(data)
+        if record is None or record.blake3 != wanted or not self.has(file):
             self._write(file, [data])
 
     def note(self, key: str, value: Any) -> None:

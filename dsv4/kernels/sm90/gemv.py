@@ -1,9 +1,11 @@
 """`y = x wᵀ` for 1 to 8 rows of `x`, at the speed of reading `w`.
 
 The weight is the A operand of the tensor cores and the rows of `x` its eight columns, so that one
-row costs what eight do and nothing is computed twice. A CTA owns `32 * row_warps` rows of `w`; its
-warps along K take every `k_warps`-th step of 128 columns, and their sums meet in shared memory in
-a fixed order. A row of `x` is summed alike whatever the other rows are.
+row costs what eight do and nothing is computed twice. A CTA owns 32 rows of `w`; its warps take
+turns at steps of 128 columns, and their sums meet in shared memory in a fixed order: a row of `x`
+is summed alike whatever the other rows are. Weights that meet the same `x` share one launch, one
+after another along the grid. Every warp keeps a few steps on their way (see `ring`); the first are
+asked for before the kernel that makes `x` has ended.
 """
 
 from __future__ import annotations
@@ -15,150 +17,179 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, range_constexpr
 
-from dsv4.kernels.sm90 import ptx
+from dsv4.kernels.sm90 import ptx, ring
 from dsv4.kernels.sm90.operands import MMAS, OPERANDS, STEP
 
-MAX_ROWS = 8
+SUMS = 256  # 32 rows of the weight by 8 of x
+BANDS = 4  # of 32 rows, interleaved by 8, in a tile of 128
+X_PIECES = 4
+MAX_STEPS = 32  # of one warp: a lane keeps the scale of each
+
+
+class _Part:
+    """One weight of the launch, and the CTAs that work on it."""
+
+    def __init__(self, spec: str, first_band: int) -> None:
+        self.kind, *sizes = spec.split(":")
+        self.n, self.k, slabs, self.groups = (int(size) for size in sizes)
+        self.operand = OPERANDS[self.kind](self.n, self.k, slabs)
+        self.first_band = first_band
+        self.end_band = first_band + -(-self.n // 128) * BANDS
 
 
 class Gemv:
-    """One shape of weight.
+    """Weights of fixed shapes against the same activations.
 
-    x: bfloat16 `[M, G, K]`, M from 1 to 8; codes, scales, global_scales: the operand as it lies in
-    the store; out: float32 or bfloat16 `[M, N]`. With G > 1, rows `[g N/G, (g+1) N/G)` of the
-    weight meet `x[:, g]`.
+    weights: "kind:N:K:slabs:groups", separated by "|". x: bfloat16 `[M, G, K]`, M from 1 to 8;
+    operands: per weight codes, scales (not for "bf16"), global scale (only "nvfp4"); y: per weight
+    float32 or bfloat16 `[M, N]`. With G > 1, rows `[g N/G, (g+1) N/G)` meet `x[:, g]`.
+    warps: of a CTA; stages: steps that a warp has in its ring, one of them in use.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        n: int,
-        k: int,
-        *,
-        slabs: int = 1,
-        groups: int = 1,
-        out: str = "float32",
-        row_warps: int = 1,
-        k_warps: int = 8,
-        unroll: int = 4,
-    ) -> None:
-        self.operand: Any = OPERANDS[kind](n, k, slabs)
-        self.n, self.k, self.slabs, self.groups = n, k, slabs, groups
+    def __init__(self, weights: str, out: str, warps: int, stages: int, pdl: bool) -> None:
         self.out_dtype = {"float32": Float32, "bfloat16": BFloat16}[out]
-        self.row_warps, self.k_warps = row_warps, k_warps
-        self.steps = slabs * (k // slabs // STEP)
-        self.unroll = min(unroll, -(-self.steps // k_warps))
-        self.batches = -(-self.steps // (k_warps * self.unroll))
-        self.ragged = self.steps % (k_warps * self.unroll) != 0
+        self.warps, self.stages, self.pdl = warps, stages, pdl
+        self.parts: list[_Part] = []
+        for spec in weights.split("|"):
+            self.parts.append(_Part(spec, self.parts[-1].end_band if self.parts else 0))
+        if any(part.operand.steps > MAX_STEPS * warps for part in self.parts):
+            raise ValueError(f"more than {MAX_STEPS} steps a warp")
+        pieces = max(part.operand.pieces for part in self.parts)
+        self.stage_bytes = (X_PIECES + pieces) * ring.PIECE_BYTES
 
     @cute.jit
-    def __call__(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        global_scales: cute.Tensor,
-        out: cute.Tensor,
-        stream: cuda.CUstream,
-    ) -> None:
-        tiles = -(-self.n // 128) * (4 // self.row_warps)
-        self.kernel(x, codes, scales, global_scales, out).launch(
-            grid=[tiles, 1, 1],
-            block=[32 * self.row_warps * self.k_warps, 1, 1],
+    def __call__(self, x: cute.Tensor, operands: Any, y: Any, stream: cuda.CUstream) -> None:
+        self.kernel(x, operands, y).launch(
+            grid=[self.parts[-1].end_band, 1, 1],
+            block=[32 * self.warps, 1, 1],
             stream=stream,
+            use_pdl=self.pdl,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        global_scales: cute.Tensor,
-        out: cute.Tensor,
+    def kernel(self, x: cute.Tensor, operands: Any, y: Any) -> None:
+        if cutlass.const_expr(self.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+        band, _, _ = cute.arch.block_idx()
+        smem = cutlass.memory.SmemAllocator()
+        sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps)), 16)
+        rings = smem.allocate(self.stage_bytes * self.stages * self.warps, 128)
+        own_ring = rings.toint() + cute.arch.warp_idx() * (self.stage_bytes * self.stages)
+        slots = own_ring + cute.arch.lane_idx() * ring.LANE_BYTES
+        taken = 0
+        for index in range_constexpr(len(self.parts)):
+            part = self.parts[index]
+            count = {"nvfp4": 3, "fp8": 2, "bf16": 1}[part.kind]
+            own = operands[taken : taken + count]
+            if (band >= part.first_band) & (band < part.end_band):
+                self._run(part, x, own, y[index], sums, slots, band - part.first_band)
+            taken += count
+
+    @cute.jit
+    def _run(
+        self, part: Any, x: Any, own: Any, y: Any, sums: Any, slots: Int32, band: Int32
     ) -> None:
-        lane = cute.arch.lane_idx()
-        warp = cute.arch.warp_idx()
-        g, t = lane // 4, lane % 4
-        per_tile = 4 // self.row_warps
-        block, _, _ = cute.arch.block_idx()
-        band = (block % per_tile) * self.row_warps + warp % self.row_warps
-        first_k = warp // self.row_warps
-        row = (block // per_tile) * 128 + band * 8 + g
-
-        rows = Int32(x.shape[0])
-        group = row // (self.n // self.groups)
-        x_lane = x.iterator + (g * self.groups + group) * self.k + t * 32
-        present = Int32(g < rows)
-
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        row = (band // BANDS) * 128 + (band % BANDS) * 8 + lane // 4
+        count = (part.operand.steps - warp + self.warps - 1) // self.warps
+        for stage in range_constexpr(self.stages - 1):
+            if stage < count:
+                self._copy_weight(part, own, row, warp + stage * self.warps, slots, stage)
+        scale = Float32(1.0)
+        if cutlass.const_expr(part.operand.step_scales):
+            step = cutlass.min(warp + lane * self.warps, part.operand.steps - 1)
+            scale = part.operand.step_scale(own[1].iterator, row, step)
+        self._clear_x(slots)
+        group = row // (part.n // part.groups)
+        x_lane = x.iterator + ((lane // 4) * part.groups + group) * part.k
+        present = Int32(lane // 4 < Int32(x.shape[0]))
+        if cutlass.const_expr(self.pdl):
+            cute.arch.griddepcontrol_wait()
+        for stage in range_constexpr(self.stages - 1):
+            if stage < count:
+                self._copy_x(part, x_lane, present, warp + stage * self.warps, slots, stage)
+            ring.commit()
         acc = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
-        for batch in cutlass.range(self.batches, unroll=1):
-            loaded, acts, places = [], [], []
-            for u in range_constexpr(self.unroll):
-                step = (batch * self.unroll + u) * self.k_warps + first_k
-                live = present
-                if cutlass.const_expr(self.ragged):
-                    live = present * Int32(step < self.steps)
-                    step = cutlass.min(step, self.steps - 1)
-                per_slab = self.steps // self.slabs
-                slab, col = step // per_slab, (step % per_slab) * STEP
-                places.append((slab, col))
-                loaded.append(self.operand.load(codes.iterator, scales.iterator, row, slab, col, t))
-                words = []
-                for part in range_constexpr(4):
-                    words.extend(ptx.load_b128_if(live, x_lane + step * STEP + 8 * part))
-                acts.append(words)
-            for u in range_constexpr(self.unroll):
-                self._multiply(acc, loaded[u], acts[u], scales.iterator, row, places[u], t)
-        self._finish(acc, global_scales, out, rows, block, warp, lane)
-
-    @cute.jit
-    def _multiply(
-        self, acc: Any, words: Any, x: Any, scales: Any, row: Any, place: Any, t: Any
-    ) -> None:
-        """One step of 128 columns into the sums: two tiles of 16 rows, eight MMAs each."""
-        prepared = self.operand.prepare(words, t)
-        for tile in range_constexpr(2):
-            sums = tuple(acc[4 * tile + c] for c in range(4))
-            if cutlass.const_expr(self.operand.step_scales):
-                sums = tuple(Float32(0.0) for _ in range(4))
-            for mma in range_constexpr(MMAS):
-                a = self.operand.a(words, prepared, tile, mma)
-                sums = ptx.mma_bf16(sums, a, self.operand.b(x, mma))
-            for c in range_constexpr(4):
-                if cutlass.const_expr(self.operand.step_scales):
-                    scale = self.operand.step_scale(scales, row, place[0], place[1])
-                    acc[4 * tile + c] += sums[c] * scale
-                else:
-                    acc[4 * tile + c] = sums[c]
-
-    @cute.jit
-    def _finish(
-        self, acc: Any, global_scales: Any, out: Any, rows: Any, block: Any, warp: Any, lane: Any
-    ) -> None:
-        """Sum over the warps along K, in their order, and write."""
-        smem = cutlass.memory.SmemAllocator()
-        shape = (256, self.row_warps, self.k_warps)
-        sums = smem.allocate_tensor(Float32, cute.make_layout(shape), 16)
-        band, part = warp % self.row_warps, warp // self.row_warps
+        stage = Int32(0)
+        for turn in cutlass.range(count, unroll=1):
+            ring.wait(self.stages - 2)
+            self._multiply(part, acc, slots + stage * self.stage_bytes, scale, turn)
+            ahead = turn + self.stages - 1
+            if ahead < count:
+                free = stage - 1 if stage > 0 else stage + self.stages - 1
+                self._copy_weight(part, own, row, warp + ahead * self.warps, slots, free)
+                self._copy_x(part, x_lane, present, warp + ahead * self.warps, slots, free)
+            ring.commit()
+            stage = stage + 1 if stage < self.stages - 1 else 0
         for c in range_constexpr(8):
-            sums[c * 32 + lane, band, part] = acc[c]
+            sums[c * 32 + lane, warp] = acc[c]
+        self._finish(part, own, y, sums, band, Int32(x.shape[0]))
+
+    @cute.jit
+    def _copy_weight(
+        self, part: Any, own: Any, row: Int32, step: Int32, slots: Int32, stage: Int32
+    ) -> None:
+        scales = own[1].iterator if len(own) > 1 else None
+        slot = slots + stage * self.stage_bytes + X_PIECES * ring.PIECE_BYTES
+        t = cute.arch.lane_idx() % 4
+        for address in part.operand.addresses(own[0].iterator, scales, row, step, t):
+            ring.copy_weights(slot, address)
+            slot += ring.PIECE_BYTES
+
+    @cute.jit
+    def _copy_x(
+        self, part: Any, x_lane: Any, present: Int32, step: Int32, slots: Int32, stage: Int32
+    ) -> None:
+        slot, t = slots + stage * self.stage_bytes, cute.arch.lane_idx() % 4
+        for piece in range_constexpr(X_PIECES):
+            address = x_lane + step * STEP + part.operand.x_column(piece, t)
+            ring.copy_shared(slot + piece * ring.PIECE_BYTES, address, present)
+
+    @cute.jit
+    def _clear_x(self, slots: Int32) -> None:
+        """Rows of `x` that are not there stay zero."""
+        for stage in range_constexpr(self.stages):
+            for piece in range_constexpr(X_PIECES):
+                ring.clear(slots + stage * self.stage_bytes + piece * ring.PIECE_BYTES)
+
+    @cute.jit
+    def _multiply(self, part: Any, acc: Any, slot: Int32, scale: Float32, turn: Int32) -> None:
+        """128 columns into the sums: two tiles of 16 rows, eight MMAs each."""
+        x, words = [], []
+        for piece in range_constexpr(X_PIECES):
+            x.extend(ring.read(slot + piece * ring.PIECE_BYTES))
+        for piece in range_constexpr(part.operand.pieces):
+            words.extend(ring.read(slot + (X_PIECES + piece) * ring.PIECE_BYTES))
+        prepared = part.operand.prepare(words, cute.arch.lane_idx() % 4)
+        chained = not part.operand.step_scales
+        for half in range_constexpr(2):
+            sums = tuple(acc[4 * half + c] if chained else Float32(0.0) for c in range(4))
+            for mma in range_constexpr(MMAS):
+                a = part.operand.a(words, prepared, half, mma)
+                sums = ptx.mma_bf16(sums, a, part.operand.b(x, mma))
+            for c in range_constexpr(4):
+                if cutlass.const_expr(chained):
+                    acc[4 * half + c] = sums[c]
+                else:
+                    acc[4 * half + c] += sums[c] * cute.arch.shuffle_sync(scale, turn)
+
+    @cute.jit
+    def _finish(self, part: Any, own: Any, y: Any, sums: Any, band: Int32, rows: Int32) -> None:
+        """Sum over the warps, in their order, and write."""
+        thread, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()
-        threads = 32 * self.row_warps * self.k_warps
-        thread = warp * 32 + lane
-        for turn in range_constexpr(-(-256 * self.row_warps // threads)):
-            item = turn * threads + thread
-            if item < 256 * self.row_warps:
-                # Neighbouring threads write neighbouring rows.
-                g, c2, col, own = item % 8, (item // 8) % 4, (item // 32) % 8, item // 256
-                source = ((c2 // 2) * 4 + (c2 % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
+        for turn in range_constexpr(-(-SUMS // (32 * self.warps))):
+            item = turn * 32 * self.warps + thread
+            if item < SUMS:
+                # Neighbouring threads write neighbouring rows of the weight.
+                g, quarter, col = item % 8, (item // 8) % 4, item // 32
+                source = ((quarter // 2) * 4 + (quarter % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
                 total = Float32(0.0)
-                for part_index in range_constexpr(self.k_warps):
-                    total += sums[source, own, part_index]
-                per_tile = 4 // self.row_warps
-                row = (block // per_tile) * 128 + (block % per_tile) * self.row_warps * 8
-                row += own * 8 + g + 32 * c2
-                if (col < rows) & (row < self.n):
-                    value = total * Float32(self.operand.factor) * global_scales[0]
-                    out[col, row] = value.to(self.out_dtype)
+                for warp in range_constexpr(self.warps):
+                    total += sums[source, warp]
+                row = (band // BANDS) * 128 + (band % BANDS) * 8 + g + 32 * quarter
+                if (col < rows) & (row < part.n):
+                    if cutlass.const_expr(part.kind == "nvfp4"):
+                        total *= Float32(part.operand.factor) * own[2][0]
+                    y[col, row] = total.to(self.out_dtype)

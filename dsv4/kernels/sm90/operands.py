@@ -2,14 +2,17 @@
 
 A warp works on 32 rows at a time, `r + 32 i` for `i` in 0..3 and eight neighbouring `r`: the four
 rows of a lane are the ones that share a 16-byte run of a scale tile (32x4x4). Lane `4g + t` reads
-row `g` of the eight, and of a step of 128 columns the 32 that begin at `32 t`. Which of them meets
-which column of the MMA does not matter as long as `b` pairs the activations alike.
+row `g` of the eight, and 32 of a step's 128 columns, by pieces of 16 bytes: the four lanes of a row
+read 64 bytes that lie together, so that no sector is fetched twice. Which column meets which of the
+MMA's does not matter as long as the activations are read and paired alike (`x_column`, `b`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import cutlass
 from cutlass import Float32, Int32, Uint32
 
 from dsv4.kernels.sm90 import ptx
@@ -22,32 +25,82 @@ ROW_STRIDE = 32
 _SIGNS = 0x80008000
 
 
-class Nvfp4Operand:
+class Operand:
+    """A weight `[rows, cols]` in `slabs` along its columns.
+
+    pieces: of 16 bytes that a lane reads for a step. factor: what the sums are multiplied by.
+    step_scales: whether a step's sums have a scale of their own, read by `step_scale`.
+    """
+
+    pieces: int
+    factor = 1.0
+    step_scales = False
+
+    def __init__(self, rows: int, cols: int, slabs: int) -> None:
+        self.rows, self.cols, self.slabs = rows, cols, slabs
+        self.slab_cols = cols // slabs
+        self.steps = cols // STEP
+
+    def place(self, step: Int32) -> tuple[Int32, Int32]:
+        """-> (slab, first column in it) of a step; slabs are whole steps."""
+        per_slab = self.slab_cols // STEP
+        return step // per_slab, (step % per_slab) * STEP
+
+    def row(self, row: Int32, i: int) -> Int32:
+        """Row `i` of the lane's four; the last row again where a tile of 128 is not full."""
+        at = row + ROW_STRIDE * i
+        return at if self.rows % 128 == 0 else cutlass.min(at, self.rows - 1)
+
+    def addresses(
+        self, codes: Any, scales: Any, row: Int32, step: Int32, t: Int32
+    ) -> Iterator[Any]:
+        """Pointers to the pieces of a step, in the order in which `a` and `prepare` know them."""
+        raise NotImplementedError
+
+    def x_column(self, piece: int, t: Int32) -> Int32:
+        """Of a step's columns, the first of the eight that a lane's piece of activations holds."""
+        raise NotImplementedError
+
+    def prepare(self, words: Any, t: Int32) -> Any:
+        """What several MMAs of a step share, from the words of its pieces."""
+        return None
+
+    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> tuple[Any, ...]:
+        """The lane's part of MMA `mma`, for the two rows of `tile`."""
+        raise NotImplementedError
+
+    def b(self, x: Any, mma: int) -> tuple[Any, Any]:
+        """Activations for the same columns: x is the lane's 32, two in a word."""
+        raise NotImplementedError
+
+    def step_scale(self, scales: Any, row: Int32, step: Int32) -> Float32:
+        """The scale of a step's tile."""
+        raise NotImplementedError
+
+
+class Nvfp4Operand(Operand):
     """E2M1 codes with a tiled E4M3 scale per 16 columns, multiplied in bfloat16: exact.
 
     `value * scale` has at most 6 significant bits. Codes are moved into bfloat16's fields as they
     are, which scales them by 2^-126; scales are held as `scale * 2^118`.
     """
 
-    factor = 2.0**8  # what undoes both
-    step_scales = False
+    pieces = 5
+    factor = 2.0**8
 
-    def __init__(self, rows: int, cols: int, slabs: int) -> None:
-        self.rows, self.cols, self.slabs = rows, cols, slabs
-        self.slab_cols = cols // slabs
-        self.words = 5 * 4
-
-    def load(self, codes: Any, scales: Any, row: Int32, slab: Int32, col: Int32, t: Int32) -> Any:
-        """16 words of codes (4 rows of 4), then the 4 words of scales of those rows."""
+    def addresses(
+        self, codes: Any, scales: Any, row: Int32, step: Int32, t: Int32
+    ) -> Iterator[Any]:
+        slab, col = self.place(step)
         half = self.slab_cols // 2
-        words = []
         for i in range(ROWS_PER_LANE):
-            offset = (slab * self.rows + row + ROW_STRIDE * i) * half + col // 2 + t * 16
-            words.extend(ptx.load_b128_weights(codes + offset))
+            yield codes + (slab * self.rows + self.row(row, i)) * half + col // 2 + t * 16
         tiles = self.slab_cols // 64
         tile = (slab * (-(-self.rows // 128)) + row // 128) * tiles + col // 64 + t // 2
-        words.extend(ptx.load_b128_weights(scales + tile * 512 + (row % 32) * 16))
-        return words
+        yield scales + tile * 512 + (row % 32) * 16
+
+    def x_column(self, piece: int, t: Int32) -> Int32:
+        return t * 32 + piece * 8
 
     def prepare(self, words: Any, t: Int32) -> Any:
         """-> per row, the two block scales of the lane's columns, each twice in a word."""
@@ -62,18 +115,16 @@ class Nvfp4Operand:
             )
         return scales
 
-    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> Any:
-        """The lane's part of MMA `mma` of its step, for the two rows of `tile`."""
+    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> tuple[Any, ...]:
         low, high = [], []
-        for i in range(2):
-            row = 2 * tile + i
+        for row in (2 * tile, 2 * tile + 1):
             word, scale = words[4 * row + mma // 2], prepared[row][mma // 4]
             low.append(ptx.mul_bf16x2(_e2m1_pair(word, 2 * (mma % 2)), scale))
             high.append(ptx.mul_bf16x2(_e2m1_pair(word, 2 * (mma % 2) + 1), scale))
-        return low[0], low[1], high[0], high[1]
+        return (*low, *high)
 
-    def b(self, x: Any, mma: int) -> Any:
-        """Activations in the order of `a`: columns i and i + 4 of eight go together."""
+    def b(self, x: Any, mma: int) -> tuple[Any, Any]:
+        """Columns i and i + 4 of eight go together."""
         first, second = x[4 * (mma // 2) + mma % 2], x[4 * (mma // 2) + 2 + mma % 2]
         return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
 
@@ -85,43 +136,34 @@ def _e2m1_pair(word: Uint32, i: int) -> Uint32:
     return (signs & Uint32(_SIGNS)) | (magnitudes & Uint32(0x01C001C0))
 
 
-class Fp8Operand:
-    """E4M3 codes with one scale per 128x128 tile, applied to a step's sums: exact products."""
+class Fp8Operand(Operand):
+    """E4M3 codes with one E8M0 scale per 128x128 tile, applied to a step's sums: exact products."""
 
-    factor = 1.0
+    pieces = 8
     step_scales = True
 
-    def __init__(self, rows: int, cols: int, slabs: int) -> None:
-        self.rows, self.cols, self.slabs = rows, cols, slabs
-        self.slab_cols = cols // slabs
-        self.words = 8 * 4
-
-    def load(self, codes: Any, scales: Any, row: Int32, slab: Int32, col: Int32, t: Int32) -> Any:
-        """8 words of codes for each of 4 rows."""
-        words = []
+    def addresses(
+        self, codes: Any, scales: Any, row: Int32, step: Int32, t: Int32
+    ) -> Iterator[Any]:
+        slab, col = self.place(step)
         for i in range(ROWS_PER_LANE):
-            offset = (slab * self.rows + row + ROW_STRIDE * i) * self.slab_cols + col + t * 32
-            words.extend(ptx.load_b128_weights(codes + offset))
-            words.extend(ptx.load_b128_weights(codes + offset + 16))
-        return words
+            at = (slab * self.rows + self.row(row, i)) * self.slab_cols + col + t * 16
+            yield codes + at
+            yield codes + at + 64
 
-    def prepare(self, words: Any, t: Int32) -> Any:
-        return None
+    def x_column(self, piece: int, t: Int32) -> Int32:
+        return (piece // 2) * 64 + t * 16 + (piece % 2) * 8
 
-    def step_scale(self, scales: Any, row: Int32, slab: Int32, col: Int32) -> Float32:
-        """The E8M0 scale of the tile that a step lies in."""
-        at = (row // 128) * (-(-self.cols // 128)) + (slab * self.slab_cols + col) // 128
-        return ptx.e8m0_to_f32(Uint32((scales + at).load()))
+    def step_scale(self, scales: Any, row: Int32, step: Int32) -> Float32:
+        code = (scales + (row // 128) * self.steps + step).load()
+        return ptx.e8m0_to_f32(Uint32(code))
 
-    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> Any:
-        low, high = [], []
-        for i in range(2):
-            word = words[8 * (2 * tile + i) + mma]
-            low.append(_e4m3_pair(word, 0))
-            high.append(_e4m3_pair(word, 1))
-        return low[0], low[1], high[0], high[1]
+    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> tuple[Any, ...]:
+        rows = [words[8 * row + mma] for row in (2 * tile, 2 * tile + 1)]
+        return (*(_e4m3_pair(word, 0) for word in rows), *(_e4m3_pair(word, 1) for word in rows))
 
-    def b(self, x: Any, mma: int) -> Any:
+    def b(self, x: Any, mma: int) -> tuple[Any, Any]:
+        """Columns i and i + 2 of four go together."""
         first, second = x[2 * mma], x[2 * mma + 1]
         return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
 
@@ -134,34 +176,32 @@ def _e4m3_pair(word: Uint32, i: int) -> Uint32:
     return ptx.mul_bf16x2(pair, Uint32(0x7B807B80))  # 2^120
 
 
-class Bf16Operand:
+class Bf16Operand(Operand):
     """Plain bfloat16."""
 
-    factor = 1.0
-    step_scales = False
+    pieces = 16
 
-    def __init__(self, rows: int, cols: int, slabs: int) -> None:
-        self.rows, self.cols, self.slabs = rows, cols, slabs
-        self.slab_cols = cols // slabs
-        self.words = 16 * 4
-
-    def load(self, codes: Any, scales: Any, row: Int32, slab: Int32, col: Int32, t: Int32) -> Any:
-        words = []
+    def addresses(
+        self, codes: Any, scales: Any, row: Int32, step: Int32, t: Int32
+    ) -> Iterator[Any]:
         for i in range(ROWS_PER_LANE):
-            offset = (row + ROW_STRIDE * i) * self.cols + col + t * 32
+            at = codes + self.row(row, i) * self.cols + step * STEP + t * 8
             for part in range(4):
-                words.extend(ptx.load_b128_weights(codes + offset + 8 * part))
-        return words
+                yield at + 32 * part
 
-    def prepare(self, words: Any, t: Int32) -> Any:
-        return None
+    def x_column(self, piece: int, t: Int32) -> Int32:
+        return piece * 32 + t * 8
 
-    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> Any:
+    def a(self, words: Any, prepared: Any, tile: int, mma: int) -> tuple[Any, ...]:
         first, second = 16 * 2 * tile + 2 * mma, 16 * (2 * tile + 1) + 2 * mma
         return words[first], words[second], words[first + 1], words[second + 1]
 
-    def b(self, x: Any, mma: int) -> Any:
+    def b(self, x: Any, mma: int) -> tuple[Any, Any]:
         return x[2 * mma], x[2 * mma + 1]
 
 
-OPERANDS: dict[str, Any] = {"nvfp4": Nvfp4Operand, "fp8": Fp8Operand, "bf16": Bf16Operand}
+OPERANDS: dict[str, type[Operand]] = {
+    "nvfp4": Nvfp4Operand,
+    "fp8": Fp8Operand,
+    "bf16": Bf16Operand,
+}

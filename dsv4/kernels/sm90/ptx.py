@@ -1,7 +1,7 @@
 """Instructions that the DSL has no name for, each one PTX instruction or a fixed few.
 
-Arithmetic is declared free of side effects, so that the compiler may schedule and merge it; loads
-and stores keep their order. Registers of packed pairs are `Uint32`, the lower half first.
+They are declared free of side effects, so that the compiler may schedule and merge them. Registers
+of packed pairs are `Uint32`, the lower half first.
 """
 
 from __future__ import annotations
@@ -12,11 +12,6 @@ from cutlass import Float32, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
-
-# What a value is multiplied by when its bits are moved into bfloat16's fields: the difference of
-# the exponent biases. E2M1 has bias 1, E4M3 bias 7, bfloat16 bias 127.
-E2M1_SHIFT = -126
-E4M3_SHIFT = -120
 
 
 def _asm(result: Any, text: str, constraints: str, args: list[Any], loc: Any, ip: Any) -> Any:
@@ -30,58 +25,6 @@ def _parts(packed: Any, kind: Any, count: int, loc: Any, ip: Any) -> tuple[Any, 
     return tuple(
         kind(llvm.extractvalue(kind.mlir_type, packed, [n], loc=loc, ip=ip)) for n in range(count)
     )
-
-
-@dsl_user_op
-def load_b128_weights(address: Any, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """16 bytes that are read once and by nobody else: not kept in L1. address: a pointer."""
-    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    packed = llvm.inline_asm(
-        struct,
-        [address.to_llvm_ptr(loc=loc, ip=ip)],
-        "ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,l",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-    return _parts(packed, Uint32, 4, loc, ip)
-
-
-@dsl_user_op
-def load_b128(address: Any, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """16 bytes through L1. address: a pointer."""
-    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    packed = llvm.inline_asm(
-        struct,
-        [address.to_llvm_ptr(loc=loc, ip=ip)],
-        "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
-        "=r,=r,=r,=r,l",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-    return _parts(packed, Uint32, 4, loc, ip)
-
-
-@dsl_user_op
-def load_b128_if(
-    condition: Any, address: Any, *, loc: Any = None, ip: Any = None
-) -> tuple[Uint32, ...]:
-    """16 bytes through L1, or zeros where `condition` (Int32) is 0 and nothing is read."""
-    struct = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-    packed = llvm.inline_asm(
-        struct,
-        [condition.ir_value(loc=loc, ip=ip), address.to_llvm_ptr(loc=loc, ip=ip)],
-        "{ .reg .pred p; setp.ne.s32 p, $4, 0; "
-        "mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; "
-        "@p ld.global.v4.u32 {$0, $1, $2, $3}, [$5]; }",
-        "=&r,=&r,=&r,=&r,r,l",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
-    return _parts(packed, Uint32, 4, loc, ip)
 
 
 @dsl_user_op

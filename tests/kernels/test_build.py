@@ -1,0 +1,118 @@
+"""Ahead-of-time builds: made without a GPU, kept while nothing changed, refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dsv4.cli import cli
+from dsv4.formats.errors import KernelError
+from dsv4.formats.releases import FLASH
+from dsv4.kernels import compiled, library
+from dsv4.kernels.build import Built, build
+from dsv4.kernels.library import Library
+from dsv4.kernels.operations import cases
+from dsv4.kernels.operations.gemv import Weight, gemv
+
+SMALL = gemv([Weight("fp8", 128, 256)])
+OTHER = gemv([Weight("bf16", 128, 256)])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("kernels")
+    done = build([SMALL, SMALL], ["sm_90a", "sm_100a"], out, workers=1)
+    assert [(one.name, one.arch, one.fresh) for one in done] == [
+        (SMALL.name, "sm_90a", True),
+        (SMALL.name, "sm_100a", True),
+    ]
+    return out
+
+
+def test_a_build_is_kept_while_nothing_changed(built: Path) -> None:
+    told: list[Built] = []
+    build([SMALL], ["sm_90a"], built, workers=1, progress=told.append)
+    assert [one.fresh for one in told] == [False]
+
+
+def test_further_kernels_join_what_is_there(built: Path) -> None:
+    done = build([OTHER], ["sm_90a"], built, workers=1)
+    assert [one.fresh for one in done] == [True]
+    index = json.loads((built / "sm_90a" / "kernels.json").read_text())
+    assert set(index["kernels"]) == {SMALL.name, OTHER.name}
+    assert index["compiler"].startswith("nvidia-cutlass-dsl ")
+
+
+def test_kernels_load_without_compiler_or_gpu(built: Path) -> None:
+    function = Library(built, "sm_90a").function(SMALL)
+    x = torch.zeros(1, 1, 256, dtype=torch.bfloat16)
+    operands = torch.zeros(1, 128, 256, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="device_type=cuda"):
+        function(x, operands, (torch.zeros(1, 128),))
+
+
+def test_what_is_missing_is_refused_by_name(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match=f"no kernels for sm_90a.*dsv4 kernels build.*{tmp_path}"):
+        Library(tmp_path, "sm_90a")
+    absent = gemv([Weight("fp8", 256, 256)])
+    with pytest.raises(KernelError, match=f"{absent.name} is not built for sm_90a"):
+        Library(built, "sm_90a").function(absent)
+
+
+def test_other_source_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "source_digest", lambda kernel: "0" * 64)
+    with pytest.raises(KernelError, match="built from other source"):
+        Library(built, "sm_90a").function(SMALL)
+
+
+def test_altered_machine_code_is_refused(tmp_path: Path) -> None:
+    build([SMALL], ["sm_90a"], tmp_path, workers=1)
+    file = tmp_path / "sm_90a" / f"{SMALL.name}.so"
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(KernelError, match="is not what the build wrote"):
+        Library(tmp_path, "sm_90a").function(SMALL)
+
+
+def test_a_key_follows_source_shapes_and_architecture() -> None:
+    key = SMALL.key("sm_90a", "compiler 1")
+    assert key == SMALL.key("sm_90a", "compiler 1")
+    assert len({key, SMALL.key("sm_100a", "compiler 1"), SMALL.key("sm_90a", "compiler 2")}) == 3
+    assert key != OTHER.key("sm_90a", "compiler 1")
+    assert {"dsv4.kernels.sm90.gemv", "dsv4.kernels.sm90.ptx"} <= compiled._reachable(
+        "dsv4.kernels.sm90.gemv"
+    )
+
+
+def test_names_are_unique_and_short() -> None:
+    kernels = {k for case in cases(FLASH, "flash", (1, 8)) for k in case.kernels}
+    names = {one.name for one in kernels}
+    assert len(names) == len(kernels)
+    assert max(map(len, names)) <= compiled.NAME_LENGTH + 9
+
+
+def test_the_location_is_the_documented_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(library.LOCATION, str(tmp_path))
+    assert library.default_location() == tmp_path
+    monkeypatch.delenv(library.LOCATION)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.default_location() == tmp_path / "dsv4" / "kernels"
+
+
+def test_the_command_line_refuses_what_it_does_not_know() -> None:
+    done = CliRunner().invoke(cli, ["kernels", "build", "--arch", "sm_70"])
+    assert done.exit_code == 2
+    assert "'sm_70', expected some of sm_90a,sm_100a" in done.output
+
+
+def test_the_bench_needs_a_gpu() -> None:
+    done = CliRunner().invoke(cli, ["bench", "kernels"])
+    assert isinstance(done.exception, KernelError)
+    assert "CUDA device" in str(done.exception)

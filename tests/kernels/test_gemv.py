@@ -1,0 +1,91 @@
+"""Few-row products: the contract's reference, what the check catches, and the machine code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4
+from torchao.prototype.mx_formats.utils import from_blocked
+
+from dsv4.formats.releases import FLASH, PRO
+from dsv4.kernels.case import Case
+from dsv4.kernels.check import fault
+from dsv4.kernels.operations.gemv import Weight, case, cases, gemv, weights_of
+from tests.kernels.machine_code import machine_code
+
+NVFP4 = Weight("nvfp4", 256, 512, slabs=2)
+FP8 = Weight("fp8", 256, 512, slabs=2)
+GROUPED = Weight("fp8", 256, 256, groups=2)
+BF16 = Weight("bf16", 64, 256)
+
+
+def _buffers(one: Case) -> dict[str, Tensor]:
+    return one.make(torch.Generator().manual_seed(3))
+
+
+def _slabs(codes: Tensor) -> Tensor:
+    """[S, N, K/S] -> [N, K]."""
+    return torch.cat(list(codes), 1)
+
+
+def test_nvfp4_is_what_torchao_reads() -> None:
+    one = case([NVFP4], "test", "none", 3)
+    buffers = _buffers(one)
+    values = _slabs(f4_unpacked_to_f32(unpack_uint4(buffers["codes0"])))
+    scales = _slabs(
+        torch.stack([from_blocked(slab.flatten(), 256, 16) for slab in buffers["scales0"]])
+    ).view(torch.float8_e4m3fn)
+    weight = values * scales.to(torch.float32).repeat_interleave(16, 1) * buffers["global_scale0"]
+    product = buffers["x"][:, 0].to(torch.float64) @ weight.to(torch.float64).T
+    torch.testing.assert_close(one.expect(buffers)["y0"].value, product, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("weight", [FP8, GROUPED], ids=str)
+def test_fp8_is_what_torch_reads(weight: Weight) -> None:
+    one = case([weight], "test", "none", 3)
+    buffers = _buffers(one)
+    values = _slabs(buffers["codes0"].view(torch.float8_e4m3fn).to(torch.float64))
+    tiles = buffers["scales0"].view(torch.float8_e8m0fnu).to(torch.float64)
+    matrix = values * tiles.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    x = buffers["x"].to(torch.float64)
+    rows = weight.n // weight.groups
+    parts = [x[:, g] @ matrix[g * rows : (g + 1) * rows].T for g in range(weight.groups)]
+    torch.testing.assert_close(
+        one.expect(buffers)["y0"].value, torch.cat(parts, 1), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("weight", [NVFP4, FP8, GROUPED, BF16], ids=str)
+def test_the_bound_admits_float32_sums_and_nothing_coarser(weight: Weight) -> None:
+    one = case([weight], "test", "none", 8)
+    expected = one.expect(_buffers(one))["y0"]
+    assert fault("y0", expected.value.to(torch.float32), expected) is None
+    assert fault("y0", expected.value.to(torch.bfloat16), expected) is not None
+    altered = expected.value.to(torch.float32)
+    altered[7, 5] = torch.nan
+    assert "(7, 5)" in str(fault("y0", altered, expected))
+
+
+def test_cases_cover_every_dense_matrix_of_both_models() -> None:
+    for config in (FLASH, PRO):
+        weights = [weight for group in weights_of(config).values() for weight in group]
+        shapes = {(weight.n, weight.k) for weight in weights}
+        heads = config.num_attention_heads * config.head_dim
+        assert (config.vocab_size, config.hidden_size) in shapes
+        assert (heads, config.q_lora_rank) in shapes
+        assert (config.hidden_size, config.o_groups * config.o_lora_rank) in shapes
+    lm_head = next(iter(cases(FLASH, "flash", (1,))))
+    assert lm_head.nbytes == 129280 * 4096 * 9 // 16 + 4096 * 2 + 129280 * 4
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("shape", ["lm_head", "wo_b", "wq_a wkv CSA"])
+def test_machine_code(shape: str, arch: str) -> None:
+    code = machine_code(gemv(weights_of(FLASH)[shape]), arch)
+    assert f".target {arch}" in code.ptx
+    assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in code.ptx
+    assert "cp.async.cg.shared.global" in code.ptx
+    assert code.ptx.index("cp.async.cg") < code.ptx.index("griddepcontrol.wait")
+    assert code.spilled == 0
+    assert code.resources["REG"] <= 128  # two CTAs of 8 warps on a multiprocessor
