@@ -1,7 +1,8 @@
 """`y = x wᵀ` for more than 8 rows: a packed or plain weight against a chunk of a prompt.
 
 Reference: `dsv4.kernels.reference.linear`, like `gemv`, whose weights these are. A packed weight
-is multiplied in another order of columns, so the activations are arranged alike first.
+is multiplied in another order of columns, so the activations are arranged alike first, once for
+all weights that meet them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,24 @@ from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.operations import gemv
 from dsv4.kernels.operations.gemv import MAX_ROWS, Weight
 
-IMPLEMENTATION = "dsv4.kernels.sm90.gemm:Gemm"
+MODULE = "dsv4.kernels.sm90.prefill"
 ARCHITECTURES = ("sm_90a",)
-RAGGED = (9, 33, 127, 1000)
+RAGGED = (1, 8, 17, 300)
 
 
-def gemm(weight: Weight, rows: int, out: str = "bfloat16", **tuning: int) -> Kernel:
-    """The kernel for one weight, cut for about `rows` rows; right for any number.
+def gemm(weight: Weight, out: str = "bfloat16", tuning: Mapping[str, int] | None = None) -> Kernel:
+    """The kernel for one weight and any number of rows. out: "float32" or "bfloat16".
 
-    Arguments: x bfloat16 `[M, G, K]`, arranged unless the weight is plain; codes, scales;
-    global_scales float32 `[1]` (1 where the format has none); y `[M, N]`.
+    Arguments: x bfloat16 `[M, G, K]`, arranged unless the weight is plain; the weight's operands;
+    y `[M, N]`.
     """
     return kernel(
         "gemm",
-        IMPLEMENTATION,
-        {**weight._asdict(), "out": out, **(tuning or tuned(weight, rows))},
+        f"{MODULE}.gemm:Gemm",
+        {**weight._asdict(), "out": out, **(tuning or tuned(weight))},
         (
             Argument("x", torch.bfloat16, ("rows", weight.groups, weight.k)),
-            *weight.arguments(),
-            Argument("global_scales", torch.float32, (1,), align=4),
+            weight.operands(),
             Argument("y", getattr(torch, out), ("rows", weight.n), "out"),
         ),
         ARCHITECTURES,
@@ -46,7 +46,7 @@ def arrange(groups: int, k: int) -> Kernel:
     shape = ("rows", groups, k)
     return kernel(
         "arrange",
-        "dsv4.kernels.sm90.routing:Arrange",
+        f"{MODULE}.routing:Arrange",
         {"groups": groups, "k": k},
         (
             Argument("x", torch.bfloat16, shape),
@@ -55,84 +55,117 @@ def arrange(groups: int, k: int) -> Kernel:
     )
 
 
-def tuned(weight: Weight, rows: int) -> Mapping[str, int]:
-    """How the work is cut: measured on an H100."""
-    if weight.kind == "bf16":
-        return {"warpgroups": 2, "m_each": 1, "n_tile": 128, "runs": 2, "stages": 3}
-    return {"warpgroups": 2, "m_each": 1, "n_tile": 128, "runs": 2, "stages": 4}
+def tuned(weight: Weight) -> Mapping[str, int]:
+    """How the work is cut: rows of the weight and tokens of a tile, columns of a stage."""
+    warpgroups = 2 if weight.n % 128 == 0 else 1
+    return {"warpgroups": warpgroups, "m_each": 1, "n_tile": 128, "runs": 2, "stages": 4}
+
+
+def weights_of(config: ModelConfig) -> dict[str, Weight]:
+    """Every shape and format of a layer's dense products, and the shared expert in NVFP4."""
+    found = {
+        weight
+        for launch, weights in gemv.weights_of(config).items()
+        for weight in weights
+        if launch != "lm_head"
+    }
+    hidden, inter = config.hidden_size, config.moe_intermediate_size
+    found |= {Weight("nvfp4", inter, hidden), Weight("nvfp4", hidden, inter, slabs=8)}
+    return {_name(weight): weight for weight in sorted(found)}
+
+
+def _name(weight: Weight) -> str:
+    slabs = f" {weight.slabs} slabs" if weight.slabs > 1 else ""
+    groups = f" {weight.groups} groups" if weight.groups > 1 else ""
+    return f"{weight.kind} {weight.n}x{weight.k}{slabs}{groups}"
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:
     """Every matrix of a model but the head, for each number of rows above 8."""
-    for shape, weight in gemv.weights_of(config).items():
+    for shape, weight in weights_of(config).items():
         for count in rows:
-            if shape != "lm_head" and count > MAX_ROWS:
+            if count > MAX_ROWS:
                 yield case(weight, shape, model, count)
 
 
 def checks(config: ModelConfig, model: str) -> Iterator[Case]:
-    """Ragged numbers of rows, both outputs, and a slabbed NVFP4 weight."""
-    weights = gemv.weights_of(config)
-    for count in RAGGED:
-        for shape in ("wq_a", "wo_a", "wo_b", "compressor wkv"):
-            yield case(weights[shape], shape, model, count)
-        hidden, inter = config.hidden_size, config.moe_intermediate_size
-        yield case(Weight("nvfp4", hidden, inter, slabs=8), "nvfp4 w2", model, count, "float32")
-        yield case(Weight("nvfp4", inter, hidden), "nvfp4 w1", model, count)
-
-
-def launches(weight: Weight, rows: int, out: str = "bfloat16", **tuning: int) -> tuple[Launch, ...]:
-    """Arrange where that is needed, then multiply; buffers x, arranged, codes, …, y."""
-    product = gemm(weight, rows, out, **tuning)
-    if weight.kind == "bf16":
-        return (Launch(product),)
-    arranged = Launch(arrange(weight.groups, weight.k))
-    return arranged, Launch(product, {"x": "arranged"})
+    """Ragged numbers of rows, both outputs, scales of all sizes, zeros of both signs."""
+    for shape, weight in weights_of(config).items():
+        for count, out in zip(RAGGED, ("bfloat16", "float32") * 2, strict=True):
+            yield case(weight, shape, model, count, out)
+        yield case(weight, f"{shape} hard", model, 130, "float32", hard=True)
 
 
 def case(
-    weight: Weight, shape: str, model: str, rows: int, out: str = "bfloat16", **tuning: int
+    weight: Weight,
+    shape: str,
+    model: str,
+    rows: int,
+    out: str = "bfloat16",
+    *,
+    hard: bool = False,
+    tuning: Mapping[str, int] | None = None,
 ) -> Case:
-    """One weight against `rows` rows."""
+    """One weight against `rows` rows. hard: extreme scales, zeros."""
 
     def make(rng: torch.Generator) -> Buffers:
         x = torch.randn(rows, weight.groups, weight.k, generator=rng, device=rng.device)
-        x = x.to(torch.bfloat16)
-        scale = 2.0**-9 if weight.kind == "nvfp4" else 1.0
-        return {
-            "x": x,
-            "arranged": torch.empty_like(x),
-            **gemv.random_weight(weight, rng),
-            "global_scales": torch.full((1,), scale, device=rng.device),
-            "y": torch.empty(rows, weight.n, device=rng.device, dtype=getattr(torch, out)),
-        }
+        buffers = {"x": x.to(torch.bfloat16), **gemv.random_weight(weight, "", rng)}
+        if hard:
+            harden(weight, buffers, rng)
+        if weight.kind != "bf16":
+            buffers["arranged"] = torch.empty_like(buffers["x"])
+        y = torch.empty(rows, weight.n, device=rng.device, dtype=getattr(torch, out))
+        return buffers | {"y": y}
 
+    product = gemm(weight, out, tuning)
+    plain = weight.kind == "bf16"
+    packed = (Launch(arrange(weight.groups, weight.k)), Launch(product, {"x": "arranged"}))
     size = 4 if out == "float32" else 2
     return Case(
         "gemm",
         shape,
         model,
         rows,
-        launches(weight, rows, out, **tuning),
+        (Launch(product),) if plain else packed,
         weight.nbytes + rows * (weight.groups * weight.k * 2 + weight.n * size),
         make,
         lambda buffers: {"y": expected(weight, buffers)},
-        cold=("codes", "scales"),
+        cold=tuple(one.name for one in weight.operands()[:2]),
         flops=2 * rows * weight.n * weight.k,
-        note="" if weight.kind == "bf16" else "arranging x included",
+        note="" if plain else "arranging x included",
     )
+
+
+def harden(weight: Weight, buffers: Buffers, rng: torch.Generator) -> None:
+    """Scales of all sizes whose products float32 can hold; some columns and a token of zeros."""
+    x = buffers["x"]
+    x[:, :, ::7] = 0.0
+    x[:, :, ::14] *= -1.0
+    x[-1] = -0.0
+    if weight.kind == "fp8":
+        shape = buffers["scales"].shape
+        scales = torch.randint(0, 220, shape, generator=rng, device=rng.device, dtype=torch.uint8)
+        scales[0] %= 24  # tiny numbers among themselves
+        buffers["scales"] = scales
+    elif weight.kind == "nvfp4":
+        buffers["scales"][..., ::3] = 0x7E  # 448
+        buffers["scales"][..., 1::3] &= 0x01  # 2^-9 or 0
+        buffers["global_scale"].fill_(2.0**100)
 
 
 def expected(weight: Weight, buffers: Buffers) -> Expected:
     """The correctly rounded product, and how far the kernel's may be from it.
 
-    As for `gemv`: a chain of K/16 products in float32. A bfloat16 result is rounded once more, by
-    half a unit of 8 bits: 2^-8 of its magnitude. FP8 values below 2^-126 lose at most 2^-134 each.
+    As for `gemv`: a chain of K/16 products in float32. FP8 values below 2^-126 lose at most 2^-134
+    each when they become bfloat16. A bfloat16 result is rounded once more, by half a unit of 8
+    bits: 2^-8 of its magnitude, or 2^-134 where it is subnormal.
     """
-    value, tolerance = gemv.expected(weight, buffers)
+    value, tolerance = gemv.expected(weight, buffers, "")
     if weight.kind == "fp8":
         lost = buffers["x"].to(torch.float64).abs().sum(-1) * 2.0**-134
         tolerance = tolerance + lost.repeat_interleave(weight.n // weight.groups, 1)
+    tolerance = tolerance + weight.k * 2.0**-148  # subnormal sums
     if buffers["y"].dtype is torch.bfloat16:
-        tolerance = tolerance + (value.abs() + tolerance) * 2.0**-8
+        tolerance = tolerance + (value.abs() + tolerance) * 2.0**-8 + 2.0**-134
     return Expected(value, tolerance)

@@ -1,8 +1,8 @@
 """The pipeline of a product of a weight with many tokens: who copies, who multiplies, and when.
 
-A CTA is one warpgroup of producers and a few of consumers. Producers fill a ring of stages with
-`cp.async`: rows of the weight and `n_tile` tokens, some runs of 64 columns each. A consumer
-warpgroup owns `64 m_each` rows. It turns them into bfloat16 in registers while its previous
+A CTA is one warpgroup of producers and a few of consumers. Producers fill a ring of stages, rows
+of the weight and `n_tile` tokens, some runs of 64 columns each; it goes on from one tile to the
+next. A consumer warpgroup owns `64 m_each` rows. It turns them into bfloat16 in registers while its previous
 product runs: the weight is the A operand, the tokens are the N side, so that every weight is
 unpacked once for up to 256 tokens. A token's sums never meet another token's.
 """
@@ -15,9 +15,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
-from dsv4.kernels.sm90 import shared, wgmma
-from dsv4.kernels.sm90.fragments import FRAGMENTS, RUN
-from dsv4.kernels.sm90.tiles import Tile, copy_tile
+from dsv4.kernels.sm90.prefill import shared, wgmma
+from dsv4.kernels.sm90.prefill.fragments import FRAGMENTS, RUN
+from dsv4.kernels.sm90.prefill.tiles import Tile, copy_tile
 
 WARPGROUP = 128
 PRODUCERS = 128  # threads; those of the first warp alone drive the copy unit
@@ -30,8 +30,8 @@ STAGING_BYTES = STAGING_TOKENS * 128  # of one warpgroup
 class Mainloop:
     """One weight shape and one cut of the work.
 
-    warpgroups: of `64 m_each` rows. n_tile: tokens. runs: of 64 columns in a stage.
-    gathers: tokens are copied one by one, by all producers, from anywhere.
+    warpgroups: of `64 m_each` rows. n_tile: tokens. runs: of 64 columns in a stage. unroll: stages
+    in the body of the loop. gathers: tokens are copied one by one, by all producers, from anywhere.
     """
 
     def __init__(
@@ -46,20 +46,19 @@ class Mainloop:
         n_tile: int,
         runs: int,
         stages: int,
+        unroll: int = 1,
         gathers: bool = False,
-        once: bool = False,
-        poll: bool = False,
     ) -> None:
         self.m_each, self.n_tile, self.runs = m_each, n_tile, runs
         self.rows = 64 * warpgroups * m_each
         self.sums = n_tile // 2  # float32 registers of 64 rows
         self.weight: Any = FRAGMENTS[kind](n, k, slabs, self.rows, runs)
         self.n, self.k, self.warpgroups = n, k, warpgroups
-        self.stages = stages
+        self.stages, self.unroll, self.gathers = stages, unroll, gathers
         self.steps = k // (runs * RUN)
         self.m_tiles = n // self.rows
-        if self.steps % stages:
-            raise ValueError(f"{k} columns are {self.steps} steps, not a multiple of {stages}")
+        if self.steps % unroll or runs * unroll * m_each < 2 or m_each > 2:
+            raise ValueError(f"{self.steps} steps, unrolled {unroll} x {runs} runs x {m_each}")
         self.token_bytes = n_tile * wgmma.TILE_ROW_BYTES  # of one run
         self.weight_bytes = -(-self.weight.stage_bytes // 1024) * 1024
         self.stage_bytes = self.weight_bytes + runs * self.token_bytes
@@ -69,8 +68,7 @@ class Mainloop:
         weight = self.weight
         self.codes = Tile(weight.box, weight.row_elements, runs, element, weight.swizzled)
         self.tokens = Tile(n_tile, RUN, runs, BFloat16, True)
-        self.gathers, self.once, self.poll = gathers, once, poll
-        producer, consumer = {2: (56, 224), 3: (56, 144), 4: (64, 104)}[warpgroups]
+        producer, consumer = {1: (56, 240), 2: (56, 224), 3: (56, 144), 4: (64, 104)}[warpgroups]
         self.producer_registers, self.consumer_registers = producer, consumer
 
     @cute.jit
@@ -96,15 +94,15 @@ class Mainloop:
     def produce(
         self, ring: Any, barriers: Any, weight: Any, at: Any, tokens: Any, done: Int32
     ) -> Int32:
-        """Copy one tile's stages. done: turns of the ring before; -> after.
+        """Copy one tile's stages. done: stages before; -> after.
 
         By the first warp, or by all producers when they gather. weight: (source of the codes,
         address of the scales); at: (matrix, its row). tokens: (source, first token, first run); or
         gathered, (address of the first column, offsets of the own_rows tokens `16 i + thread / 8`
         in 16 bytes, a bit for each that is there).
         """
+        stage, turn = done % self.stages, done // self.stages
         for step in cutlass.range(self.steps, unroll=1):
-            stage, turn = step % self.stages, done + step // self.stages
             full = barriers + stage
             cute.arch.mbarrier_wait(full + self.stages, (turn & 1) ^ 1)
             if cutlass.const_expr(self.gathers):
@@ -118,7 +116,12 @@ class Mainloop:
                 to = self.tokens.stages(ring, self.weight_bytes, self.stages, self.stage_bytes)
                 run += step * self.runs
                 copy_tile(source, to, stage, token, run, full, self.tokens.shape)
-        return done + self.steps // self.stages
+            stage, turn = self._following(stage, turn)
+        return done + self.steps
+
+    def _following(self, stage: Int32, turn: Int32) -> tuple[Int32, Int32]:
+        last = Int32(stage == self.stages - 1)
+        return (stage + 1) * (1 - last), turn + last
 
     @cute.jit
     def _copy_weight(
@@ -135,7 +138,7 @@ class Mainloop:
                 ring, box * self.codes.nbytes, self.stages, self.stage_bytes
             )
             row = place[0] + box * self.weight.box
-            copy_tile(source, to, stage, row, place[1], full, self.codes.shape, self.once)
+            copy_tile(source, to, stage, row, place[1], full, self.codes.shape)
         if cutlass.const_expr(self.weight.scale_bytes > 0):
             with cute.arch.elect_one():
                 base = ring.toint() + stage * self.stage_bytes
@@ -172,7 +175,7 @@ class Mainloop:
         """Multiply one tile's stages into `acc`, `[m_each][n_tile / 2]`, for its first n tokens.
 
         scales: address of the block scales and row the tile's first, where the format has them.
-        done: turns of the ring before.
+        done: stages before.
         """
         lane = cute.arch.lane_idx()
         first = self.first_row() + lane // 4
@@ -181,41 +184,35 @@ class Mainloop:
         acc.fill(0.0)
         row += self.first_row()
         following = self.weight.block_scale(scales, row, Int32(0))
-        for turn in cutlass.range(self.steps // self.stages, unroll=1):
-            for stage in range_constexpr(self.stages):
+        stage, turn, before = done % self.stages, done // self.stages, Int32(0)
+        for body in cutlass.range(self.steps // self.unroll, unroll=1):
+            for part in range_constexpr(self.unroll):
                 block_scale = following
                 if cutlass.const_expr(self.weight.block_scales):
-                    step = turn * self.stages + stage + 1
-                    following = self.weight.block_scale(
-                        scales, row, cutlass.min(step, self.steps - 1)
-                    )
-                self._await(barriers + stage, (done + turn) & 1)
+                    step = cutlass.min(body * self.unroll + part + 1, self.steps - 1)
+                    following = self.weight.block_scale(scales, row, step)
+                self._await(barriers + stage, turn & 1)
                 base = ring.toint() + stage * self.stage_bytes
                 for run in range_constexpr(self.runs):
                     for m in range_constexpr(self.m_each):
                         self._multiply(acc, base, run, m, places[m], block_scale, n)
                         if cutlass.const_expr(run + m == 0):
                             # All products but the last are done, so the stage before is free.
-                            before = (stage + self.stages - 1) % self.stages
-                            if ((turn > 0) | (stage > 0)) & (lane == 0):
+                            if ((body > 0) | (part > 0)) & (lane == 0):
                                 cute.arch.mbarrier_arrive(empty + before)
+                before = stage
+                stage, turn = self._following(stage, turn)
         for m in range_constexpr(self.m_each):
             sums = wgmma.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
             for i in range_constexpr(n // 2):
                 acc[m * self.sums + i] = sums[i]
         if lane == 0:
-            cute.arch.mbarrier_arrive(empty + self.stages - 1)
+            cute.arch.mbarrier_arrive(empty + before)
 
     @cute.jit
     def _await(self, full: Any, phase: Int32) -> None:
-        """A warpgroup waits for a stage."""
-        if cutlass.const_expr(self.poll):
-            group = cute.arch.warp_idx() // 4
-            if cute.arch.warp_idx() % 4 == 0:
-                cute.arch.mbarrier_wait(full, phase)
-            cute.arch.barrier(barrier_id=STAGING_BARRIER + group, number_of_threads=WARPGROUP)
-        else:
-            cute.arch.mbarrier_wait(full, phase)
+        """A warp waits for a stage."""
+        cute.arch.mbarrier_wait(full, phase)
         if cutlass.const_expr(self.gathers):  # by cp.async, to be read by wgmma
             cute.arch.fence_proxy("async.shared", space="cta")
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64
+from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-_EVICT_FIRST = 0x12F0000000000000  # as `createpolicy` makes it
 
 
 class Tile(NamedTuple):
@@ -78,12 +77,8 @@ def copy_tile(
     run: Int32,
     barrier: Any,
     shape: cutlass.Constexpr[tuple[int, int, int]],
-    once: cutlass.Constexpr[bool] = False,
 ) -> None:
-    """A warp begins to copy the tile at (row, run), which then counts at `barrier`.
-
-    once: nobody reads it again, so that the L2 cache had better keep something else.
-    """
+    """A warp begins to copy the tile at (row, run), which then counts at `barrier`."""
     atom, tensor = source
     tile = cute.local_tile(cute.domain_offset((row, 0, run), tensor), shape, (0, 0, 0))
     to, of = cpasync.tma_partition(
@@ -93,8 +88,4 @@ def copy_tile(
         cute.group_modes(target, 0, 3),
         cute.group_modes(tile, 0, 3),
     )
-    if cutlass.const_expr(once):
-        policy = Int64(_EVICT_FIRST)
-        cute.copy(atom, of, to[None, stage], tma_bar_ptr=barrier, cache_policy=policy)
-    else:
-        cute.copy(atom, of, to[None, stage], tma_bar_ptr=barrier)
+    cute.copy(atom, of, to[None, stage], tma_bar_ptr=barrier)

@@ -9,16 +9,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90.fragments import RUN
-from dsv4.kernels.sm90.mainloop import PRODUCERS, STAGING_BYTES, Mainloop
+from dsv4.kernels.sm90.prefill.fragments import RUN
+from dsv4.kernels.sm90.prefill.mainloop import PRODUCERS, STAGING_BYTES, Mainloop
 
 
 class Gemm(Mainloop):
     """One shape of weight, a persistent grid of `ctas`.
 
-    x: bfloat16 `[M, G, K]`, in runs of 64 columns as the weight's format has them (arrange.py);
-    codes, scales, global_scales: the operand as it lies in the store; out: float32 or bfloat16
-    `[M, N]`. With G > 1, rows `[g N/G, (g+1) N/G)` of the weight meet `x[:, g]`.
+    x: bfloat16 `[M, G, K]`, arranged if the weight's format asks for it (fragments.py); operands:
+    codes, scales (not for "bf16"), global scale (only "nvfp4"); out: float32 or bfloat16 `[M, N]`.
+    With G > 1, rows `[g N/G, (g+1) N/G)` of the weight meet `x[:, g]`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Gemm(Mainloop):
         n_tile: int = 256,
         runs: int = 1,
         stages: int = 4,
-        poll: int = 0,
+        unroll: int = 1,
         ctas: int = 132,
     ) -> None:
         super().__init__(
@@ -48,25 +48,19 @@ class Gemm(Mainloop):
             n_tile=n_tile,
             runs=runs,
             stages=stages,
-            poll=bool(poll),
+            unroll=unroll,
         )
         self.groups, self.rounded, self.ctas = groups, out == "bfloat16", ctas
         self.staging = warpgroups * STAGING_BYTES if self.rounded else 16
 
     @cute.jit
     def __call__(
-        self,
-        x: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
-        global_scales: cute.Tensor,
-        out: cute.Tensor,
-        stream: cuda.CUstream,
+        self, x: cute.Tensor, operands: Any, out: cute.Tensor, stream: cuda.CUstream
     ) -> None:
         rows = x.shape[0]
         tokens = self.tokens.source(x, rows, self.groups * self.k)
-        weight = self.codes.source(codes, self.weight.slabs * self.n, self.weight.pitch)
-        self.kernel(*tokens, *weight, scales, global_scales, out).launch(
+        weight = self.codes.source(operands[0], self.weight.slabs * self.n, self.weight.pitch)
+        self.kernel(*tokens, *weight, operands, out).launch(
             grid=[self.ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,
@@ -80,8 +74,7 @@ class Gemm(Mainloop):
         tokens: cute.Tensor,
         codes_atom: cute.CopyAtom,
         codes: cute.Tensor,
-        scales: cute.Tensor,
-        global_scales: cute.Tensor,
+        operands: Any,
         out: cute.Tensor,
     ) -> None:
         thread, _, _ = cute.arch.thread_idx()
@@ -90,11 +83,13 @@ class Gemm(Mainloop):
         tiles = (rows + self.n_tile - 1) // self.n_tile
         ring, barriers, staging = self.allocate(self.staging)
         cute.arch.sync_threads()
-        done = Int32(0)
+        done, scales = Int32(0), Int64(0)
+        if cutlass.const_expr(len(operands) > 1):
+            scales = operands[1].iterator.toint()
         if thread < PRODUCERS:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if thread < 32:
-                weight = ((codes_atom, codes), scales.iterator.toint())
+                weight = ((codes_atom, codes), scales)
                 for item in cutlass.range(block, tiles * self.m_tiles, self.ctas, unroll=1):
                     row, token = item // tiles * self.rows, item % tiles * self.n_tile
                     run = row // (self.n // self.groups) * (self.k // RUN)
@@ -103,13 +98,13 @@ class Gemm(Mainloop):
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             acc = cute.make_rmem_tensor(self.m_each * self.sums, Float32)
-            factor = global_scales[0] * Float32(self.weight.factor)
+            factor = Float32(self.weight.factor)
+            if cutlass.const_expr(len(operands) > 2):
+                factor *= operands[2][0]
             for item in cutlass.range(block, tiles * self.m_tiles, self.ctas, unroll=1):
                 row, token = item // tiles * self.rows, item % tiles * self.n_tile
-                self.consume(
-                    acc, ring, barriers, scales.iterator.toint(), row, done, self.n_tile
-                )
-                done += self.steps // self.stages
+                self.consume(acc, ring, barriers, scales, row, done, self.n_tile)
+                done += self.steps
                 if cutlass.const_expr(self.rounded):
                     self._write_bf16(acc, staging, factor, out, row, token, rows)
                 else:

@@ -15,9 +15,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import shared
-from dsv4.kernels.sm90.fragments import RUN
-from dsv4.kernels.sm90.mainloop import CONSUMERS_BARRIER, PRODUCERS, STAGING_BYTES, STAGING_TOKENS, WARPGROUP, Mainloop
+from dsv4.kernels.sm90.prefill import shared
+from dsv4.kernels.sm90.prefill.fragments import RUN
+from dsv4.kernels.sm90.prefill.mainloop import CONSUMERS_BARRIER, PRODUCERS, STAGING_BYTES, STAGING_TOKENS, WARPGROUP, Mainloop
 
 _LOG2_E = 1.4426950408889634
 
@@ -174,7 +174,7 @@ class ExpertsUp(ExpertGemm):
             for item in cutlass.range(block, items, self.ctas, unroll=1):
                 expert, m_tile, first, count = self.find(table, offsets, item)
                 self.consume_some(acc, ring, barriers, count, done)
-                done += self.steps // self.stages
+                done += self.steps
                 gate = global_scales[expert, 0] * Float32(self.weight.factor)
                 up = global_scales[expert, 1] * Float32(self.weight.factor)
                 for part in range_constexpr(self.n_tile // STAGING_TOKENS):
@@ -336,7 +336,7 @@ class ExpertsDown(ExpertGemm):
             for item in cutlass.range(block, items, self.ctas, unroll=1):
                 expert, m_tile, first, count = self.find(table, offsets, item)
                 self.consume_some(acc, ring, barriers, count, done)
-                done += self.steps // self.stages
+                done += self.steps
                 for i in range_constexpr(self.own_rows):
                     own = thread % WARPGROUP // 8 + 16 * i
                     here = Int32(own < count)

@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import shared
+from dsv4.kernels.sm90.prefill import shared
 
 ROUTE_THREADS = 1024
 THREADS = 256
