@@ -58,7 +58,8 @@ def arrange(groups: int, k: int) -> Kernel:
 def tuned(weight: Weight) -> Mapping[str, int]:
     """How the work is cut: rows of the weight and tokens of a tile, columns of a stage."""
     warpgroups = 2 if weight.n % 128 == 0 else 1
-    return {"warpgroups": warpgroups, "m_each": 1, "n_tile": 128, "runs": 2, "stages": 4}
+    stages = 3 if weight.kind == "bf16" else 4
+    return {"warpgroups": warpgroups, "m_each": 1, "n_tile": 128, "runs": 2, "stages": stages}
 
 
 def weights_of(config: ModelConfig) -> dict[str, Weight]:

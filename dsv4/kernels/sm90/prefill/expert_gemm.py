@@ -17,20 +17,30 @@ from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.sm90.prefill import shared
 from dsv4.kernels.sm90.prefill.fragments import RUN
-from dsv4.kernels.sm90.prefill.mainloop import CONSUMERS_BARRIER, PRODUCERS, STAGING_BYTES, STAGING_TOKENS, WARPGROUP, Mainloop
+from dsv4.kernels.sm90.prefill.mainloop import (
+    CONSUMERS_BARRIER,
+    PRODUCERS,
+    STAGING_BYTES,
+    STAGING_TOKENS,
+    WARPGROUP,
+    Mainloop,
+)
 
 _LOG2_E = 1.4426950408889634
 
 
 class ExpertGemm(Mainloop):
-    """What both products share: which tiles there are, and where."""
+    """What both products share: which tiles there are, and where.
+
+    narrow: how many products of fewer tokens there are for tiles that are not full.
+    """
 
     def __init__(
         self, experts: int, top_k: int, ctas: int, narrow: int, *shape: Any, **tuning: Any
     ) -> None:
         super().__init__("nvfp4", *shape, **tuning)
-        n = self.n_tile
-        self.widths = [w for w in (16, 32, 48, 56) if w < n][-narrow:] + [n] if narrow else [n]
+        narrower = [width for width in (16, 32, 48, 56) if width < self.n_tile]
+        self.widths = [*narrower[len(narrower) - narrow :], self.n_tile]
         self.experts, self.top_k, self.ctas = experts, top_k, ctas
         self.search = 1 << (experts - 1).bit_length()
 
@@ -77,9 +87,7 @@ class ExpertGemm(Mainloop):
         return expert, m_tile, first, cutlass.min(offsets[expert + 1] - first, self.n_tile)
 
     @cute.jit
-    def consume_some(
-        self, acc: Any, ring: Any, barriers: Any, count: Int32, done: Int32
-    ) -> None:
+    def consume_some(self, acc: Any, ring: Any, barriers: Any, count: Int32, done: Int32) -> None:
         """Multiply a tile of `count` tokens as the narrowest product that holds them."""
         for i in range_constexpr(len(self.widths)):
             narrower = self.widths[i - 1] if i else 0
@@ -90,9 +98,9 @@ class ExpertGemm(Mainloop):
 class ExpertsUp(ExpertGemm):
     """`h = silu(min(g, limit)) · clamp(u, -limit, limit) · weight`, g and u from w13.
 
-    x: bfloat16 `[T, D]`, arranged; entries: int32 `[T, k]`, the list: token times k plus choice;
-    offsets: int32 `[E + 1]`; weights: float32 `[T, k]`, in the list's order; codes, scales,
-    global_scales: w13; h: bfloat16 `[T, k, I]`, rows in the list's order, columns arranged.
+    x: bfloat16 `[T, D]`, arranged; entries: int32, the list: token times k plus choice; offsets:
+    int32 `[E + 1]`; weights: float32, in the list's order; codes, scales, global_scales: w13; h:
+    bfloat16 `[T k or more, I]`, rows in the list's order, columns arranged.
     """
 
     def __init__(
@@ -256,8 +264,8 @@ class ExpertsUp(ExpertGemm):
 class ExpertsDown(ExpertGemm):
     """`w2 h`, a row for each token and choice, rounded to bfloat16.
 
-    h: as `ExpertsUp` writes it; places: int32 `[T, k]`, where the list's rows belong; offsets:
-    int32 `[E + 1]`; codes, scales, global_scales: w2; partial: bfloat16 `[T, k, D]`.
+    h: as `ExpertsUp` writes it; places: int32, where the list's rows belong; offsets: int32
+    `[E + 1]`; codes, scales, global_scales: w2; partial: bfloat16 `[T k or more, D]`.
     """
 
     def __init__(
@@ -286,14 +294,11 @@ class ExpertsDown(ExpertGemm):
         partial: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
-        rows = h.shape[0] * self.top_k
-        tokens = self.tokens.source(h, rows, self.inter)
+        tokens = self.tokens.source(h, h.shape[0], self.inter)
         weight = self.codes.source(
             codes, self.experts * self.weight.slabs * self.n, self.weight.pitch
         )
-        self.kernel(
-            *tokens, places, offsets, *weight, scales, global_scales, partial
-        ).launch(
+        self.kernel(*tokens, places, offsets, *weight, scales, global_scales, partial).launch(
             grid=[self.ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,

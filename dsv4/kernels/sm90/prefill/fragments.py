@@ -1,11 +1,12 @@
 """A weight's way into a warpgroup product: global memory, a stage in shared memory, registers.
 
 A stage holds `rows` rows of the weight and a few runs of 64 columns, in boxes of up to 256 rows:
-`[box][run][row][bytes of 64 columns]`, then the scale tiles `[rows / 128][run][512]`. Of a run, lane `4g + t` takes
-the 16 columns from `16 t` of rows g and g + 8, and pairs columns i and i + 4 of eight in a register.
-So the product's 64 columns come in another order than the matrix's: `arranged_column` says which.
-Activations are arranged alike (arrange.py). A plain bfloat16 weight keeps its order: it goes from
-shared memory to the tensor cores as it is.
+`[box][run][row][bytes of 64 columns]`, then the scale tiles `[rows / 128][run][512]`.
+
+Of a run, lane `4g + t` takes the 16 columns from `16 t` of rows g and g + 8, and pairs columns i
+and i + 4 of eight in a register. So the product's 64 columns come in another order than the
+matrix's: `arranged_column` says which. Activations are arranged alike (routing.py). A plain
+bfloat16 weight keeps its order: it goes from shared memory to the tensor cores as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Fragments:
         self.code_bytes = runs * rows * self.row_bytes
         self.scale_bytes = 0
         if k % (slabs * runs * RUN) or n % rows:
-            raise ValueError(f"{n} x {k} in {slabs} slabs is not whole tiles of {rows} x {runs * RUN}")
+            raise ValueError(
+                f"{n} x {k} in {slabs} slabs is not whole tiles of {rows} x {runs * RUN}"
+            )
 
     @property
     def stage_bytes(self) -> int:

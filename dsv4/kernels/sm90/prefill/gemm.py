@@ -128,9 +128,7 @@ class Gemm(Mainloop):
             self.write_bf16(acc, m, own, factor, first, places)
 
     @cute.jit
-    def _write_f32(
-        self, acc: Any, factor: Any, out: Any, row: Any, token: Any, rows: Any
-    ) -> None:
+    def _write_f32(self, acc: Any, factor: Any, out: Any, row: Any, token: Any, rows: Any) -> None:
         lane = cute.arch.lane_idx()
         own_row = row + self.first_row() + lane // 4
         own_token = token + lane % 4 * 2

@@ -2,9 +2,9 @@
 
 A CTA is one warpgroup of producers and a few of consumers. Producers fill a ring of stages, rows
 of the weight and `n_tile` tokens, some runs of 64 columns each; it goes on from one tile to the
-next. A consumer warpgroup owns `64 m_each` rows. It turns them into bfloat16 in registers while its previous
-product runs: the weight is the A operand, the tokens are the N side, so that every weight is
-unpacked once for up to 256 tokens. A token's sums never meet another token's.
+next. A consumer warpgroup owns `64 m_each` rows. It turns them into bfloat16 in registers while its
+previous product runs: the weight is the A operand, the tokens are the N side, so that a weight is
+unpacked once for all tokens of a tile. A token's sums never meet another token's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ WARPGROUP = 128
 PRODUCERS = 128  # threads; those of the first warp alone drive the copy unit
 STAGING_BARRIER = 1  # named barriers 1… are the consumer warpgroups' own, 15 is theirs together
 CONSUMERS_BARRIER = 15
+SHARED_BYTES = 227 << 10  # of a CTA
+OTHER_BYTES = 4 << 10  # alignment, barriers, an expert's tiles
 STAGING_TOKENS = 32
 STAGING_BYTES = STAGING_TOKENS * 128  # of one warpgroup
 
@@ -74,6 +76,7 @@ class Mainloop:
     @cute.jit
     def allocate(self, staging_bytes: cutlass.Constexpr[int]) -> Any:
         """-> (the stages, full barriers, empty ones after them, address of the staging)."""
+        self._require_room(staging_bytes)
         smem = cutlass.memory.SmemAllocator()
         bytes_ = cute.make_layout(self.stages * self.stage_bytes)
         ring = smem.allocate_tensor(Uint8, bytes_, 1024)
@@ -89,6 +92,11 @@ class Mainloop:
                 )
             cute.arch.mbarrier_init_fence()
         return ring.iterator, barriers.iterator, staging.iterator.toint()
+
+    def _require_room(self, staging_bytes: int) -> None:
+        nbytes = self.stages * self.stage_bytes + staging_bytes + OTHER_BYTES
+        if nbytes > SHARED_BYTES:
+            raise ValueError(f"{nbytes} bytes of shared memory, there are {SHARED_BYTES}")
 
     @cute.jit
     def produce(
@@ -134,9 +142,7 @@ class Mainloop:
             cute.arch.mbarrier_arrive_and_expect_tx(full, nbytes)
         place = self.weight.place(at[0], at[1], step)
         for box in range_constexpr(self.rows // self.weight.box):
-            to = self.codes.stages(
-                ring, box * self.codes.nbytes, self.stages, self.stage_bytes
-            )
+            to = self.codes.stages(ring, box * self.codes.nbytes, self.stages, self.stage_bytes)
             row = place[0] + box * self.weight.box
             copy_tile(source, to, stage, row, place[1], full, self.codes.shape)
         if cutlass.const_expr(self.weight.scale_bytes > 0):
@@ -196,10 +202,9 @@ class Mainloop:
                 for run in range_constexpr(self.runs):
                     for m in range_constexpr(self.m_each):
                         self._multiply(acc, base, run, m, places[m], block_scale, n)
-                        if cutlass.const_expr(run + m == 0):
-                            # All products but the last are done, so the stage before is free.
-                            if ((body > 0) | (part > 0)) & (lane == 0):
-                                cute.arch.mbarrier_arrive(empty + before)
+                        # All products but the last are done, so the stage before is free.
+                        if (run + m == 0) & ((body > 0) | (part > 0)) & (lane == 0):
+                            cute.arch.mbarrier_arrive(empty + before)
                 before = stage
                 stage, turn = self._following(stage, turn)
         for m in range_constexpr(self.m_each):

@@ -1,4 +1,4 @@
-"""What surrounds the products of many tokens: the list of each expert's tokens, and the last sum."""
+"""What surrounds the products: the list of each expert's tokens, arranging, and the last sum."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Route:
     """Which tokens visit an expert, for all experts: one CTA each, none waits for another.
 
     topk_idx: int32 `[T, k]`; topk_weights: float32 `[T, k]`. The list has the choices of expert 0
-    first, then those of 1, …: entries: int32 `[T, k]`, token times k plus choice; places: int32
-    `[T, k]`, token times k plus how many of the token's experts come before this one; weights:
-    float32 `[T, k]`; offsets: int32 `[E + 1]`, where an expert's part begins.
+    first, then those of 1, …: entries: int32, token times k plus choice; places: int32, token times
+    k plus how many of the token's experts come before this one; weights: float32; all three with
+    room for T k or more; offsets: int32 `[E + 1]`, where an expert's part begins.
     """
 
     def __init__(self, experts: int, top_k: int) -> None:
@@ -107,7 +107,7 @@ class Route:
 class Combine:
     """A token's rows, summed in float32 in ascending order of expert.
 
-    partial: bfloat16 `[T, k, D]`; y: float32 or bfloat16 `[T, D]`.
+    partial: bfloat16 `[T k or more, D]`; y: float32 or bfloat16 `[T, D]`.
     """
 
     def __init__(self, hidden: int, top_k: int, out: str) -> None:
@@ -116,7 +116,7 @@ class Combine:
     @cute.jit
     def __call__(self, partial: cute.Tensor, y: cute.Tensor, stream: cuda.CUstream) -> None:
         self.kernel(partial, y).launch(
-            grid=[partial.shape[0], -(-self.hidden // (THREADS * LINE)), 1],
+            grid=[y.shape[0], -(-self.hidden // (THREADS * LINE)), 1],
             block=[THREADS, 1, 1],
             stream=stream,
         )

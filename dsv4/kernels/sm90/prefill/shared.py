@@ -12,9 +12,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 def _asm(result: Any, text: str, constraints: str, args: list[Any], loc: Any, ip: Any) -> Any:
     values = [arg.ir_value(loc=loc, ip=ip) for arg in args]
-    return llvm.inline_asm(
-        result, values, text, constraints, has_side_effects=True, loc=loc, ip=ip
-    )
+    return llvm.inline_asm(result, values, text, constraints, has_side_effects=True, loc=loc, ip=ip)
 
 
 def _words(packed: Any, count: int, loc: Any, ip: Any) -> tuple[Uint32, ...]:
@@ -97,9 +95,7 @@ def store_u16(address: Int32, value: Uint32, *, loc: Any = None, ip: Any = None)
 
 
 @dsl_user_op
-def store_transposed(
-    address: Int32, words: Any, *, loc: Any = None, ip: Any = None
-) -> None:
+def store_transposed(address: Int32, words: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Four 8x8 matrices of 16-bit elements, each written transposed.
 
     Lane `4g + t` holds row g, columns 2t and 2t + 1 of each; lane `8i + c` gives the address of
@@ -152,9 +148,7 @@ def pack_bf16(low: Float32, high: Float32, *, loc: Any = None, ip: Any = None) -
 @dsl_user_op
 def e8m0_to_bf16x2(code: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
     """2^(code - 127), twice; code 0 is 2^-127, a subnormal number."""
-    text = (
-        "{ .reg .u32 e; shl.b32 e, $1, 7; max.u32 e, e, 0x0040; prmt.b32 $0, e, e, 0x1010; }"
-    )
+    text = "{ .reg .u32 e; shl.b32 e, $1, 7; max.u32 e, e, 0x0040; prmt.b32 $0, e, e, 0x1010; }"
     values = [code.ir_value(loc=loc, ip=ip)]
     return Uint32(
         llvm.inline_asm(T.i32(), values, text, "=r,r", has_side_effects=False, loc=loc, ip=ip)

@@ -14,7 +14,6 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 
-
 class Tile(NamedTuple):
     """Its shape, in elements of `dtype`."""
 
@@ -47,9 +46,7 @@ class Tile(NamedTuple):
     def source(self, matrix: Any, rows: Any, pitch: int) -> Any:
         """-> (atom, tensor) to copy from a matrix `[rows, pitch]`, for use in a kernel."""
         runs = pitch // self.columns
-        layout = cute.make_layout(
-            (rows, self.columns, runs), stride=(pitch, 1, self.columns)
-        )
+        layout = cute.make_layout((rows, self.columns, runs), stride=(pitch, 1, self.columns))
         one = cute.slice_(self.layout(1, self.nbytes), (None, None, None, 0))
         atom, tensor, *_ = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(),
