@@ -19,8 +19,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import mailbox, ptx, ring, words
-from dsv4.kernels.sm90.elementary import sqrt_softplus
+from dsv4.kernels.sm90 import ptx, ring
+from dsv4.kernels.sm90.streams import mailbox, words
+from dsv4.kernels.sm90.streams.elementary import sqrt_softplus
 from dsv4.kernels.sm90.operands import MMAS, OPERANDS, STEP
 
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA

@@ -14,7 +14,7 @@ from cutlass import Float32, Int32, Uint32, cute, range_constexpr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from dsv4.kernels.sm90 import words
+from dsv4.kernels.sm90.streams import words
 
 PATIENCE = 1 << 20  # rounds of asking before a reader gives up: a wrong result, not a hung GPU
 

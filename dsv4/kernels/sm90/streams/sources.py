@@ -12,7 +12,7 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, cute
 
-from dsv4.kernels.sm90 import words
+from dsv4.kernels.sm90.streams import words
 
 STREAMS = 4
 

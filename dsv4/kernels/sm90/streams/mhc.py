@@ -1,6 +1,6 @@
 """Hyper-connections in one launch: spread a sublayer's output, mix, collapse, norm.
 
-    X'   = the streams after the last sublayer (see `streams`), written
+    X'   = the streams after the last sublayer (see `sources`), written
     mix  = (fn · X') / rms(X')                  24 values of a token, from 4 D columns
     pre, post, comb from mix;  x = rms_norm(Σ_j pre_j X'_j)
 
@@ -25,10 +25,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import mailbox, ptx, ring, words
-from dsv4.kernels.sm90.elementary import exp, sigmoid
-from dsv4.kernels.sm90.sinkhorn import sinkhorn
-from dsv4.kernels.sm90.streams import STREAMS, Streams
+from dsv4.kernels.sm90 import ptx, ring
+from dsv4.kernels.sm90.streams import mailbox, words
+from dsv4.kernels.sm90.streams.elementary import exp, sigmoid
+from dsv4.kernels.sm90.streams.sinkhorn import sinkhorn
+from dsv4.kernels.sm90.streams.sources import STREAMS, Streams
 
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 LANES = 4  # of a token in an operand B
