@@ -211,7 +211,9 @@ def expect(shape: Shape, place: str, buffers: Buffers) -> dict[str, Expected]:
         "letters": Expected(torch.zeros_like(buffers["letters"])),
     }
     if place != "last":
-        post, post_error = _sigmoid(value[:, STREAMS : 2 * STREAMS], error[:, STREAMS : 2 * STREAMS])
+        post, post_error = _sigmoid(
+            value[:, STREAMS : 2 * STREAMS], error[:, STREAMS : 2 * STREAMS]
+        )
         found["new_post"] = Expected(2 * post, 2 * post_error)
         found["new_comb"] = _balanced(shape, value[:, 2 * STREAMS :], error[:, 2 * STREAMS :])
     return found
