@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
-from dsv4.kernels.bounds import rounded_range
 from dsv4.kernels.case import Buffers, Case, Expected, Launch
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.reference.mhc import sinkhorn
@@ -26,6 +25,9 @@ IMPLEMENTATION = "dsv4.kernels.sm90.streams.mhc:Mhc"
 STREAMS = 4
 LETTER = 32  # words of a letter: the mix, then the sum of squares
 PLACES = ("first", "middle", "last")
+SIZES = {"zeros": 0.0, "tiny": 1e-12, "huge": 1e12}
+"""Of unusual streams: zeros of both signs; squares far below the norm's eps, and far above."""
+_VOCAB = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +57,42 @@ class Shape:
         return self.hidden // (4 * self.width * self.warps)
 
 
-def mhc(shape: Shape, place: str, vocab: int = 0, pdl: bool = True) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """How the last sublayer's output arrives: as the sum of 1 or 2 parts, rounded to bfloat16."""
+
+    kind: str = "bfloat16"  # or float32
+    parts: int = 1
+
+
+PLAIN = Output()
+
+
+def mixes(place: str) -> int:
+    """Rows of fn: pre, and but for the last place post and comb."""
+    return STREAMS if place == "last" else (2 + STREAMS) * STREAMS
+
+
+def mhc(shape: Shape, place: str, u: Output = PLAIN, pdl: bool = True) -> Kernel:
     """The kernel at a place: "first", "middle" or "last".
 
     Arguments: the sources: ids int32 `[T]` and embed bfloat16 `[V, D]`, or streams bfloat16
-    `[T, 4, D]`, post float32 `[T, 4]`, comb `[T, 4, 4]` and u bfloat16 `[T, D]`; fn float32
+    `[T, 4, D]`, post float32 `[T, 4]`, comb `[T, 4, 4]` and the parts of u, `[T, D]`; fn float32
     `[24, 4 D]` (last: `[4, 4 D]`), base, scale, norm; new_streams, x, new_post, new_comb; letters,
     zero before and after. An id out of the vocabulary reads its nearest row.
     """
-    rows = STREAMS if place == "last" else (2 + STREAMS) * STREAMS
+    rows = mixes(place)
     wide, half, hidden = torch.float32, torch.bfloat16, shape.hidden
     streams, mixing = ("rows", STREAMS, hidden), ("rows", STREAMS, STREAMS)
     sources: tuple[Argument, ...] = (
         Argument("streams", half, streams),
         Argument("post", wide, ("rows", STREAMS)),
         Argument("comb", wide, mixing),
-        Argument("u", half, ("rows", hidden)),
+        *(Argument(f"u{n}", getattr(torch, u.kind), ("rows", hidden)) for n in range(u.parts)),
     )
     if place == "first":
         ids = Argument("ids", torch.int32, ("rows",), align=4)
-        sources = (ids, Argument("embed", half, (vocab, hidden)))
+        sources = (ids, Argument("embed", half, ("vocab", hidden)))
     outputs = [
         Argument("new_streams", half, streams, "out"),
         Argument("x", half, ("rows", hidden), "out"),
@@ -85,7 +103,13 @@ def mhc(shape: Shape, place: str, vocab: int = 0, pdl: bool = True) -> Kernel:
     return kernel(
         "mhc",
         IMPLEMENTATION,
-        {"place": place, **dataclasses.asdict(shape), "pdl": pdl},
+        {
+            "place": place,
+            **dataclasses.asdict(shape),
+            "u_type": u.kind,
+            "u_parts": u.parts,
+            "pdl": pdl,
+        },
         (
             sources,
             (
@@ -108,22 +132,30 @@ def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case
 
 
 def checks(config: ModelConfig, model: str) -> Iterator[Case]:
-    """Every number of rows, prefill, and streams of extreme size."""
+    """Every number of rows, prefill, streams of extreme size, all kinds of output parts."""
     shape = Shape.of(config)
     for count in (3, 5, 6, 7, 9, 200):
         yield case(shape, "middle", model, count)
-    for name, size in {"zeros": 0.0, "tiny": 1e-12, "huge": 1e12}.items():
+    for name, size in SIZES.items():
         for place in PLACES:
             yield case(shape, place, model, 3, name, size)
+    for u in (Output("bfloat16", 2), Output("float32", 1), Output("float32", 2)):
+        yield case(shape, "middle", model, 4, u=u)
+    yield case(shape, "last", model, 4, u=Output("float32", 2))
 
 
 def case(
-    shape: Shape, place: str, model: str, rows: int, name: str = "", size: float = 1.0
+    shape: Shape,
+    place: str,
+    model: str,
+    rows: int,
+    name: str = "",
+    size: float = 1.0,
+    u: Output = PLAIN,
 ) -> Case:
     """`rows` tokens at `place`. size: of streams and sublayer outputs."""
-    hidden, vocab = shape.hidden, 512 if place == "first" else 0
-    mixed = STREAMS if place == "last" else (2 + STREAMS) * STREAMS
-    made = mhc(shape, place, vocab)
+    hidden, mixed = shape.hidden, mixes(place)
+    made = mhc(shape, place, u)
 
     def make(rng: torch.Generator) -> Buffers:
         def normal(*shape: int) -> Tensor:
@@ -139,12 +171,14 @@ def case(
             "norm": 1 + normal(hidden) / 4,
         }
         if place == "first":
-            ids = torch.randint(vocab, (rows,), generator=rng, device=rng.device)
-            buffers |= {"ids": ids.to(torch.int32), "embed": plain(vocab, hidden)}
+            ids = torch.randint(-1, _VOCAB + 1, (rows,), generator=rng, device=rng.device)
+            buffers |= {"ids": ids.to(torch.int32), "embed": plain(_VOCAB, hidden)}
         else:
             comb = sinkhorn(normal(rows, STREAMS, STREAMS), shape.iterations, shape.hc_eps)
-            buffers |= {"streams": plain(rows, STREAMS, hidden), "u": plain(rows, hidden)}
-            buffers |= {"post": 2 * normal(rows, STREAMS).sigmoid(), "comb": comb}
+            buffers |= {"streams": plain(rows, STREAMS, hidden), "comb": comb}
+            buffers["post"] = 2 * normal(rows, STREAMS).sigmoid()
+            for n in range(u.parts):
+                buffers[f"u{n}"] = (normal(rows, hidden) * size).to(getattr(torch, u.kind))
         for one in made.leaves():
             if one.role != "in":
                 assert isinstance(one.dtype, torch.dtype)
@@ -152,10 +186,12 @@ def case(
                 buffers[one.name] = torch.zeros(sizes, dtype=one.dtype, device=rng.device)
         return buffers
 
-    per_token = hidden * (2 * STREAMS + 2) if place == "first" else hidden * (4 * STREAMS + 4)
+    per_token = hidden * 2 * (STREAMS + 2)
+    if place != "first":
+        per_token += hidden * (2 * STREAMS + (4 if u.kind == "float32" else 2) * u.parts - 2)
     return Case(
         "mhc",
-        f"{place} {name}".strip(),
+        " ".join(filter(None, (place, name, "" if u == PLAIN else f"{u.parts} x {u.kind}"))),
         model,
         rows,
         (Launch(made),),
@@ -180,8 +216,8 @@ def expect(shape: Shape, place: str, buffers: Buffers) -> dict[str, Expected]:
     fn = buffers["fn"].to(torch.float64)
     parts = torch.einsum(
         "tjwc,rjwc->trw",
-        streams.unflatten(2, (shape.workers, -1)),
-        fn.unflatten(1, (STREAMS, shape.workers, -1)),
+        torch.unflatten(streams, 2, (shape.workers, -1)),
+        torch.unflatten(fn, 1, (STREAMS, shape.workers, -1)),
     )
     sums = parts.sum(-1)
     inside = 2 * 6 * shape.width + 3 + shape.warps
@@ -200,7 +236,7 @@ def expect(shape: Shape, place: str, buffers: Buffers) -> dict[str, Expected]:
     weighted = pre[:, :, None] + shape.hc_eps
     y = (weighted * streams).sum(1)
     y_error = ((pre_error[:, :, None] + 2.0**-22 * weighted) * streams.abs()).sum(1)
-    y, y_loose = rounded_range(y, y_error + (weighted * spread).sum(1))
+    y, y_loose = _rounded_range(y, y_error + (weighted * spread).sum(1))
     inverse, slack = _inverse_root(y, y_loose, shape.norm_eps, shape.hidden // 128 + 16)
     norm = buffers["norm"].to(torch.float64)
     x = norm * y * inverse
@@ -222,13 +258,27 @@ def expect(shape: Shape, place: str, buffers: Buffers) -> dict[str, Expected]:
 def _streams(place: str, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """-> (X' as rounded from the exact value, how far another rounding may be), float64."""
     if place == "first":
-        rows = buffers["embed"][buffers["ids"].to(torch.int64)].to(torch.float64)
+        ids = buffers["ids"].to(torch.int64).clamp(0, buffers["embed"].shape[0] - 1)
+        rows = buffers["embed"][ids].to(torch.float64)
         streams = rows[:, None].expand(-1, STREAMS, -1)
         return streams, torch.zeros_like(streams)
-    old, u, post, comb = (buffers[n].to(torch.float64) for n in ("streams", "u", "post", "comb"))
+    old, post, comb = (buffers[n].to(torch.float64) for n in ("streams", "post", "comb"))
+    u = buffers["u0"] + buffers["u1"].to(torch.float32) if "u1" in buffers else buffers["u0"]
+    u = u.to(torch.bfloat16).to(torch.float64)
     value = post[..., None] * u[:, None] + comb.mT @ old
     size = (post[..., None] * u[:, None]).abs() + comb.abs().mT @ old.abs()
-    return rounded_range(value, 5 * 2.0**-24 * size)
+    return _rounded_range(value, 5 * 2.0**-24 * size)
+
+
+def _rounded_range(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """`value` rounded to bfloat16, and how far the rounding of something within `error` may be."""
+
+    def rounded(exact: Tensor) -> Tensor:
+        return exact.to(torch.float32).to(torch.bfloat16).to(torch.float64)
+
+    middle = rounded(value)
+    above, below = rounded(value + error) - middle, middle - rounded(value - error)
+    return middle, torch.maximum(above, below)
 
 
 def _inverse_root(x: Tensor, loose: Tensor, eps: float, adds: int) -> tuple[Tensor, Tensor]:
@@ -253,7 +303,7 @@ def _balanced(shape: Shape, value: Tensor, error: Tensor) -> Expected:
     An exponential is off by `2^-21 + 2^-23 |x|` besides; each of the 2 · iterations normalisations
     adds a few units, of which those that follow make no more.
     """
-    rows, raw = value.unflatten(-1, (STREAMS, STREAMS)), error.unflatten(-1, (STREAMS, STREAMS))
+    rows, raw = (torch.unflatten(one, -1, (STREAMS, STREAMS)) for one in (value, error))
     below = rows - rows.amax(-1, keepdim=True)
     raw = raw + 2.0**-21 + 2.0**-22 * below.abs()
 

@@ -263,7 +263,9 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op in (("redux", "sync", "max", "u32"), ("redux", "sync", "min", "s32")), one.text
+        assert one.op in (("redux", "sync", "max", "u32"), ("redux", "sync", "min", "s32")), (
+            one.text
+        )
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
         best = value.max() if one.op[2] == "max" else value[np.argmin(signed(value, 32))]
         self.assign(one.operands[0], np.full(LANES, best), active)

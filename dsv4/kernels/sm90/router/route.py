@@ -4,10 +4,10 @@
     the experts of highest affinity + bias, or those that a table lists for the token
     weight = affinity / Σ chosen affinities * scaling
 
-Two kinds of CTAs, as in `mhc`. A worker takes 32 experts (see `operands`) and a part of the columns,
-for eight tokens at once, and sends its sums to a mailbox. A finisher per token has a thread for each
-expert, which adds that expert's sums in the workers' order; one warp then picks the best, one after
-another: the highest score, the lowest number among equal ones.
+Two kinds of CTAs, as in `streams.mhc`. A worker takes 32 experts (see `operands`) and a part of
+the columns, for eight tokens at once, and sends its sums to a mailbox. A finisher per token has a
+thread for each expert, which adds that expert's sums in the workers' order; one warp then picks the
+best, one after another: the highest score, the lowest number among equal ones.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
 from dsv4.kernels.sm90 import ptx, ring
+from dsv4.kernels.sm90.operands import MMAS, OPERANDS, STEP
 from dsv4.kernels.sm90.streams import mailbox, words
 from dsv4.kernels.sm90.streams.elementary import sqrt_softplus
-from dsv4.kernels.sm90.operands import MMAS, OPERANDS, STEP
 
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 SUMS = 256  # 32 experts by 8 tokens

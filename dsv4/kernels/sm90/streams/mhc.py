@@ -4,11 +4,11 @@
     mix  = (fn · X') / rms(X')                  24 values of a token, from 4 D columns
     pre, post, comb from mix;  x = rms_norm(Σ_j pre_j X'_j)
 
-Two kinds of CTAs. Workers own `4 * width * warps` columns of every stream, with the columns of `fn` that
-meet them: they make X', write it, and send their part of the sums to a mailbox. A finisher per
-token makes the token's X' once more, for itself, while the sums are under way, then adds them in
-the workers' order; nothing is read back. Its last warp turns the sums into post and comb while the
-others collapse and norm. Workers come first in the grid and wait for nobody.
+Two kinds of CTAs. Workers own `4 * width * warps` columns of every stream, with the columns of `fn`
+that meet them: they make X', write it, and send their part of the sums to a mailbox. A finisher
+per token makes the token's X' once more, for itself, while the sums are under way, then adds them
+in the workers' order; nothing is read back. Its last warp turns the sums into post and comb while
+the others collapse and norm. Workers come first in the grid and wait for nobody.
 
 The product runs on tensor cores: `fn` is the A operand, split into three bfloat16 that sum to it
 exactly, tokens are the eight columns of B. The four lanes of a token take `width` neighbouring
@@ -45,7 +45,8 @@ class Mhc:
     """One place of hyper-connections in the model.
 
     place: "first" (the streams are embeddings), "middle", or "last" (collapse for the head, without
-    post and comb). hidden: D. warps: of a worker; finish_warps: that collapse.
+    post and comb). hidden: D. width: columns of a worker's lane; warps: of a worker; finish_warps:
+    of a finisher, that collapse. u_type, u_parts: see `Streams`.
 
     sources: see `Streams`. weights: fn float32 `[24, 4 D]` (last: 4 rows), base, scale, norm
     float32 `[D]`. outputs: streams (not those of the sources), x bfloat16 `[T, D]`, and, but for
@@ -62,10 +63,12 @@ class Mhc:
         iterations: int,
         hc_eps: float,
         norm_eps: float,
+        u_type: str,
+        u_parts: int,
         pdl: bool,
     ) -> None:
         self.last, self.hidden, self.pdl = place == "last", hidden, pdl
-        self.streams = Streams(hidden, place == "first")
+        self.streams = Streams(hidden, place == "first", u_type, u_parts)
         self.warps, self.finish_warps = warps, finish_warps
         self.iterations, self.hc_eps, self.norm_eps = iterations, hc_eps, norm_eps
         self.rows = STREAMS if self.last else (2 + STREAMS) * STREAMS
@@ -115,7 +118,7 @@ class Mhc:
                 self._collapse(
                     sources, weights, outputs[1], letters, copies, totals, squares, finisher
                 )
-            if cutlass.const_expr(not self.last):
+            if cutlass.const_expr(not self.last):  # noqa: SIM102  (one is of the compiler)
                 if warp == self.finish_warps:
                     self._coefficients(weights, outputs, totals, finisher)
 

@@ -21,12 +21,13 @@ class Streams:
     """Where they come from.
 
     sources: ids int64 or int32 `[T]` and embed bfloat16 `[V, D]` (first), else streams bfloat16
-    `[T, 4, D]`, post float32 `[T, 4]`, comb float32 `[T, 4, 4]` and one or two parts of u,
-    float32 or bfloat16 `[T, D]`.
+    `[T, 4, D]`, post float32 `[T, 4]`, comb float32 `[T, 4, 4]` and the parts of u, 1 or 2 of
+    u_type `[T, D]`.
     """
 
-    def __init__(self, hidden: int, first: bool) -> None:
+    def __init__(self, hidden: int, first: bool, u_type: str, u_parts: int) -> None:
         self.hidden, self.first = hidden, first
+        self.u_type, self.u_parts = u_type, u_parts
 
     def __call__(self, sources: Any, token: Int32, column: Int32, count: int) -> list[Any]:
         """X' of `count` (2, 4 or 8) columns from `column`: per stream, `count / 2` words."""
@@ -39,9 +40,10 @@ class Streams:
         spread = _load(post, at, STREAMS)
         mixing = [_load(comb, (at + j) * STREAMS, STREAMS) for j in range(STREAMS)]
         u = terms[0]
-        if len(terms) > 1:
+        if self.u_parts > 1:
             u = [a + b for a, b in zip(*terms, strict=True)]
-        u = [words.rounded(value) for value in u]
+        if self.u_parts > 1 or self.u_type == "float32":
+            u = [words.rounded(value) for value in u]
         after = []
         for k in range(STREAMS):
             values = [spread[k] * value for value in u]

@@ -16,7 +16,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 
 @dsl_user_op
 def load(address: Any, count: int, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """1, 2 or 4 words that nobody else on this multiprocessor wants: past L1. address: a pointer."""
+    """1, 2 or 4 words from `address` (a pointer), past L1: nobody else here wants them."""
     return _load("ld.global.cg", "l", address.to_llvm_ptr(loc=loc, ip=ip), count, loc, ip)
 
 
