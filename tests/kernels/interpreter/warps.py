@@ -267,8 +267,9 @@ class Warp:
             one.text
         )
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        best = value.max() if one.op[2] == "max" else value[np.argmin(signed(value, 32))]
-        self.assign(one.operands[0], np.full(LANES, best), active)
+        order = signed(value, 32) if one.op[3] == "s32" else value
+        best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
+        self.assign(one.operands[0], np.full(LANES, value[best]), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)

@@ -16,7 +16,7 @@ _LONG_TAIL = -16.0  # below: log1p(e^x) is e^x to 2^-24
 
 def exp(x: Float32) -> Float32:
     """`e^x` to `2^-21 + 2^-23 |x|`."""
-    return cute.arch.exp2(x * Float32(1 / math.log(2)))
+    return Float32(cute.math.exp2(x * Float32(1 / math.log(2)), fastmath=True))
 
 
 def log(x: Float32) -> Float32:
