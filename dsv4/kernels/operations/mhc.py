@@ -24,6 +24,7 @@ from dsv4.kernels.reference.mhc import sinkhorn
 IMPLEMENTATION = "dsv4.kernels.sm90.streams.mhc:Mhc"
 STREAMS = 4
 LETTER = 32  # words of a letter: the mix, then the sum of squares
+FINISH_COLUMNS = 256  # that a collapsing warp takes at once
 PLACES = ("first", "middle", "last")
 SIZES = {"zeros": 0.0, "tiny": 1e-12, "huge": 1e12}
 """Of unusual streams: zeros of both signs; squares far below the norm's eps, and far above."""
@@ -41,15 +42,18 @@ class Shape:
     iterations: int
     hc_eps: float
     norm_eps: float
-    width: int = 2
+    width: int = 4
     warps: int = 4
-    finish_warps: int = 4
+    finish_warps: int = 1
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
         """Those of a model."""
         c = config
-        return cls(c.hidden_size, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
+        made = cls(c.hidden_size, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
+        per_warp = c.hidden_size // FINISH_COLUMNS
+        fits = [n for n in range(1, 9) if per_warp % n == 0 and made.workers % n == 0]
+        return dataclasses.replace(made, finish_warps=fits[-1])
 
     @property
     def workers(self) -> int:

@@ -28,11 +28,11 @@ def quotients(divisors: Any) -> tuple[list[Float32], Float32]:
 def _step(own: Any, other: Any, weights: Any, eps: float) -> None:
     """Divisors `own` from `other`; weights: per own one, the four of its sum."""
     numerators, factor = quotients(other)
+    totals = [weights[i][0] * numerators[0] for i in range(SIZE)]
+    for j in range(1, SIZE):  # four chains in turn: none waits for itself
+        totals = [cute.math.fma(weights[i][j], numerators[j], totals[i]) for i in range(SIZE)]
     for i in range(SIZE):
-        total = weights[i][0] * numerators[0]
-        for j in range(1, SIZE):
-            total = cute.math.fma(weights[i][j], numerators[j], total)
-        own[i] = cute.math.fma(total, factor, own[i] * Float32(eps))
+        own[i] = cute.math.fma(totals[i], factor, own[i] * Float32(eps))
 
 
 @cute.jit
