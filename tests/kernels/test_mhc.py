@@ -18,6 +18,7 @@ from tests.kernels.interpreter.run import faults, interpret
 from tests.kernels.machine_code import machine_code
 
 SMALL = Shape(512, 20, 1e-6, 1e-6, finish_warps=2)
+TINY = Shape(256, 20, 1e-6, 1e-6, width=2, warps=8)
 BOTH = Output("float32", 2)
 
 
@@ -76,7 +77,6 @@ def test_the_bounds_tell_the_direction_of_comb() -> None:
 
 RUNS = {
     "first": ("first", 3, Output()),
-    "middle": ("middle", 1, Output()),
     "middle, two groups, parts": ("middle", 10, BOTH),
     "last": ("last", 3, Output()),
 }
@@ -88,13 +88,13 @@ def test_the_kernel_run(name: str) -> None:
     assert faults(case(SMALL, place, "none", rows, u=u), "sm_90a") == []
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["zeros", "huge"])
 def test_unusual_streams(name: str) -> None:
-    assert faults(case(SMALL, "middle", "none", 1, name, SIZES[name]), "sm_90a") == []
+    assert faults(case(TINY, "middle", "none", 1, name, SIZES[name]), "sm_90a") == []
 
 
 def test_a_token_alone_and_beside_others() -> None:
-    one = case(SMALL, "middle", "none", 3)
+    one = case(TINY, "middle", "none", 3)
     kernel = one.launches[0].kernel
     together = _buffers(one)
     rows = {arg.name for arg in kernel.leaves() if arg.shape[:1] == ("rows",)}
@@ -120,7 +120,7 @@ def test_an_altered_kernel_is_caught(name: str) -> None:
         found = list(re.finditer(pattern, ptx))[which]
         return ptx[: found.start()] + found.expand(instead) + ptx[found.end() :]
 
-    assert faults(case(SMALL, "middle", "none", 1), "sm_90a", alter=alter)
+    assert faults(case(TINY, "middle", "none", 1), "sm_90a", alter=alter)
 
 
 def test_cases_have_the_models_sizes() -> None:

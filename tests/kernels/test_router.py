@@ -78,7 +78,7 @@ def test_the_kernel_run(name: str) -> None:
     assert faults(case(shape, "none", rows), "sm_90a") == []
 
 
-@pytest.mark.parametrize("name", [*SIZES, "equals"])
+@pytest.mark.parametrize("name", ["zeros", "vanishing", "equals"])
 def test_unusual_logits(name: str) -> None:
     one = case(SCORE, "none", 3, name, SIZES.get(name, 1.0), equals=True)
     assert faults(one, "sm_90a") == []

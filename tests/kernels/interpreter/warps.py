@@ -263,9 +263,8 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op in (("redux", "sync", "max", "u32"), ("redux", "sync", "min", "s32")), (
-            one.text
-        )
+        assert one.op[2] in ("max", "min"), one.text
+        assert one.op[3] in ("u32", "s32"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
         order = signed(value, 32) if one.op[3] == "s32" else value
         best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
