@@ -26,7 +26,7 @@ from dsv4.kernels.operations.attention_rows import (
     shapes_of,
 )
 
-SOURCES = "dsv4.kernels.sm90"
+SOURCES = "dsv4.kernels.sm90.attention"
 DECODE_ROWS = 16  # up to here a token's rows are split over a cluster
 CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 

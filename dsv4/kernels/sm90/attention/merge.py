@@ -13,8 +13,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import fragments, ring, shared
-from dsv4.kernels.sm90.rows import Rows
+from dsv4.kernels.sm90 import ring
+from dsv4.kernels.sm90.attention import fragments, shared
+from dsv4.kernels.sm90.attention.rows import Rows
 
 HEAD_DIM = 512
 STEPS = 4  # MMAs along 64 dimensions

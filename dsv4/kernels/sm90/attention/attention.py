@@ -21,9 +21,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import barriers, fragments, ptx, ring, shared
-from dsv4.kernels.sm90.merge import HEAD_DIM, LOG2E, LOWEST, STEPS, Output
-from dsv4.kernels.sm90.rows import ROW_BYTES, SCALE_BYTES, WARPS, Rows
+from dsv4.kernels.sm90 import ptx, ring
+from dsv4.kernels.sm90.attention import barriers, fragments, shared
+from dsv4.kernels.sm90.attention.merge import HEAD_DIM, LOG2E, LOWEST, STEPS, Output
+from dsv4.kernels.sm90.attention.rows import ROW_BYTES, SCALE_BYTES, WARPS, Rows
 
 SLICE = 64  # dimensions of a warp
 HEAD_BYTES = 2 * HEAD_DIM

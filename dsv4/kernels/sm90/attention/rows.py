@@ -12,7 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import barriers, ring, shared
+from dsv4.kernels.sm90 import ring
+from dsv4.kernels.sm90.attention import barriers, shared
 
 ROW_BYTES = 576
 SCALE_BYTES = 8
