@@ -74,7 +74,7 @@ def attention(
             Argument("statistics", wide, (*sizes, 2), role),
         )
 
-    own = ("block_heads", "m_tiles", "stages", "resident", "pdl", "cluster")
+    own = ("block_heads", "m_tiles", "stages", "resident", "pdl")
     first = kernel(
         "attention",
         f"{SOURCES}.attention:Attention",
@@ -84,10 +84,10 @@ def attention(
             caches(shape),
             position,
             Argument("slot", number, ("rows",), align=4),
-            scratch("out") if splits > 1 and not cut["cluster"] else end,
+            scratch("out") if splits > 1 else end,
         ),
     )
-    if splits == 1 or cut["cluster"]:
+    if splits == 1:
         return (first,)
     own = ("m_tiles", "warps", "pdl")
     config = {**common, **{name: cut[name] for name in own}}
@@ -126,10 +126,10 @@ def tuned(shape: Shape, rows: int) -> dict[str, int | bool]:
     DECODE_ROWS.
     """
     if rows > DECODE_ROWS:
-        return {"most_splits": 1, "m_tiles": 2, "block_heads": 16, "stages": 2, "resident": 2, "pdl": True, "cluster": False}
+        return {"most_splits": 1, "m_tiles": 2, "block_heads": 16, "stages": 2, "resident": 2, "pdl": True}
     heads = 8 if rows == 1 else 16
     cut = {"most_splits": 20, "m_tiles": 4, "block_heads": heads, "stages": 1, "resident": 2, "warps": 4}
-    return {**cut, "pdl": True, "cluster": False}
+    return {**cut, "pdl": True}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:

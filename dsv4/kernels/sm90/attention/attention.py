@@ -23,7 +23,6 @@ from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4.kernels.sm90 import ptx, ring
 from dsv4.kernels.sm90.attention import barriers, fragments, shared
-from dsv4.kernels.sm90.attention.join import Join
 from dsv4.kernels.sm90.attention.merge import HEAD_DIM, LOG2E, LOWEST, STEPS, Output
 from dsv4.kernels.sm90.attention.rows import ROW_BYTES, SCALE_BYTES, WARPS, Rows
 
@@ -55,10 +54,7 @@ class Attention:
         stages: int,
         resident: int,
         pdl: bool,
-        cluster: bool = False,
     ) -> None:
-        self.cluster = cluster
-        self.joiner = Join(heads, splits, block_heads)
         self.heads, self.block_heads, self.head_blocks = heads, block_heads, block_heads // 8
         self.m_tiles, self.tile, self.chunks = m_tiles, 16 * m_tiles, -(-m_tiles // 2)
         self.splits, self.stages, self.pdl = splits, stages, pdl
@@ -70,10 +66,10 @@ class Attention:
         self.partial_row = (self.tile + 4) * 4
         self.probability_row = 2 * self.tile + (32 if self.tile % 32 == 0 else 0)
         sizes = {
-            "rows": max(stages * self.tile * ROW_BYTES, cluster * block_heads * HEAD_DIM * 4),
+            "rows": stages * self.tile * ROW_BYTES,
             "scales": stages * self.tile * SCALE_BYTES,
             "q": block_heads * HEAD_BYTES,
-            "partial": WARPS * max(block_heads * self.partial_row, self.joiner.warp_bytes),
+            "partial": WARPS * block_heads * self.partial_row,
             "probabilities": block_heads * self.probability_row,
             "fades": block_heads * 4,
             "statistics": block_heads * 8,
@@ -99,7 +95,6 @@ class Attention:
         self.kernel(q, caches, position, slot, out).launch(
             grid=[self.splits, self.heads // self.block_heads, q.shape[0]],
             block=[32 * WARPS, 1, 1],
-            cluster=[self.splits if self.cluster else 1, 1, 1],
             min_blocks_per_mp=self.resident,
             preferred_smem_carveout=100,
             stream=stream,
@@ -142,10 +137,6 @@ class Attention:
             find = (caches, sequence, oldest, blocks, last, place)
             self._run(find, listed, base, token, first, part, block, out)
         ring.wait(0)
-        if cutlass.const_expr(self.cluster):
-            parts = (blocks + seen + share - 1) // share
-            at = tuple(base + self.at[name] for name in ("rows", "statistics", "partial"))
-            self.joiner.join(at, parts, part, token, block * self.block_heads, place, out)
 
     @cute.jit
     def _copy_query(self, q: Any, base: Int32, token: Int32, block: Int32) -> None:
@@ -342,13 +333,12 @@ class Attention:
         """Write the sums `[T][split][tile][n][lane][4]` and (maximum, weight); or the output."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         row = Int64(token * self.splits + part) * self.heads
-        apart = self.splits > 1 and not self.cluster
         for n in range_constexpr(self.head_blocks):
             total = cute.arch.warp_reduction_sum(weight[n])
             if lane == 0:
                 head = 8 * n + warp
                 pair = (largest[n], total)
-                if cutlass.const_expr(apart):
+                if cutlass.const_expr(self.splits > 1):
                     at = row + (block * self.block_heads + head)
                     shared.store_global(out[1].iterator.toint() + at * 8, pair)
                 else:
@@ -357,14 +347,10 @@ class Attention:
             sums = out[0].iterator.toint() + row * (HEAD_DIM * 4) + lane * 16
             for step in range_constexpr(STEPS):
                 for n in range_constexpr(self.head_blocks):
+                    item = (warp * STEPS + step) * (self.heads // 8) + block * self.head_blocks + n
                     own = (step * self.head_blocks + n) * 4
                     four = tuple(acc[own + c] for c in range(4))
-                    if cutlass.const_expr(apart):
-                        item = (warp * STEPS + step) * (self.heads // 8) + block * self.head_blocks + n
-                        shared.store_global(sums + Int64(item * 512), four)
-                    else:
-                        item = (warp * STEPS + step) * self.head_blocks + n
-                        shared.store_four(base + self.at["rows"] + item * 512 + lane * 16, four)
+                    shared.store_global(sums + Int64(item * 512), four)
         else:
             cute.arch.sync_threads()
             statistics = base + self.at["statistics"]

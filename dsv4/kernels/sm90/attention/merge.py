@@ -109,7 +109,7 @@ class Merge:
         for turn in range_constexpr(-(-self.splits // 4)):
             part = cutlass.min(turn * 4 + lane // 8, parts - 1)
             found.append(shared.load_global_pair(pairs + part * (self.heads * 8)))
-        weigh(found, sink, parts, base + self.splits * 512)
+        self._factors(found, sink, parts, base + self.splits * 512)
         ring.wait(0)
         cute.arch.sync_warp()
         totals = [Float32(0.0), Float32(0.0), Float32(0.0), Float32(0.0)]
@@ -122,31 +122,29 @@ class Merge:
         results = [(totals[0], totals[2]), (totals[1], totals[3])]
         self.output.write(o, token, tile, lane, heads, results, angle)
 
+    @cute.jit
+    def _factors(self, found: Any, sink: Any, parts: Int32, target: Int32) -> None:
+        """What each part's sums count for, `[part][8 heads]`; lane `8i + h` has head h, parts 4k + i.
 
-@cute.jit
-def weigh(found: Any, sink: Any, parts: Int32, target: Int32) -> None:
-    """What each part's sums count for, `[part][8 heads]`; lane `8i + h` has head h, parts 4k + i.
-
-    found: (maximum, weight) of those parts, the last one's where there is none, which count 0.
-    """
-    lane = cute.arch.lane_idx()
-    top = sink
-    for pair in found:
-        top = cute.arch.fmax(top, pair[0])
-    for distance in (8, 16):
-        top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
-    factors = []
-    total = Float32(0.0)
-    for turn in range_constexpr(len(found)):
-        factor = fragments.exp2(found[turn][0] - top)
-        factor = factor if turn * 4 + lane // 8 < parts else Float32(0.0)
-        factors.append(factor)
-        total += found[turn][1] * factor
-    for distance in (8, 16):
-        total += cute.arch.shuffle_sync_bfly(total, distance)
-    scale = cute.arch.rcp_approx(total + fragments.exp2(sink - top))
-    for turn in range_constexpr(len(found)):
-        shared.store_float(target + turn * 128 + lane * 4, factors[turn] * scale)
+        found: (maximum, weight) of those parts, the last one's where there is none.
+        """
+        lane = cute.arch.lane_idx()
+        top = sink
+        for pair in found:
+            top = cute.arch.fmax(top, pair[0])
+        for distance in (8, 16):
+            top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
+        factors = []
+        total = Float32(0.0)
+        for turn in range_constexpr(len(found)):
+            factor = fragments.exp2(found[turn][0] - top)
+            factors.append(factor)
+            total += found[turn][1] * factor if turn * 4 + lane // 8 < parts else Float32(0.0)
+        for distance in (8, 16):
+            total += cute.arch.shuffle_sync_bfly(total, distance)
+        scale = cute.arch.rcp_approx(total + fragments.exp2(sink - top))
+        for turn in range_constexpr(len(found)):
+            shared.store_float(target + turn * 128 + lane * 4, factors[turn] * scale)
 
 
 class Output:

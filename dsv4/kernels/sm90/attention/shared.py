@@ -50,27 +50,6 @@ def load_byte(address: Int32, *, loc: Any = None, ip: Any = None) -> Uint32:
 
 
 @dsl_user_op
-def of_rank(address: Int32, rank: Any, *, loc: Any = None, ip: Any = None) -> Int32:
-    """Where the cluster's CTA of that rank has what lies at `address` here."""
-    return Int32(_one(T.i32(), "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", [address, rank], loc, ip))
-
-
-@dsl_user_op
-def load_remote(address: Int32, count: int, *, loc: Any = None, ip: Any = None) -> Numbers:
-    """2 or 4 numbers from the shared memory of a CTA of the cluster."""
-    names = ", ".join(f"${n}" for n in range(count))
-    text = f"ld.shared::cluster.v{count}.f32 {{{names}}}, [${count}];"
-    operands = [address.ir_value(loc=loc, ip=ip)]
-    return _several(Float32, "f", count, text, "r", operands, loc, ip)
-
-
-@dsl_user_op
-def store_four(address: Int32, values: Numbers, *, loc: Any = None, ip: Any = None) -> None:
-    """Four numbers to shared memory."""
-    _one(None, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f", [address, *values], loc, ip)
-
-
-@dsl_user_op
 def store_float(address: Int32, value: Float32, *, loc: Any = None, ip: Any = None) -> None:
     """One number to shared memory."""
     _one(None, "st.shared.f32 [$0], $1;", "r,f", [address, value], loc, ip)
