@@ -28,6 +28,8 @@ from dsv4.kernels.operations.attention_rows import (
 
 SOURCES = "dsv4.kernels.sm90.attention"
 DECODE_ROWS = 16  # up to here a token's rows are split over a cluster
+ARCHITECTURES = ("sm_90a",)  # warpgroup products
+TILE = 64  # rows that are multiplied at once
 CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 
@@ -57,7 +59,7 @@ def attention(
         Argument("sin", wide, ("positions", shape.rotary // 2)),
         Argument("o", torch.bfloat16, vectors, "out"),
     )
-    splits = parts(shape, int(cut["most_splits"]), int(cut["m_tiles"]))
+    splits = parts(shape, int(cut["most_splits"]))
     common = {
         "mode": shape.mode,
         "heads": shape.heads,
@@ -74,11 +76,10 @@ def attention(
             Argument("statistics", wide, (*sizes, 2), role),
         )
 
-    own = ("block_heads", "m_tiles", "stages", "resident", "pdl")
     first = kernel(
         "attention",
-        f"{SOURCES}.attention:Attention",
-        {**common, **{name: cut[name] for name in own}},
+        f"{SOURCES}.wide:Wide",
+        {**common, "stages": cut["stages"], "pdl": cut["pdl"]},
         (
             Argument("q", torch.bfloat16, vectors),
             caches(shape),
@@ -86,13 +87,14 @@ def attention(
             Argument("slot", number, ("rows",), align=4),
             scratch("out") if splits > 1 else end,
         ),
+        ARCHITECTURES,
     )
     if splits == 1:
         return (first,)
-    own = ("m_tiles", "warps", "pdl")
-    config = {**common, **{name: cut[name] for name in own}}
+    config = {**common, "tile": TILE, "warps": cut["warps"], "pdl": cut["pdl"]}
     join = (*scratch("in"), position, *end)
-    return first, kernel("attention_merge", f"{SOURCES}.merge:Merge", config, join)
+    last = kernel("attention_join", f"{SOURCES}.join:Join", config, join, ARCHITECTURES)
+    return first, last
 
 
 def caches(shape: Shape) -> tuple[Argument, ...]:
@@ -112,24 +114,20 @@ def caches(shape: Shape) -> tuple[Argument, ...]:
     return tuple(found)
 
 
-def parts(shape: Shape, most: int, m_tiles: int) -> int:
+def parts(shape: Shape, most: int) -> int:
     """Parts that a token's rows are cut into at most."""
     if shape.mode == "all":
         return most
-    return min(most, -(-(shape.window + shape.topk) // (16 * m_tiles)))
+    return min(most, -(-(shape.window + shape.topk) // TILE))
 
 
 def tuned(shape: Shape, rows: int) -> dict[str, int | bool]:
     """How the work is cut: measured on an H100.
 
-    most_splits and m_tiles decide what is summed with what: they are the same for all `rows` up to
-    DECODE_ROWS.
+    most_splits decides what is summed with what: it is the same for all `rows` up to DECODE_ROWS.
     """
-    if rows > DECODE_ROWS:
-        return {"most_splits": 1, "m_tiles": 2, "block_heads": 16, "stages": 2, "resident": 2, "pdl": True}
-    heads = 8 if rows == 1 else 16
-    cut = {"most_splits": 20, "m_tiles": 4, "block_heads": heads, "stages": 1, "resident": 2, "warps": 4}
-    return {**cut, "pdl": True}
+    splits = 16 if rows <= DECODE_ROWS else 1
+    return {"most_splits": splits, "stages": 2, "warps": 4, "pdl": True}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:

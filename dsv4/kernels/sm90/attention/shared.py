@@ -62,6 +62,13 @@ def store(address: Int32, values: Numbers, *, loc: Any = None, ip: Any = None) -
 
 
 @dsl_user_op
+def store_words(address: Int32, words: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """16 bytes to shared memory."""
+    text = "st.shared.v4.u32 [$0], {$1, $2, $3, $4};"
+    _one(None, text, "r,r,r,r,r", [address, *words], loc, ip)
+
+
+@dsl_user_op
 def store_word(address: Int32, value: Any, *, loc: Any = None, ip: Any = None) -> None:
     """Four bytes to shared memory."""
     _one(None, "st.shared.u32 [$0], $1;", "r,r", [address, value], loc, ip)
@@ -107,6 +114,12 @@ def store_global(address: Int64, values: Numbers, *, loc: Any = None, ip: Any = 
 def store_global_word(address: Int64, value: Uint32, *, loc: Any = None, ip: Any = None) -> None:
     """Four bytes to global memory."""
     _one(None, "st.global.u32 [$0], $1;", "l,r", [address, value], loc, ip)
+
+
+@dsl_user_op
+def store_global_words(address: Int64, words: Any, *, loc: Any = None, ip: Any = None) -> None:
+    """Eight bytes to global memory."""
+    _one(None, "st.global.v2.u32 [$0], {$1, $2};", "l,r,r", [address, *words], loc, ip)
 
 
 def _several(
