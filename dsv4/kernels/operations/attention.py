@@ -79,7 +79,7 @@ def attention(
     first = kernel(
         "attention",
         f"{SOURCES}.wide:Wide",
-        {**common, "stages": cut["stages"], "pdl": cut["pdl"]},
+        {**common, "stages": cut["stages"], "pdl": cut["pdl"], "cuts": cut["cuts"], "halves": cut["halves"]},
         (
             Argument("q", torch.bfloat16, vectors),
             caches(shape),
@@ -127,7 +127,7 @@ def tuned(shape: Shape, rows: int) -> dict[str, int | bool]:
     most_splits decides what is summed with what: it is the same for all `rows` up to DECODE_ROWS.
     """
     splits = 16 if rows <= DECODE_ROWS else 1
-    return {"most_splits": splits, "stages": 2, "warps": 4, "pdl": True}
+    return {"most_splits": splits, "stages": 2, "warps": 4, "pdl": True, "cuts": 1, "halves": False}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:

@@ -28,7 +28,7 @@ TILE = 64  # rows
 SLICE = 64  # dimensions of a tile
 SLICES = HEAD_DIM // SLICE
 SLICE_BYTES = TILE * wgmma.TILE_ROW_BYTES
-HALF = HEAD_DIM // 2
+PHASES = 2  # of a tile: the second is made bfloat16 while the first is multiplied
 LIVE_BYTES = TILE // 8
 
 
@@ -50,7 +50,11 @@ class Wide:
         splits: int,
         stages: int,
         pdl: bool,
+        cuts: int = 1,
+        halves: bool = False,
     ) -> None:
+        self.halves, self.cuts = halves, cuts
+        self.own = HEAD_DIM // 2 // cuts
         assert heads % HEADS == 0
         self.heads, self.splits, self.stages, self.pdl = heads, splits, stages, pdl
         self.rows = Rows(mode, window, ratio, topk, splits, TILE)
@@ -63,10 +67,13 @@ class Wide:
             "scales": stages * TILE * SCALE_BYTES,
             "live": (stages + 1) * LIVE_BYTES,
             "barriers": stages * 8,
+            "probabilities": halves * SLICE_BYTES + 1024,
+            "tops": 2 * HEADS * 4,
         }
         self.at: dict[str, int] = {}
         end = 0
         for name, size in sizes.items():
+            end = -(-end // 1024) * 1024 if name == "probabilities" else end
             self.at[name], end = end, end + -(-size // 128) * 128
         self.shared_bytes = end
 
@@ -81,7 +88,7 @@ class Wide:
         stream: cuda.CUstream,
     ) -> None:
         self.kernel(q, caches, position, slot, out).launch(
-            grid=[self.splits, self.heads // HEADS, q.shape[0]],
+            grid=[self.splits, self.heads // HEADS * self.cuts, q.shape[0]],
             block=[32 * WARPS, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
@@ -92,7 +99,8 @@ class Wide:
     def kernel(
         self, q: cute.Tensor, caches: Any, position: cute.Tensor, slot: cute.Tensor, out: Any
     ) -> None:
-        part, block, token = cute.arch.block_idx()
+        part, item, token = cute.arch.block_idx()
+        block, cut = item // self.cuts, item % self.cuts
         thread, _, _ = cute.arch.thread_idx()
         smem = cutlass.memory.SmemAllocator()
         base = Int32(smem.allocate(self.shared_bytes, 1024).toint())
@@ -120,7 +128,7 @@ class Wide:
         if cute.arch.vote_ballot_sync(asked) != 0:
             oldest = (place + 1 - seen) % Int32(caches[0].shape[1])
             find = (caches, sequence, oldest, blocks, last, place)
-            self._run(find, listed, base, token, first, part, block, out)
+            self._run(find, listed, base, token, first, part, block, cut, out)
         ring.wait(0)
 
     @cute.jit
@@ -152,6 +160,7 @@ class Wide:
         first: Int32,
         part: Int32,
         block: Int32,
+        cut: Int32,
         out: Any,
     ) -> None:
         """All tiles of a part that has rows."""
@@ -160,7 +169,7 @@ class Wide:
             if stage < tiles:
                 at = self._stage(base, Int32(stage), Int32(stage))
                 self.rows.fetch(find, listed[stage], first + stage * TILE, at)
-        acc = cute.make_rmem_tensor(HALF // 2, Float32)
+        acc = cute.make_rmem_tensor(self.own // 2, Float32)
         acc.fill(0.0)
         largest = cute.make_rmem_tensor(2, Float32)
         largest.fill(LOWEST)
@@ -172,20 +181,27 @@ class Wide:
             ahead = first + (turn + self.stages) * TILE
             then = self.rows.listed(find[0], token, ahead)
             barriers.wait(base + self.at["barriers"] + stage * 8, parity)
-            self._widen(base, stage)
-            cute.arch.fence_view_async_shared()
-            cute.arch.sync_threads()
+            scores = [Float32(0.0) for _ in range(TILE // (4 if self.halves else 2))]
+            for phase in range_constexpr(PHASES):
+                self._widen(base, stage, phase)
+                cute.arch.fence_view_async_shared()
+                cute.arch.sync_threads()
+                scores = self._score(base, scores, phase)
             before = slot - 1 if slot > 0 else Int32(self.stages)
             if ahead < find[4]:
                 self.rows.fetch(find, then, ahead, self._stage(base, stage, before))
-            scores = self._score(base)
-            words = self._soften(scores, base, slot, acc, largest, weight)
-            self._add_values(base, words, acc)
+            scores = wgmma.wait_for(scores)
+            if cutlass.const_expr(self.halves):
+                self._soften_half(scores, base, slot, acc, largest, weight)
+                self._add_values(base, None, acc, cut)
+            else:
+                words = self._soften(scores, base, slot, acc, largest, weight)
+                self._add_values(base, words, acc, cut)
             cute.arch.sync_threads()
             slot = slot + 1 if slot < self.stages else Int32(0)
             stage = stage + 1 if stage < self.stages - 1 else Int32(0)
             parity = parity if stage > 0 else 1 - parity
-        self._finish(acc, largest, weight, token, find[5], part, block, out)
+        self._finish(base, acc, largest, weight, token, find[5], part, block, cut, out)
 
     def _stage(self, base: Any, stage: Any, slot: Any) -> tuple[Any, ...]:
         """Where a tile's rows, scales, live bits and barrier lie.
@@ -200,22 +216,26 @@ class Wide:
         )
 
     @cute.jit
-    def _widen(self, base: Int32, stage: Int32) -> None:
-        """The warp's 64 dimensions of all rows become bfloat16; lane `4g + t` has 16 of row g."""
+    def _widen(self, base: Int32, stage: Int32, phase: int) -> None:
+        """Half of the dimensions become bfloat16: a warp's are 64 of 32 rows.
+
+        Lane `4g + t` has 16 dimensions of rows g, g + 8, ...
+        """
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         g, t = lane // 4, lane % 4
+        piece, row = phase * (SLICES // PHASES) + warp % 4, warp // 4 * (TILE // 2) + g
         rows, scales, _, _ = self._stage(base, stage, Int32(0))
-        source = rows + g * ROW_BYTES + warp * SLICE
-        scales += g * SCALE_BYTES + warp
-        target = base + self.at["tiles"] + warp * SLICE_BYTES + g * wgmma.TILE_ROW_BYTES
+        source = rows + row * ROW_BYTES + piece * SLICE
+        scales += row * SCALE_BYTES + piece
+        target = base + self.at["tiles"] + piece * SLICE_BYTES + row * wgmma.TILE_ROW_BYTES
         places = target + ((2 * t) ^ g) * 16, target + ((2 * t + 1) ^ g) * 16
-        if warp == WARPS - 1:
-            for group in range_constexpr(TILE // 8):
+        if piece == SLICES - 1:
+            for group in range_constexpr(TILE // 16):
                 for half in range_constexpr(2):
                     here = source + group * (8 * ROW_BYTES) + t * 32 + half * 16
                     shared.store_words(places[half] + group * 1024, ring.read(here))
         else:
-            for group in range_constexpr(TILE // 8):
+            for group in range_constexpr(TILE // 16):
                 words = ring.read(source + group * (8 * ROW_BYTES) + t * 16)
                 code = shared.load_byte(scales + group * (8 * SCALE_BYTES))
                 factor = fragments.e4m3_factor(code)
@@ -225,19 +245,23 @@ class Wide:
                     shared.store_words(places[half] + group * 1024, (*low, *high))
 
     @cute.jit
-    def _score(self, base: Int32) -> Any:
-        """Products of all heads with all rows of the tile."""
-        scores = [Float32(0.0) for _ in range(TILE // 2)]
-        wgmma.fence()
-        for cut in range_constexpr(SLICES):
-            query = wgmma.descriptor(base + self.at["q"] + cut * (HEADS * wgmma.TILE_ROW_BYTES))
-            tile = wgmma.descriptor(base + self.at["tiles"] + cut * SLICE_BYTES)
+    def _score(self, base: Int32, scores: Any, phase: int) -> Any:
+        """Products of all heads with the tile's rows, over half of the dimensions."""
+        tiles = base + self.at["tiles"]
+        if cutlass.const_expr(self.halves):
+            tiles += cute.arch.warp_idx() // 4 * (SLICE_BYTES // 2)
+        if cutlass.const_expr(phase == 0):
+            wgmma.fence()
+        for index in range_constexpr(SLICES // PHASES):
+            piece = phase * (SLICES // PHASES) + index
+            query = wgmma.descriptor(base + self.at["q"] + piece * (HEADS * wgmma.TILE_ROW_BYTES))
+            tile = wgmma.descriptor(tiles + piece * SLICE_BYTES)
             for step in range_constexpr(SLICE // wgmma.MMA_COLS):
                 scores = wgmma.multiply(
                     scores, wgmma.advance(query, step), wgmma.advance(tile, step)
                 )
         wgmma.commit()
-        return wgmma.wait_for(scores)
+        return scores
 
     @cute.jit
     def _soften(
@@ -267,30 +291,88 @@ class Wide:
                 kept[index] = fragments.exp2(kept[index] * self.scale - top)
                 total += kept[index]
             weight[head] = total
-            for index in range_constexpr(HALF // 4):
+            for index in range_constexpr(self.own // 4):
                 at = index // 2 * 4 + head * 2 + index % 2
                 acc[at] *= fade
         return [fragments.pack_bf16x2(kept[2 * i], kept[2 * i + 1]) for i in range(TILE // 4)]
 
     @cute.jit
-    def _add_values(self, base: Int32, words: Any, acc: Any) -> None:
-        """The warpgroup's half of the dimensions."""
-        half = cute.arch.warp_idx() // 4
-        tiles = base + self.at["tiles"] + half * (HALF // SLICE * SLICE_BYTES)
+    def _soften_half(
+        self, scores: Any, base: Int32, slot: Int32, acc: Any, largest: Any, weight: Any
+    ) -> None:
+        """Probabilities `[head][row]`; what was summed so far shrinks. weight: of the own rows."""
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        g, t, half = lane // 4, lane % 4, warp // 4
+        live = base + self.at["live"] + slot * LIVE_BYTES + half * 4
+        mask = shared.load_word(live) >> Uint32(2 * t)
+        own = warp % 4 * 16 + g
+        tops = base + self.at["tops"] + own * 4
+        kept = []
+        for index in range_constexpr(TILE // 4):
+            bit = 8 * (index // 4) + index % 2
+            present = (mask >> Uint32(bit)) & 1 != 0
+            kept.append(scores[index] if present else -Float32.inf)
+        best = []
+        for head in range_constexpr(2):
+            mine = [index for index in range(TILE // 4) if index // 2 % 2 == head]
+            top = kept[mine[0]]
+            for index in mine[1:]:
+                top = cute.arch.fmax(top, kept[index])
+            for distance in (1, 2):
+                top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
+            best.append(top)
+            if t == 0:
+                shared.store_float(tops + half * (HEADS * 4) + head * 32, top)
+        cute.arch.sync_threads()
+        words = []
+        for head in range_constexpr(2):
+            mine = [index for index in range(TILE // 4) if index // 2 % 2 == head]
+            other = shared.load_float(tops + (1 - half) * (HEADS * 4) + head * 32)
+            top = cute.arch.fmax(best[head], other)
+            top = cute.arch.fmax(top * self.scale, largest[head])
+            fade = fragments.exp2(largest[head] - top)
+            largest[head] = top
+            total = weight[head] * fade
+            for index in mine:
+                kept[index] = fragments.exp2(kept[index] * self.scale - top)
+                total += kept[index]
+            weight[head] = total
+            target = base + self.at["probabilities"] + (own + 8 * head) * wgmma.TILE_ROW_BYTES
+            for j in range_constexpr(TILE // 16):
+                word = fragments.pack_bf16x2(kept[4 * j + 2 * head], kept[4 * j + 2 * head + 1])
+                shared.store_word(target + ((4 * half + j) ^ g) * 16 + t * 4, word)
+            for index in range_constexpr(self.own // 4):
+                at = index // 2 * 4 + head * 2 + index % 2
+                acc[at] *= fade
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def _add_values(self, base: Int32, words: Any, acc: Any, cut: Int32) -> None:
+        """The warpgroup's own dimensions."""
+        group = 2 * cut + cute.arch.warp_idx() // 4
+        tiles = base + self.at["tiles"] + group * (self.own // SLICE * SLICE_BYTES)
         values = wgmma.transposed(tiles, SLICE_BYTES)
-        sums = [acc[index] for index in range(HALF // 2)]
+        sums = [acc[index] for index in range(self.own // 2)]
         wgmma.fence()
         for step in range_constexpr(TILE // wgmma.MMA_COLS):
-            a = [words[4 * step + i] for i in range(4)]
-            sums = wgmma.multiply(sums, a, values + Int64(step * 128), True)
+            if cutlass.const_expr(self.halves):
+                p = wgmma.descriptor(base + self.at["probabilities"])
+                sums = wgmma.multiply(
+                    sums, wgmma.advance(p, step), values + Int64(step * 128), True
+                )
+            else:
+                a = [words[4 * step + i] for i in range(4)]
+                sums = wgmma.multiply(sums, a, values + Int64(step * 128), True)
         wgmma.commit()
         sums = wgmma.wait_for(sums)
-        for index in range_constexpr(HALF // 2):
+        for index in range_constexpr(self.own // 2):
             acc[index] = sums[index]
 
     @cute.jit
     def _finish(
         self,
+        base: Int32,
         acc: Any,
         largest: Any,
         weight: Any,
@@ -298,23 +380,37 @@ class Wide:
         place: Int32,
         part: Int32,
         block: Int32,
+        cut: Int32,
         out: Any,
     ) -> None:
         """Write the sums `[T][split][head][512]` and (maximum, weight); or the output."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         first = block * HEADS + warp % 4 * 16 + lane // 4
-        column = warp // 4 * HALF + 2 * (lane % 4)
+        column = (2 * cut + warp // 4) * self.own + 2 * (lane % 4)
+        totals = []
         for head in range_constexpr(2):
             total = weight[head]
             for distance in (1, 2):
                 total += cute.arch.shuffle_sync_bfly(total, distance)
-            own = [(acc[4 * j + 2 * head], acc[4 * j + 2 * head + 1]) for j in range(HALF // 8)]
+            totals.append(total)
+        if cutlass.const_expr(self.halves):
+            tops = base + self.at["tops"] + (warp % 4 * 16 + lane // 4) * 4
+            for head in range_constexpr(2):
+                if lane % 4 == 0:
+                    shared.store_float(tops + warp // 4 * (HEADS * 4) + head * 32, totals[head])
+            cute.arch.sync_threads()
+            for head in range_constexpr(2):
+                both = [shared.load_float(tops + half * (HEADS * 4) + head * 32) for half in range(2)]
+                totals[head] = both[0] + both[1]
+        for head in range_constexpr(2):
+            total = totals[head]
+            own = [(acc[4 * j + 2 * head], acc[4 * j + 2 * head + 1]) for j in range(self.own // 8)]
             if cutlass.const_expr(self.splits > 1):
                 row = Int64(token * self.splits + part) * self.heads + first + 8 * head
                 if column == 0:
                     shared.store_global(out[1].iterator.toint() + row * 8, (largest[head], total))
                 sums = out[0].iterator.toint() + (row * HEAD_DIM + column) * 4
-                for j in range_constexpr(HALF // 8):
+                for j in range_constexpr(self.own // 8):
                     shared.store_global(sums + j * 32, own[j])
             else:
                 self.output.whole(
