@@ -30,6 +30,8 @@ SOURCES = "dsv4.kernels.sm90.attention"
 DECODE_ROWS = 16  # up to here a token's rows are split over a cluster
 ARCHITECTURES = ("sm_90a",)  # warpgroup products
 TILE = 64  # rows that are multiplied at once
+HEADS = 64  # likewise
+MULTIPROCESSORS = 132  # of an H100
 CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 
@@ -126,8 +128,17 @@ def tuned(shape: Shape, rows: int) -> dict[str, int | bool]:
 
     most_splits decides what is summed with what: it is the same for all `rows` up to DECODE_ROWS.
     """
-    splits = 16 if rows <= DECODE_ROWS else 1
-    return {"most_splits": splits, "stages": 2, "warps": 4, "pdl": True, "cuts": 1, "halves": False}
+    splits = 18 if rows <= DECODE_ROWS else 1
+    ctas = parts(shape, splits) * rows * shape.heads // HEADS
+    cuts = max((cut for cut in (2, 4) if ctas * cut <= MULTIPROCESSORS), default=1)
+    return {
+        "most_splits": splits,
+        "cuts": cuts,
+        "halves": True,
+        "stages": 2,
+        "warps": 4,
+        "pdl": True,
+    }
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:
