@@ -80,8 +80,14 @@ def attention(
 
     first = kernel(
         "attention",
-        f"{SOURCES}.wide:Wide",
-        {**common, "stages": cut["stages"], "pdl": cut["pdl"], "cuts": cut["cuts"], "halves": cut["halves"]},
+        f"{SOURCES}.attention:Attention",
+        {
+            **common,
+            "stages": cut["stages"],
+            "pdl": cut["pdl"],
+            "cuts": cut["cuts"],
+            "halves": cut["halves"],
+        },
         (
             Argument("q", torch.bfloat16, vectors),
             caches(shape),
@@ -93,7 +99,7 @@ def attention(
     )
     if splits == 1:
         return (first,)
-    config = {**common, "tile": TILE, "warps": cut["warps"], "pdl": cut["pdl"]}
+    config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
     join = (*scratch("in"), position, *end)
     last = kernel("attention_join", f"{SOURCES}.join:Join", config, join, ARCHITECTURES)
     return first, last

@@ -55,9 +55,7 @@ def make(config: ModelConfig, shape: Shape, plan: Plan, rng: torch.Generator) ->
     buffers: Buffers = {
         "position": places,
         "slot": torch.tensor(plan.slots, dtype=torch.int32, device=device),
-        "o": torch.empty(
-            count, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device
-        ),
+        "o": torch.empty(count, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device),
     }
     sinks = torch.randn(shape.heads, generator=rng, device=device) * 2
     if plan.sinks == "far":
@@ -114,9 +112,7 @@ def random_rows(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return kv, torch.nn.functional.pad(exponents, (0, 1))
 
 
-def _entries(
-    shape: Shape, plan: Plan, slots: int, buffers: Buffers, rng: torch.Generator
-) -> None:
+def _entries(shape: Shape, plan: Plan, slots: int, buffers: Buffers, rng: torch.Generator) -> None:
     device = rng.device
     capacity = (max(plan.positions) + 1) // shape.ratio + SPARE
     buffers |= _poisoned("compressed", slots, capacity, device)
@@ -153,7 +149,9 @@ def _queries(shape: Shape, plan: Plan, buffers: Buffers, rng: torch.Generator) -
             rows[:, KV_BLOCK : 2 * KV_BLOCK] = 0
         aim = rows[torch.randint(len(rows), (shape.heads,), generator=rng, device=device)]
         at = (place + 1) % buffers["window_kv"].shape[1]
-        after = dequantize(*(buffers[f"window_{part}"][slot, at][None] for part in ("kv", "scales")))
+        after = dequantize(
+            *(buffers[f"window_{part}"][slot, at][None] for part in ("kv", "scales"))
+        )
         if not after.isnan().any():
             aim[3::4] = after.to(torch.float32)
         strength = torch.where(heads % 4 == 0, 0.0, 0.3 + 0.1 * (heads % 4))

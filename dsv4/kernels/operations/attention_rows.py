@@ -17,7 +17,6 @@ from dsv4.kernels.case import Buffers, Expected
 from dsv4.kernels.reference.accumulate import WIDE
 from dsv4.kernels.reference.attention import sparse_attention
 from dsv4.kernels.reference.quant_sim import KV_BLOCK
-from dsv4.kernels.reference.rope import apply_rope
 
 CODES = 448  # dimensions in E4M3; the rotary ones that follow are bfloat16
 ROW_BYTES = 576
@@ -83,11 +82,11 @@ def expected(shape: Shape, buffers: Buffers) -> Expected:
 
     With w the softmax weights and m = Σ w |v|:
     - probabilities are rounded to bfloat16: 2^-8 m;
-    - a score is a sum of 512 exact products in chains of 4 MMAs of 16 and then 8 terms, which may
-      lose 2 units of the last place of A = Σ |q k| / sqrt(512) at each; scaling, subtracting the
-      maximum and exp2 (2^-22) add a few units of its size and of the sink's, unless that is so low
-      that it has no weight. A weight is off by e = 2^-22 (16 A + 4) of itself, o by 2 e m;
-    - a chain of n / 16 MMAs and the merge of 16 parts at most: 2^-22 (n / 8 + 32) m.
+    - a score is a sum of 512 exact products in a chain of 32 products of 16, each of which may lose
+      2 units of the last place of A = Σ |q k| / sqrt(512); scaling, subtracting the maximum and
+      exp2 (2^-22) add a few units of its size and of the sink's, unless that is so low that it has
+      no weight. A weight is off by e = 2^-22 (32 A + 4) of itself, o by 2 e m;
+    - a chain of n / 16 products and the join of 32 parts at most: 2^-22 (n / 8 + 32) m.
     A rotated pair mixes both errors by |cos| and |sin|. The result is rounded to bfloat16.
     """
     q, sinks = buffers["q"].to(WIDE), buffers["sinks"]
@@ -97,29 +96,27 @@ def expected(shape: Shape, buffers: Buffers) -> Expected:
         near, entries = seen_rows(shape, buffers, token)
         indices = [torch.arange(len(kv), device=kv.device)[None] for kv in (near, entries)]
         own = q[token : token + 1]
-        values.append(
-            sparse_attention(own, near, indices[0], entries, indices[1], sinks, scale)
-        )
+        values.append(sparse_attention(own, near, indices[0], entries, indices[1], sinks, scale))
         rows = torch.cat((near, entries))
         scores = own[0] @ rows.T * scale
         sink = sinks.to(WIDE)[:, None]
         weights = torch.cat((scores, sink), 1).softmax(1)[:, :-1]
         size = (own[0].abs() @ rows.abs().T * scale).amax(1, keepdim=True) + 1
         size = torch.maximum(size, torch.maximum(sink, -size).abs())
-        share = ROUNDOFF + 2.0**-21 * (16 * size + 4)
+        share = ROUNDOFF + 2.0**-21 * (32 * size + 4)
         share = share + 2.0**-22 * (len(rows) / 8 + 32)
         bounds.append((weights @ rows.abs() * share)[None])
     places = buffers["position"].to(torch.int64)
-    cos, sin = buffers["cos"][places], buffers["sin"][places]
-    value = apply_rope(torch.cat(values), cos, sin, inverse=True)
-    bound = _mix(torch.cat(bounds), cos, sin)
+    tables = [buffers[name][places].to(WIDE)[:, None] for name in ("cos", "sin")]
+    value = _turned_back(torch.cat(values), *tables, -1)
+    # 2^-20 for the rotation's own error.
+    bound = _turned_back(torch.cat(bounds), *(table.abs() + 2.0**-20 for table in tables), 1)
     return Expected(value, bound * (1 + ROUNDOFF) + value.abs() * ROUNDOFF)
 
 
-def _mix(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Errors of the rotary pairs after a rotation; 2^-20 for the rotation's own."""
-    rotary = 2 * cos.shape[1]
-    even, odd = bound[..., -rotary:].unflatten(-1, (-1, 2)).unbind(-1)
-    c, s = (table.abs().to(WIDE)[:, None] + 2.0**-20 for table in (cos, sin))
-    turned = torch.stack((even * c + odd * s, even * s + odd * c), -1).flatten(-2)
-    return torch.cat((bound[..., :-rotary], turned), -1)
+def _turned_back(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """The last dimensions in pairs: even, odd -> even cos + odd sin, odd cos + sign even sin."""
+    rotary = 2 * cos.shape[-1]
+    even, odd = x[..., -rotary:].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos + odd * sin, odd * cos + sign * even * sin), -1)
+    return torch.cat((x[..., :-rotary], turned.flatten(-2)), -1)

@@ -50,20 +50,6 @@ def copy_shared(
 
 
 @dsl_user_op
-def copy_if(
-    slot: Int32, address: Int64, condition: Int32, *, loc: Any = None, ip: Any = None
-) -> None:
-    """16 bytes from byte `address`, past L1; nothing where `condition` is 0."""
-    _effect(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.cg.shared.global [$0], [$1], 16; }",
-        "r,l,r",
-        [value.ir_value(loc=loc, ip=ip) for value in (slot, address, condition)],
-        loc,
-        ip,
-    )
-
-
-@dsl_user_op
 def copy_or_zero(
     slot: Int32, address: Int64, nbytes: int, live: Int32, *, loc: Any = None, ip: Any = None
 ) -> None:

@@ -1,7 +1,8 @@
 """What Hopper kernels use besides: copies of single threads, and products of bfloat16 tiles.
 
-Sources: PTX ISA 9.1, sections on cp.async, mma.m16n8k16, and wgmma with its matrix descriptors. A copy's bytes arrive only when its
-thread waits for them, or at some time before a barrier that it arrives at after them.
+Sources: PTX ISA 9.1, sections on cp.async, mma.m16n8k16, and wgmma with its matrix descriptors. A
+copy's bytes arrive only when its thread waits for them, or at some time before a barrier that it
+arrives at after them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Copies:
 def pair(words: Bits) -> NDArray[np.float64]:
     """Words of two bfloat16: `[..., 2]`."""
     halves = np.stack((words & np.uint64(0xFFFF), words >> np.uint64(16)), -1)
-    return halves.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+    return np.asarray(halves.astype(np.uint16).view(ml_dtypes.bfloat16), dtype=np.float64)
 
 
 def multiply(a: Sequence[Bits], b: Sequence[Bits], c: Sequence[Bits]) -> list[Bits]:
@@ -79,13 +80,6 @@ def multiply_pairs(a: Bits, b: Bits) -> Bits:
     """mul.rn.bf16x2."""
     product = (pair(a) * pair(b)).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint64)
     return np.asarray(product[:, 0] | (product[:, 1] << np.uint64(16)))
-
-
-def transpose(matrix: Bits) -> Bits:
-    """movmatrix of 8 by 8: lane 4g + t has row g, columns 2t and 2t + 1."""
-    halves = np.stack((matrix & np.uint64(0xFFFF), (matrix >> np.uint64(16)) & np.uint64(0xFFFF)), -1)
-    turned = halves.reshape(8, 8).T.reshape(32, 2)
-    return np.asarray(turned[:, 0] | (turned[:, 1] << np.uint64(16)))
 
 
 class Products:
@@ -110,9 +104,7 @@ class Products:
 def operand(descriptor: int, rows: NDArray[np.int64], turned: bool) -> NDArray[np.int64]:
     """Where the bfloat16 `[row][16]` of a shared-memory matrix lie, swizzled by 128 bytes."""
     assert descriptor >> 62 == 1 and descriptor >> 49 & 7 == 0, "the 128-byte swizzle"
-    address, leading, stride = (
-        (descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32)
-    )
+    address, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
     columns = np.arange(16)
     if turned:
         row = rows // 64 * leading + rows % 64 * 2
@@ -138,9 +130,7 @@ def rows_of(a: Sequence[Bits]) -> NDArray[np.float64]:
     return found
 
 
-def add_product(
-    acc: Sequence[Bits], a: NDArray[np.float64], b: NDArray[np.float64]
-) -> list[Bits]:
+def add_product(acc: Sequence[Bits], a: NDArray[np.float64], b: NDArray[np.float64]) -> list[Bits]:
     """A warp's rows of a warpgroup's sums. a: `[16, 16]`; b: `[n, 16]`."""
     group, t = np.arange(32) // 4, np.arange(32) % 4
     product = a @ b.T

@@ -54,9 +54,6 @@ class Barrier:
             self.pending = self.expected
 
 
-RANK = 1 << 24  # from one CTA of a cluster to the next
-
-
 class SharedMemory:
     """Bytes from SHARED_BASE on, poisoned, and barriers by address."""
 

@@ -1,4 +1,4 @@
-"""Operands of a warp's MMA: E4M3 rows as bfloat16, 8 by 8 transposition, packing."""
+"""Numbers in registers: E4M3 as bfloat16, packing, powers of two, a warp's maximum."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ from cutlass import Float32, Uint32
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from dsv4.kernels.sm90 import ptx
-
-
-def e4m3_pairs(word: Uint32, factor: Uint32) -> tuple[Uint32, Uint32]:
-    """Four codes as bfloat16, times a factor of `e4m3_factor`: codes (0, 2), then (1, 3).
-
-    A code's bits are moved into bfloat16's fields, where they are short of 2^120.
-    """
-    signs, fields = Uint32(0x80008000), Uint32(0x07F007F0)
-    even = ((word << 8) & signs) | ((word << 4) & fields)
-    odd = (word & signs) | ((word >> 4) & fields)
-    return ptx.mul_bf16x2(even, factor), ptx.mul_bf16x2(odd, factor)
 
 
 def e4m3_words(word: Uint32, factor: Uint32) -> tuple[Uint32, Uint32]:
@@ -32,11 +21,6 @@ def _moved(word: Uint32, factor: Uint32, order: int) -> Uint32:
     return ptx.mul_bf16x2(bits, factor)
 
 
-def bf16_pairs(first: Uint32, second: Uint32) -> tuple[Uint32, Uint32]:
-    """Four numbers in two words: numbers (0, 2), then (1, 3)."""
-    return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
-
-
 @dsl_user_op
 def e4m3_factor(scale: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
     """2^(120 + scale - 127) twice, bfloat16; scale: E8M0. Infinite beyond a scale of 2^7."""
@@ -45,13 +29,6 @@ def e4m3_factor(scale: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
         "prmt.b32 $0, e, e, 0x1010; }"
     )
     return Uint32(ptx._asm(T.i32(), text, "=r,r", [scale], loc, ip))
-
-
-@dsl_user_op
-def transpose(matrix: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """An 8 by 8 matrix of bfloat16, lane `4g + t` holding row g at columns 2t and 2t + 1."""
-    text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-    return Uint32(ptx._asm(T.i32(), text, "=r,r", [matrix], loc, ip))
 
 
 @dsl_user_op
@@ -66,13 +43,6 @@ def pack_bf16x2(low: Float32, high: Float32, *, loc: Any = None, ip: Any = None)
 def exp2(x: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
     """2^x, within 2^-22; 0 for -inf."""
     return Float32(ptx._asm(T.f32(), "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], loc, ip))
-
-
-@dsl_user_op
-def bf16_bits(x: Float32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """A number rounded to bfloat16, in the lower half."""
-    text = "{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {h, h}; }"
-    return Uint32(ptx._asm(T.i32(), text, "=r,f", [x], loc, ip))
 
 
 @dsl_user_op

@@ -35,13 +35,12 @@ class Join:
         ratio: int,
         topk: int,
         splits: int,
-        tile: int,
         warps: int,
         pdl: bool,
     ) -> None:
         assert splits <= 32, "a lane weighs a part"
         self.heads, self.splits, self.warps, self.pdl = heads, splits, warps, pdl
-        self.rows = Rows(mode, window, ratio, topk, splits, tile)
+        self.rows = Rows(mode, window, ratio, topk, splits)
         self.output = Output(heads)
 
     @cute.jit
@@ -99,9 +98,7 @@ class Join:
             values += self.heads * HEAD_DIM * 4
         ring.commit()
         part = cutlass.min(lane, parts - 1)
-        pair = shared.load_global_pair(
-            statistics.iterator.toint() + (row + part * self.heads) * 8
-        )
+        pair = shared.load_global_pair(statistics.iterator.toint() + (row + part * self.heads) * 8)
         factor = self._factor(pair, sink, lane < parts)
         ring.wait(0)
         totals = [Float32(0.0), Float32(0.0), Float32(0.0), Float32(0.0)]

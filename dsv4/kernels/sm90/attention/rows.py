@@ -19,21 +19,18 @@ ROW_BYTES = 576
 SCALE_BYTES = 8
 WARPS = 8  # of a CTA
 WARP_ROWS = 8  # that a warp asks for
+TILE = WARPS * WARP_ROWS  # rows that are fetched at once
 
 
 class Rows:
-    """mode: "none", "all" or "list"; splits: the most parts; tile: rows that are fetched at once.
+    """mode: "none", "all" or "list"; splits: the most parts.
 
-    Tiles lie in shared memory as `[row][576]` and `[row][8]`, `live` has a bit per row. A tile has at most 64 rows.
+    Tiles lie in shared memory as `[row][576]` and `[row][8]`; `live` has a bit per row.
     """
 
-    def __init__(
-        self, mode: str, window: int, ratio: int, topk: int, splits: int, tile: int
-    ) -> None:
+    def __init__(self, mode: str, window: int, ratio: int, topk: int, splits: int) -> None:
         self.mode, self.window, self.ratio, self.topk = mode, window, ratio, topk
-        self.splits, self.tile = splits, tile
-        self.warps = tile // WARP_ROWS
-        self.arrivals = 32 * self.warps
+        self.splits = splits
 
     def count(self, place: Int32) -> tuple[Any, Any]:
         """Entries and window rows that the token at `place` may see; of a list all places."""
@@ -45,8 +42,8 @@ class Rows:
     def share(self, blocks: Any, seen: Any) -> Any:
         """Rows of a part. A list's parts are the same at any position."""
         rows = blocks + (self.window if self.mode == "list" else seen)
-        tiles = (rows + self.tile - 1) // self.tile
-        return (tiles + self.splits - 1) // self.splits * self.tile
+        tiles = (rows + TILE - 1) // TILE
+        return (tiles + self.splits - 1) // self.splits * TILE
 
     def _own(self) -> Any:
         """The row of a tile whose place this thread works out."""
@@ -87,15 +84,8 @@ class Rows:
         """Ask for the rows `first ...` of a tile; zeros where there is none.
 
         find: (caches, sequence, oldest, blocks, last, place). at: addresses of the rows, the
-        scales, the live bits and the barrier, which expects `arrivals`.
+        scales, the live bits and the barrier, which expects all threads.
         """
-        if cutlass.const_expr(self.warps == WARPS):
-            self._fetch(find, listed, first, at)
-        elif cute.arch.warp_idx() < self.warps:
-            self._fetch(find, listed, first, at)
-
-    @cute.jit
-    def _fetch(self, find: Any, listed: Any, first: Int32, at: Any) -> None:
         rows, scales, live, barrier = at
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         kv, scale = self._row(find, listed, first + self._own())

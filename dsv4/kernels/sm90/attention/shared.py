@@ -25,13 +25,6 @@ def load(address: Int32, count: int, *, loc: Any = None, ip: Any = None) -> Numb
 
 
 @dsl_user_op
-def load_words(address: Int32, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """Eight bytes from shared memory."""
-    operands = [address.ir_value(loc=loc, ip=ip)]
-    return _several(Uint32, "r", 2, "ld.shared.v2.u32 {$0, $1}, [$2];", "r", operands, loc, ip)
-
-
-@dsl_user_op
 def load_float(address: Int32, *, loc: Any = None, ip: Any = None) -> Float32:
     """One number from shared memory."""
     return Float32(_one(T.f32(), "ld.shared.f32 $0, [$1];", "=f,r", [address], loc, ip))
@@ -56,12 +49,6 @@ def store_float(address: Int32, value: Float32, *, loc: Any = None, ip: Any = No
 
 
 @dsl_user_op
-def store(address: Int32, values: Numbers, *, loc: Any = None, ip: Any = None) -> None:
-    """Two numbers to shared memory."""
-    _one(None, "st.shared.v2.f32 [$0], {$1, $2};", "r,f,f", [address, *values], loc, ip)
-
-
-@dsl_user_op
 def store_words(address: Int32, words: Any, *, loc: Any = None, ip: Any = None) -> None:
     """16 bytes to shared memory."""
     text = "st.shared.v4.u32 [$0], {$1, $2, $3, $4};"
@@ -78,13 +65,6 @@ def store_word(address: Int32, value: Any, *, loc: Any = None, ip: Any = None) -
 def store_byte(address: Int32, value: Any, *, loc: Any = None, ip: Any = None) -> None:
     """The lowest byte to shared memory."""
     _one(None, "st.shared.u8 [$0], $1;", "r,r", [address, value], loc, ip)
-
-
-@dsl_user_op
-def store_half(address: Int32, value: Uint32, *, loc: Any = None, ip: Any = None) -> None:
-    """The lower two bytes to shared memory."""
-    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; st.shared.b16 [$0], h; }"
-    _one(None, text, "r,r", [address, value], loc, ip)
 
 
 @dsl_user_op
@@ -145,6 +125,4 @@ def _several(
 
 def _one(kind: Any, text: str, constraints: str, values: list[Any], loc: Any, ip: Any) -> Any:
     operands = [value.ir_value(loc=loc, ip=ip) for value in values]
-    return llvm.inline_asm(
-        kind, operands, text, constraints, has_side_effects=True, loc=loc, ip=ip
-    )
+    return llvm.inline_asm(kind, operands, text, constraints, has_side_effects=True, loc=loc, ip=ip)

@@ -55,7 +55,8 @@ def multiply(
 ) -> list[Any]:
     """Issue `acc + a · b`. a: four registers, or a descriptor; acc: n / 2 Float32.
 
-    turned: b is of `transposed`. What is returned must not be read, nor `a` be changed, before the product was waited for.
+    turned: b is of `transposed`. What is returned must not be read, nor `a` be changed, before the
+    product was waited for.
     """
     count = len(acc)
     operands = list(a) if isinstance(a, (tuple, list)) else [a]
