@@ -3,4 +3,17 @@
 from __future__ import annotations
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-OPERATIONS = ("gemv", "mhc", "router", "quantize_activations", "fp4_gemm", "fp4_gemm_grouped")
+OPERATIONS = (
+    "gemv",
+    "experts",
+    "attention",
+    "append",
+    "q_rope",
+    "indexer",
+    "mhc",
+    "router",
+    "sampling",
+    "quantize_activations",
+    "fp4_gemm",
+    "fp4_gemm_grouped",
+)

@@ -47,13 +47,13 @@ def interpret(
         list(program.parameters.values()),
         [describe(argument) for argument in kernel.arguments],
     )
-    width, height, _ = launched.grid
-    for block in range(width * height):
+    width, height, depth = launched.grid
+    for block in range(width * height * depth):
         Cta(
             program,
             launched.parameters,
             memory,
-            (block % width, block // width, 0),
+            (block % width, block // width % height, block // (width * height)),
             launched.threads,
             launched.shared_bytes,
             seed + block,

@@ -9,7 +9,17 @@ import numpy as np
 
 from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
 from tests.kernels.interpreter.blackwell import Device, TensorMap
-from tests.kernels.interpreter.hopper import Copies, multiply, multiply_pairs
+from tests.kernels.interpreter.hopper import (
+    Copies,
+    Copy,
+    Products,
+    add_product,
+    gather,
+    multiply,
+    multiply_pairs,
+    operand,
+    rows_of,
+)
 from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
 from tests.kernels.interpreter.source import Instruction, Operand, Program
 
@@ -91,6 +101,7 @@ class Warp:
         self.at_barrier = False
         self.barrier = self.wanted = 0
         self.copies = Copies()
+        self.products = Products()
 
     @property
     def done(self) -> bool:
@@ -225,8 +236,10 @@ class Warp:
         if one.op[1] == "param":
             _, raw = self.cta.parameters[source[1][1]]
             width = int(one.op[-1][1:]) // 8
-            number = int.from_bytes(raw[source[2] : source[2] + width], "little")
-            self.assign(target, np.full(LANES, number, dtype=np.uint64), active)
+            for i, part in enumerate(target[1] if target[0] == "v" else [target]):
+                at = source[2] + width * i
+                number = int.from_bytes(raw[at : at + width], "little")
+                self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
         width, count, space = self._transfer(one)
         parts = target[1] if target[0] == "v" else [target]
@@ -263,8 +276,7 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op[2] in ("max", "min"), one.text
-        assert one.op[3] in ("u32", "s32"), one.text
+        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
         order = signed(value, 32) if one.op[3] == "s32" else value
         best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
@@ -296,6 +308,12 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _vote(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op == ("vote", "sync", "ballot", "b32"), one.text
+        votes = sum(1 << lane for lane in map(int, np.flatnonzero(self.value(one.operands[1]))))
+        self.assign(one.operands[0], np.full(LANES, votes, dtype=np.uint64), active)
+
     def _mma(self, one: Instruction, active: Any) -> None:
         self._all(active)
         assert "m16n8k16" in one.op and one.op[-4:] == ("f32", "bf16", "bf16", "f32"), one.text
@@ -303,19 +321,69 @@ class Warp:
         for target, value in zip(one.operands[0][1], multiply(a, b, c), strict=True):
             self.assign(target, value, active)
 
+    def _wgmma(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        match one.op[1]:
+            case "fence":
+                pass
+            case "commit_group":
+                self.products.commit()
+            case "wait_group":
+                self.products.wait(int(self.value(one.operands[0])[0]))
+            case _:
+                assert one.op[-3:] == ("f32", "bf16", "bf16"), one.text
+                self.products.open.append(lambda: self._product(one, active))
+
+    def _product(self, one: Instruction, active: Any) -> None:
+        """A warp's 16 rows of `acc + a · b`; operands are read now."""
+        acc, a, b, *flags = one.operands
+        data = self.cta.shared.data
+        n = 2 * len(acc[1])
+        assert f"m64n{n}k16" in one.op, one.text
+        if a[0] == "v":
+            left = rows_of([self.value(part) for part in a[1]])
+        else:
+            warp = int(self.registers["%tid.x"][0]) // LANES % 4
+            rows = 16 * warp + np.arange(16)
+            left = gather(data, operand(int(self.value(a)[0]), rows, flags[3] == ("i", 1)))
+        places = operand(int(self.value(b)[0]), np.arange(n), flags[-1] == ("i", 1))
+        right = gather(data, places)
+        assert self.value(flags[0])[0] and flags[1] == flags[2] == ("i", 1), one.text
+        sums = add_product([self.value(part) for part in acc[1]], left, right)
+        for target, value in zip(acc[1], sums, strict=True):
+            self.assign(target, value, active)
+
     def _cp_async(self, one: Instruction, active: Any) -> None:
         if one.op[2] == "commit_group":
             self.copies.commit()
+        elif one.op[2] == "mbarrier":
+            self._arrive_after_copies(one, active)
         elif one.op[2] == "wait_group":
             self.copies.wait(int(self.value(one.operands[0])[0]))
         else:
             count = int(self.value(one.operands[2])[0])
             assert one.op[2] == "ca" or count == 16, one.text
+            read = self.value(one.operands[3] if len(one.operands) > 3 else one.operands[2])
             for lane in map(int, np.flatnonzero(active)):
                 target, source = (self._address(one.operands[i], lane) for i in (0, 1))
                 assert target % count == 0 and source % count == 0, one.text
-                copied = self.cta.shared.view(target, count), self.cta.memory.view(source, count)
-                self.copies.open.append(copied)
+                found = np.zeros(0, dtype=np.uint8)
+                if read[lane]:
+                    found = self.cta.memory.view(source, int(read[lane]))
+                self.copies.open.append(Copy(self.cta.shared.view(target, count), found))
+
+    def _arrive_after_copies(self, one: Instruction, active: Any) -> None:
+        assert one.op[3:5] == ("arrive", "noinc"), one.text
+        places = [self._address(one.operands[0], int(lane)) for lane in np.flatnonzero(active)]
+        before, barriers = self.copies.under_way(), self.cta.shared.barriers
+
+        def done() -> None:
+            for copy in before:
+                copy.run()
+            for place in places:
+                barriers[place].arrive()
+
+        self.cta.device.copies.append(done)
 
     def _cp(self, one: Instruction, active: Any) -> None:
         if one.op[2] != "bulk":
