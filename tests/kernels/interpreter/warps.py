@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
 from tests.kernels.interpreter.blackwell import Device, TensorMap
+from tests.kernels.interpreter.hopper import Copies, multiply, multiply_pairs
 from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
 from tests.kernels.interpreter.source import Instruction, Operand, Program
 
@@ -49,10 +50,7 @@ class Cta:
             if not alive:
                 assert self.device.allocated == 0, "tensor memory was not given back"
                 return
-            if all(warp.at_barrier for warp in alive):
-                for warp in alive:
-                    warp.at_barrier = False
-                    warp.pcs += 1
+            _meet(alive)
             ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
             if ready and self.device.random.random() < self.eagerness:
                 speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
@@ -66,8 +64,19 @@ class Cta:
         raise RuntimeError("the kernel does not end")
 
 
+def _meet(alive: Sequence[Warp]) -> None:
+    """Let warps go on whose barrier has all the threads that it wants."""
+    for number in {warp.barrier for warp in alive if warp.at_barrier}:
+        there = [warp for warp in alive if warp.at_barrier and warp.barrier == number]
+        wanted = {warp.wanted or LANES * len(alive) for warp in there}
+        if wanted == {LANES * len(there)}:
+            for warp in there:
+                warp.at_barrier = False
+                warp.pcs += 1
+
+
 class Warp:
-    """32 lanes."""
+    """32 lanes. barrier, wanted: number and threads of that which it is at; 0: of all warps."""
 
     def __init__(self, cta: Cta, first_thread: int) -> None:
         self.cta, self.program = cta, cta.program.instructions
@@ -80,6 +89,8 @@ class Warp:
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
+        self.barrier = self.wanted = 0
+        self.copies = Copies()
 
     @property
     def done(self) -> bool:
@@ -121,6 +132,8 @@ class Warp:
             self.live[active] = False
         elif one.op == ("bar", "sync"):
             assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
+            numbers = [int(self.value(operand)[0]) for operand in one.operands]
+            self.barrier, self.wanted = (*numbers, 0)[:2]
             self.at_barrier = True
             return False
         elif active.any():
@@ -136,8 +149,10 @@ class Warp:
         if special is not None:
             special(one, active)
             return
-        if op[0] in ("shl", "shr"):
-            result: Bits | None = shift(op, self.value(args[1]), self.value(args[2]))
+        if op == ("mul", "rn", "bf16x2"):
+            result: Bits | None = multiply_pairs(self.value(args[1]), self.value(args[2]))
+        elif op[0] in ("shl", "shr"):
+            result = shift(op, self.value(args[1]), self.value(args[2]))
         else:
             result = compute(op, [self.value(a) for a in args[1:]])
         if result is None:
@@ -248,9 +263,10 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op == ("redux", "sync", "max", "u32"), one.text
+        assert one.op in (("redux", "sync", "max", "u32"), ("redux", "sync", "min", "s32")), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        self.assign(one.operands[0], np.full(LANES, value.max()), active)
+        best = value.max() if one.op[2] == "max" else value[np.argmin(signed(value, 32))]
+        self.assign(one.operands[0], np.full(LANES, best), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -278,7 +294,31 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _mma(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert "m16n8k16" in one.op and one.op[-4:] == ("f32", "bf16", "bf16", "f32"), one.text
+        a, b, c = ([self.value(part) for part in operand[1]] for operand in one.operands[1:])
+        for target, value in zip(one.operands[0][1], multiply(a, b, c), strict=True):
+            self.assign(target, value, active)
+
+    def _cp_async(self, one: Instruction, active: Any) -> None:
+        if one.op[2] == "commit_group":
+            self.copies.commit()
+        elif one.op[2] == "wait_group":
+            self.copies.wait(int(self.value(one.operands[0])[0]))
+        else:
+            count = int(self.value(one.operands[2])[0])
+            assert one.op[2] == "ca" or count == 16, one.text
+            for lane in map(int, np.flatnonzero(active)):
+                target, source = (self._address(one.operands[i], lane) for i in (0, 1))
+                assert target % count == 0 and source % count == 0, one.text
+                copied = self.cta.shared.view(target, count), self.cta.memory.view(source, count)
+                self.copies.open.append(copied)
+
     def _cp(self, one: Instruction, active: Any) -> None:
+        if one.op[2] != "bulk":
+            self._cp_async(one, active)
+            return
         lane, args, device = self._one(active), one.operands, self.cta.device
         target, barrier = self._address(args[0], lane), args[2 if "tensor" in one.op else 3]
         bar = self._address(barrier, lane)
