@@ -1,11 +1,12 @@
 """What Hopper kernels use besides: copies of single threads, and products of bfloat16 tiles.
 
 Sources: PTX ISA 9.1, sections on cp.async and mma.m16n8k16. A copy's bytes arrive only when its
-thread waits for them, so that a missing wait shows.
+thread waits for them, or at some time before a barrier that it arrives at after them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -15,7 +16,21 @@ from numpy.typing import NDArray
 from tests.kernels.interpreter.arithmetic import Bits, bits, f32
 from tests.kernels.interpreter.memory import Bytes
 
-Copy = tuple[Bytes, Bytes]
+
+@dataclasses.dataclass
+class Copy:
+    """target: bytes, zero beyond the source's."""
+
+    target: Bytes
+    source: Bytes
+    done: bool = False
+
+    def run(self) -> None:
+        """Copy, once."""
+        if not self.done:
+            self.target[:] = 0
+            self.target[: len(self.source)] = self.source
+            self.done = True
 
 
 class Copies:
@@ -33,8 +48,12 @@ class Copies:
     def wait(self, pending: int) -> None:
         """Until at most `pending` groups are under way."""
         while len(self.groups) > pending:
-            for target, source in self.groups.pop(0):
-                target[:] = source
+            for copy in self.groups.pop(0):
+                copy.run()
+
+    def under_way(self) -> list[Copy]:
+        """All of them."""
+        return [copy for group in [*self.groups, self.open] for copy in group]
 
 
 def pair(words: Bits) -> NDArray[np.float64]:
@@ -60,3 +79,10 @@ def multiply_pairs(a: Bits, b: Bits) -> Bits:
     """mul.rn.bf16x2."""
     product = (pair(a) * pair(b)).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint64)
     return np.asarray(product[:, 0] | (product[:, 1] << np.uint64(16)))
+
+
+def transpose(matrix: Bits) -> Bits:
+    """movmatrix of 8 by 8: lane 4g + t has row g, columns 2t and 2t + 1."""
+    halves = np.stack((matrix & np.uint64(0xFFFF), (matrix >> np.uint64(16)) & np.uint64(0xFFFF)), -1)
+    turned = halves.reshape(8, 8).T.reshape(32, 2)
+    return np.asarray(turned[:, 0] | (turned[:, 1] << np.uint64(16)))
