@@ -83,6 +83,8 @@ def multiply_pairs(a: Bits, b: Bits) -> Bits:
 
 def transpose(matrix: Bits) -> Bits:
     """movmatrix of 8 by 8: lane 4g + t has row g, columns 2t and 2t + 1."""
-    halves = np.stack((matrix & np.uint64(0xFFFF), (matrix >> np.uint64(16)) & np.uint64(0xFFFF)), -1)
+    halves = np.stack(
+        (matrix & np.uint64(0xFFFF), (matrix >> np.uint64(16)) & np.uint64(0xFFFF)), -1
+    )
     turned = halves.reshape(8, 8).T.reshape(32, 2)
     return np.asarray(turned[:, 0] | (turned[:, 1] << np.uint64(16)))

@@ -295,8 +295,13 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
+        assert one.op[:2] == ("redux", "sync"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
+        joins: dict[str, Any] = {"add": np.add, "or": np.bitwise_or}
+        if one.op[2] in joins:
+            joined = joins[one.op[2]].reduce(value) & np.uint64(0xFFFFFFFF)
+            self.assign(one.operands[0], np.full(LANES, joined), active)
+            return
         order = signed(value, 32) if one.op[3] == "s32" else value.view(np.int64)
         best = value[order.argmax() if one.op[2] == "max" else order.argmin()]
         self.assign(one.operands[0], np.full(LANES, best), active)
@@ -333,7 +338,11 @@ class Warp:
 
     def _mapa(self, one: Instruction, active: Any) -> None:
         target, address, rank = one.operands
-        self.assign(target, self.value(address) + (self.value(rank) + np.uint64(1)) * np.uint64(RANK), active)
+        self.assign(
+            target,
+            self.value(address) + (self.value(rank) + np.uint64(1)) * np.uint64(RANK),
+            active,
+        )
 
     def _vote(self, one: Instruction, active: Any) -> None:
         self._all(active)
