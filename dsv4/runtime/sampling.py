@@ -7,8 +7,6 @@ global random state is neither read nor written.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 

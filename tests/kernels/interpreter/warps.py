@@ -273,6 +273,9 @@ class Warp:
             self.assign(part, value, active)
 
     def _st(self, one: Instruction, active: Any) -> None:
+        if one.op[1] == "async":
+            self._st_async(one, active)
+            return
         target, source = one.operands
         width, count, view = self._transfer(one)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
@@ -282,6 +285,19 @@ class Warp:
             mask = (1 << (8 * width)) - 1
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
             view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+
+    def _st_async(self, one: Instruction, active: Any) -> None:
+        """A number to a CTA of the cluster, some time."""
+        target, source, barrier = one.operands
+        width = int(one.op[-1][1:]) // 8
+        for lane in map(int, np.flatnonzero(active)):
+            rank, place = divmod(self._address(target, lane), RANK)
+            other, bar = divmod(self._address(barrier, lane), RANK)
+            assert other == rank and place % width == 0, one.text
+            number = int(self.value(source)[lane]) & ((1 << (8 * width)) - 1)
+            receiver = self.cta.cluster[rank - 1]
+            assert receiver.alive, "shared memory of a CTA that has ended"
+            receiver.device.receive(place, number.to_bytes(width, "little"), bar)
 
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text

@@ -1,7 +1,8 @@
-"""What the warps of a cluster tell each other: a slot for each warp, in every CTA's shared memory.
+"""What the CTAs of a cluster tell each other, without a barrier of the cluster.
 
-A warp's lane j writes to CTA j, so that after one barrier of the cluster everybody reads all slots
-in its own shared memory, in the order of the warps.
+Numbers go straight into the other CTAs' shared memory, and with their bytes complete a phase of a
+memory barrier there, so that nobody flushes anything. Sums have two places in turn: who is told
+number n + 1 knows that everybody has read number n - 1.
 """
 
 from __future__ import annotations
@@ -10,93 +11,136 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Uint32, range_constexpr
+from cutlass import Int32, Int64, Uint32, Uint64, range_constexpr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
 LANES = 32
+_HALF = 2 * LANES  # places for the numbers of the warps of a CTA, then of the CTAs
+_KEYS, _SUMS, _CHOICE, _BARRIERS = 0, 1, 3, 4
 
 
 @dsl_user_op
-def _push(place: Int32, rank: Int32, value: Any, *, loc: Any = None, ip: Any = None) -> None:
-    """`value` to byte `place` of the shared memory of a CTA of the cluster."""
-    wide = value.width == 64
-    kind, constraint = ("u64", "l") if wide else ("u32", "r")
+def _push(
+    place: Int32, barrier: Int32, rank: Int32, value: Any, *, loc: Any = None, ip: Any = None
+) -> None:
+    """`value` to byte `place` of a CTA of the cluster, counted by its barrier."""
+    kind, constraint = ("u64", "l") if value.width == 64 else ("u32", "r")
     llvm.inline_asm(
         None,
-        [
-            place.ir_value(loc=loc, ip=ip),
-            rank.ir_value(loc=loc, ip=ip),
-            value.ir_value(loc=loc, ip=ip),
-        ],
-        "{ .reg .u32 a; mapa.shared::cluster.u32 a, $0, $1; "
-        f"st.shared::cluster.{kind} [a], $2; }}",
-        f"r,r,{constraint}",
+        [one.ir_value(loc=loc, ip=ip) for one in (place, barrier, rank, value)],
+        "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, $0, $2; mapa.shared::cluster.u32 b, $1, $2; "
+        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.{kind} [a], $3, [b]; }}",
+        f"r,r,r,{constraint}",
         has_side_effects=True,
         loc=loc,
         ip=ip,
     )
 
 
-class Slots:
-    """A number of each warp of the cluster. dtype: Uint32 or Uint64."""
+class Cluster:
+    """ctas: at most 16, all of the grid's first dimension; warps: of a CTA, at most 32."""
 
-    def __init__(self, dtype: Any, ctas: int, warps: int) -> None:
-        self.dtype, self.ctas, self.warps = dtype, ctas, warps
-        self.turns = -(-ctas * warps // LANES)
-
-    def allocate(self, smem: Any) -> Any:
-        """Shared memory for them."""
-        return smem.allocate_tensor(self.dtype, cute.make_layout(self.turns * LANES), 16)
+    def __init__(self, ctas: int, warps: int) -> None:
+        self.ctas, self.warps = ctas, warps
 
     @cute.jit
-    def tell(self, slots: Any, warp: Int32, value: Any) -> None:
-        """Write the number of the cluster's warp `warp`, equal in its lanes, to all CTAs."""
-        place = Int32(slots.iterator.toint()) + warp * (self.dtype.width // 8)
+    def begin(self) -> Any:
+        """Shared memory, ready once all CTAs have called `begun`. Announces this CTA."""
+        smem = cutlass.memory.SmemAllocator()
+        barriers = smem.allocate_tensor(Int64, cute.make_layout(_BARRIERS), 16)
+        sums = smem.allocate_tensor(Uint64, cute.make_layout(2 * _HALF), 16)
+        counts = smem.allocate_tensor(Uint32, cute.make_layout(2 * _HALF), 16)
+        keys = smem.allocate_tensor(Uint32, cute.make_layout(_HALF), 16)
+        choice = smem.allocate_tensor(Uint64, cute.make_layout(1), 16)
+        if cute.arch.thread_idx()[0] == 0:
+            for i in range_constexpr(_BARRIERS):
+                cute.arch.mbarrier_init(barriers.iterator + i, 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        cute.arch.cluster_arrive_relaxed()
+        return barriers, sums, counts, keys, choice
+
+    def begun(self) -> None:
+        """Wait for all CTAs' shared memory."""
+        cute.arch.cluster_wait()
+
+    @cute.jit
+    def largest(self, shared: Any, own: Uint32) -> Uint32:
+        """The largest number of all warps. Once."""
+        barriers, _, _, keys, _ = shared
         lane = cute.arch.lane_idx()
+        barrier = barriers.iterator + _KEYS
+        if lane == 0:
+            keys[cute.arch.warp_idx()] = own
+        cute.arch.sync_threads()
+        if cute.arch.warp_idx() == 0:
+            of_cta = cute.arch.warp_redux_sync(_if(lane < self.warps, keys[lane]), "umax")
+            self._tell(keys, barrier, LANES, of_cta, 4)
+        cute.arch.mbarrier_wait(barrier, 0)
+        return cute.arch.warp_redux_sync(_if(lane < self.ctas, keys[LANES + lane]), "umax")
+
+    @cute.jit
+    def share(self, shared: Any, number: Int32, own: Uint64, ranked: Uint32) -> Any:
+        """The sum of all warps' `own`, that of the warps before this one, the sum of `ranked`.
+
+        number: how many times it was called before.
+        """
+        barriers, sums, counts, _, _ = shared
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        base = (number % 2) * _HALF
+        barrier = barriers.iterator + _SUMS + number % 2
+        if lane == 0:
+            sums[base + warp], counts[base + warp] = own, ranked
+        cute.arch.sync_threads()
+        if warp == 0:
+            of_cta = warp_sum(_if(lane < self.warps, sums[base + lane]))
+            ranked = cute.arch.warp_redux_sync(_if(lane < self.warps, counts[base + lane]), "add")
+            self._tell(sums, barrier, base + LANES, of_cta, 12)
+            self._tell(counts, barrier, base + LANES, ranked, 0)
+        cute.arch.mbarrier_wait(barrier, (number // 2) % 2)
+        of_ctas = _if(lane < self.ctas, sums[base + LANES + lane])
+        before = _if(lane < cute.arch.block_idx()[0], of_ctas)
+        before += _if(lane < warp, sums[base + lane])
+        ranked = _if(lane < self.ctas, counts[base + LANES + lane])
+        return warp_sum(of_ctas), warp_sum(before), cute.arch.warp_redux_sync(ranked, "add")
+
+    @cute.jit
+    def _tell(self, tensor: Any, barrier: Any, first: Any, value: Any, expected: int) -> None:
+        """This CTA's number to all, by one warp. expected: bytes that each CTA will send us."""
+        lane = cute.arch.lane_idx()
+        if cutlass.const_expr(expected):
+            if lane == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.ctas * expected)
+        place = tensor.iterator + first + cute.arch.block_idx()[0]
         if lane < self.ctas:
-            _push(place, lane, value)
+            _push(Int32(place.toint()), Int32(barrier.toint()), lane, value)
 
     @cute.jit
-    def largest(self, slots: Any) -> Any:
-        """Of all warps; of Uint32."""
-        most = Uint32(0)
-        for turn in range_constexpr(self.turns):
-            at = turn * LANES + cute.arch.lane_idx()
-            if at < self.ctas * self.warps:
-                most = cutlass.max(most, slots[at])
-        return cute.arch.warp_redux_sync(most, "umax")
+    def announce(self, shared: Any, chosen: Uint32, value: Uint32) -> None:
+        """A token and the bits of its logit to all, by the one warp that knows."""
+        barriers, _, _, _, choice = shared
+        lane = cute.arch.lane_idx()
+        both = Uint64(value) << Uint64(32) | Uint64(chosen)
+        if lane < self.ctas:
+            barrier = barriers.iterator + _CHOICE
+            _push(Int32(choice.iterator.toint()), Int32(barrier.toint()), lane, both)
 
     @cute.jit
-    def total(self, slots: Any) -> Any:
-        """The sum over all warps; of Uint32."""
-        all_of = Uint32(0)
-        for turn in range_constexpr(self.turns):
-            at = turn * LANES + cute.arch.lane_idx()
-            if at < self.ctas * self.warps:
-                all_of += slots[at]
-        return cute.arch.warp_redux_sync(all_of, "add")
-
-    @cute.jit
-    def total_and_before(self, slots: Any, warp: Int32) -> Any:
-        """The sum over all warps, and over those before `warp`."""
-        all_of, before = self.dtype(0), self.dtype(0)
-        for turn in range_constexpr(self.turns):
-            at = turn * LANES + cute.arch.lane_idx()
-            if at < self.ctas * self.warps:
-                all_of += slots[at]
-                if at < warp:
-                    before += slots[at]
-        return warp_sum(all_of), warp_sum(before)
+    def announced(self, shared: Any, number: Int32) -> Any:
+        """What was announced, the `number`-th time."""
+        barriers, _, _, _, choice = shared
+        barrier = barriers.iterator + _CHOICE
+        if cute.arch.thread_idx()[0] == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, 8)
+        cute.arch.mbarrier_wait(barrier, number % 2)
+        both = choice[0]
+        return Uint32(both & Uint64(0xFFFFFFFF)), Uint32(both >> Uint64(32))
 
 
 @cute.jit
-def tell_all(shared: Any, ctas: cutlass.Constexpr[int], values: Any) -> None:
-    """Numbers, equal in a warp's lanes, to every CTA's `shared`."""
-    lane = cute.arch.lane_idx()
-    if lane < ctas:
-        for i in range_constexpr(len(values)):
-            _push(Int32(shared.iterator.toint()) + 4 * i, lane, values[i])
+def _if(condition: Any, value: Any) -> Any:
+    return value if condition else type(value)(0)
 
 
 def warp_sum(value: Any) -> Any:
@@ -115,9 +159,3 @@ def running_sum(value: Any) -> Any:
         if lane >= (1 << power):
             value += lower
     return value
-
-
-def meet() -> None:
-    """A barrier of the cluster: what was written before it is seen after it."""
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()

@@ -18,14 +18,7 @@ from cutlass import Boolean, Float32, Int32, Int64, Uint32, Uint64, range_conste
 from dsv4.kernels.reference.sampling import INVALID_TOKEN, MAX_VOCAB
 from dsv4.kernels.sm90 import transfer
 from dsv4.kernels.sm90.sampling import numbers
-from dsv4.kernels.sm90.sampling.cluster import (
-    LANES,
-    Slots,
-    meet,
-    running_sum,
-    tell_all,
-    warp_sum,
-)
+from dsv4.kernels.sm90.sampling.cluster import LANES, Cluster, running_sum, warp_sum
 
 VECTOR = 4  # logits in 16 bytes
 SPAN = VECTOR * LANES
@@ -43,9 +36,7 @@ class Sample:
         self.vocab, self.ctas, self.warps, self.pdl = vocab, ctas, warps, pdl
         self.vectors = -(-vocab // (ctas * warps * SPAN))
         self.count = self.vectors * VECTOR
-        self.keys = Slots(Uint32, ctas, warps)
-        self.sums = Slots(Uint64, ctas, warps)
-        self.counts = Slots(Uint32, ctas, warps)
+        self.cluster = Cluster(ctas, warps)
 
     @cute.jit
     def __call__(
@@ -80,27 +71,28 @@ class Sample:
         token: cute.Tensor,
     ) -> None:
         rank, row, _ = cute.arch.block_idx()
-        cute.arch.cluster_arrive_relaxed()
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
+        shared = self.cluster.begin()
+        self.cluster.begun()
+        if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
         temperature, top_p, top_k, allowed, seed = [one[row] for one in parameters]
         draws, place = counter[row], position[row]
         warp = rank * self.warps + cute.arch.warp_idx()
         first = warp * (SPAN * self.vectors) + cute.arch.lane_idx() * VECTOR
         x = self._load(logits.iterator + Int64(row) * self.vocab, first, allowed)
-        smem = cutlass.memory.SmemAllocator()
-        told = [slots.allocate(smem) for slots in (self.keys, self.sums, self.counts)]
-        choice = smem.allocate_tensor(Uint32, cute.make_layout(2), 8)
-        cute.arch.cluster_wait()  # all CTAs have begun and have shared memory
-        peak = self._peak(x, told[0], warp)
+        most = numbers.key_of(x[0])
+        for i in range_constexpr(1, self.count):
+            most = cutlass.max(most, numbers.key_of(x[i]))
+        peak = self.cluster.largest(shared, cute.arch.warp_redux_sync(most, "umax"))
         chosen = Int32(INVALID_TOKEN)
         writes = (rank == 0) & (cute.arch.thread_idx()[0] == 0)
         if (peak > numbers.LOWEST_KEY) & (peak < numbers.INFINITE_KEY):
             w = self._weigh(x, numbers.number_of(peak), temperature)
             filters = (temperature, top_p, top_k)
             source = (Uint64(seed), Uint64(draws))
-            chosen, writes = self._draw(x, w, first, warp, filters, source, told, choice, writes)
+            chosen, writes = self._draw(x, w, first, filters, source, shared, writes)
         if writes:
             token[row] = chosen
             counter[row] = draws + 1
@@ -120,16 +112,6 @@ class Sample:
         return x
 
     @cute.jit
-    def _peak(self, x: Any, told: Any, warp: Int32) -> Uint32:
-        """The key of the row's largest logit."""
-        most = numbers.key_of(x[0])
-        for i in range_constexpr(1, self.count):
-            most = cutlass.max(most, numbers.key_of(x[i]))
-        self.keys.tell(told, warp, cute.arch.warp_redux_sync(most, "umax"))
-        meet()
-        return self.keys.largest(told)
-
-    @cute.jit
     def _weigh(self, x: Any, peak: Float32, temperature: Float32) -> Any:
         """A thread's weights. Greedy: 1 for the largest, so that the first of them is drawn."""
         w = cute.make_rmem_tensor(self.count, Uint64)
@@ -144,21 +126,12 @@ class Sample:
 
     @cute.jit
     def _draw(
-        self,
-        x: Any,
-        w: Any,
-        first: Int32,
-        warp: Int32,
-        filters: Any,
-        source: Any,
-        told: Any,
-        choice: Any,
-        leader: Any,
+        self, x: Any, w: Any, first: Int32, filters: Any, source: Any, shared: Any, leader: Any
     ) -> Any:
         """-> the token, and whether this thread is to write it."""
         temperature, top_p, top_k = filters
-        _, sums, counts = told
-        total, before, own = self._share(w, sums, warp)
+        own = self._sum(w)
+        total, before, _ = self.cluster.share(shared, Int32(0), own, Uint32(0))
         limit = numbers.mass_limit(total, top_p)
         plain = (temperature <= 0) | ((top_p >= 1) & (top_k <= 0))
         chosen, writes = Int32(INVALID_TOKEN), leader
@@ -176,28 +149,23 @@ class Sample:
                 writes = owner & (cute.arch.lane_idx() == 0)
             else:
                 if owner:
-                    tell_all(choice, self.ctas, (value, Uint32(chosen)))
-                meet()
-                chosen = Int32(choice[1])
-                ranked = self._keep_ahead(x, w, first, choice[0].bitcast(Float32), chosen)
-                self.counts.tell(counts, warp, ranked)
-                total, before, own = self._share(w, sums, warp)
-                ranked = self.counts.total(counts)
-                undecided = (total >= limit) | ((top_k > 0) & (ranked >= Uint32(top_k)))
+                    self.cluster.announce(shared, Uint32(chosen), value)
+                told, value = self.cluster.announced(shared, attempt)
+                chosen = Int32(told)
                 attempt += 1
+                ranked = self._keep_ahead(x, w, first, value.bitcast(Float32), chosen)
+                own = self._sum(w)
+                total, before, ranked = self.cluster.share(shared, attempt, own, ranked)
+                undecided = (total >= limit) | ((top_k > 0) & (ranked >= Uint32(top_k)))
         return chosen, writes
 
     @cute.jit
-    def _share(self, w: Any, told: Any, warp: Int32) -> Any:
-        """The sums of the weights of all warps, of those before this one, and of this one."""
+    def _sum(self, w: Any) -> Uint64:
+        """The sum of this warp's weights."""
         own = Uint64(0)
         for i in range_constexpr(self.count):
             own += w[i]
-        own = warp_sum(own)
-        self.sums.tell(told, warp, own)
-        meet()
-        total, before = self.sums.total_and_before(told, warp)
-        return total, before, own
+        return warp_sum(own)
 
     @cute.jit
     def _find(self, x: Any, w: Any, first: Int32, place: Uint64) -> Any:
