@@ -76,7 +76,8 @@ class Cluster:
         cute.arch.sync_threads()
         if cute.arch.warp_idx() == 0:
             of_cta = cute.arch.warp_redux_sync(_if(lane < self.warps, keys[lane]), "umax")
-            self._tell(keys, barrier, LANES, of_cta, 4)
+            _expect(barrier, 4 * self.ctas)
+            self._tell(keys, barrier, LANES, of_cta)
         cute.arch.mbarrier_wait(barrier, 0)
         return cute.arch.warp_redux_sync(_if(lane < self.ctas, keys[LANES + lane]), "umax")
 
@@ -96,8 +97,9 @@ class Cluster:
         if warp == 0:
             of_cta = warp_sum(_if(lane < self.warps, sums[base + lane]))
             ranked = cute.arch.warp_redux_sync(_if(lane < self.warps, counts[base + lane]), "add")
-            self._tell(sums, barrier, base + LANES, of_cta, 12)
-            self._tell(counts, barrier, base + LANES, ranked, 0)
+            _expect(barrier, 12 * self.ctas)
+            self._tell(sums, barrier, base + LANES, of_cta)
+            self._tell(counts, barrier, base + LANES, ranked)
         cute.arch.mbarrier_wait(barrier, (number // 2) % 2)
         of_ctas = _if(lane < self.ctas, sums[base + LANES + lane])
         before = _if(lane < cute.arch.block_idx()[0], of_ctas)
@@ -106,13 +108,10 @@ class Cluster:
         return warp_sum(of_ctas), warp_sum(before), cute.arch.warp_redux_sync(ranked, "add")
 
     @cute.jit
-    def _tell(self, tensor: Any, barrier: Any, first: Any, value: Any, expected: int) -> None:
-        """This CTA's number to all, by one warp. expected: bytes that each CTA will send us."""
-        lane = cute.arch.lane_idx()
-        if cutlass.const_expr(expected):
-            if lane == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.ctas * expected)
+    def _tell(self, tensor: Any, barrier: Any, first: Any, value: Any) -> None:
+        """This CTA's number to all, by one warp."""
         place = tensor.iterator + first + cute.arch.block_idx()[0]
+        lane = cute.arch.lane_idx()
         if lane < self.ctas:
             _push(Int32(place.toint()), Int32(barrier.toint()), lane, value)
 
@@ -131,11 +130,18 @@ class Cluster:
         """What was announced, the `number`-th time."""
         barriers, _, _, _, choice = shared
         barrier = barriers.iterator + _CHOICE
-        if cute.arch.thread_idx()[0] == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, 8)
+        if cute.arch.warp_idx() == 0:
+            _expect(barrier, 8)
         cute.arch.mbarrier_wait(barrier, number % 2)
         both = choice[0]
         return Uint32(both & Uint64(0xFFFFFFFF)), Uint32(both >> Uint64(32))
+
+
+@cute.jit
+def _expect(barrier: Any, count: cutlass.Constexpr[int]) -> None:
+    """Say that `count` bytes will come in this phase; by one warp."""
+    if cute.arch.lane_idx() == 0:
+        cute.arch.mbarrier_arrive_and_expect_tx(barrier, count)
 
 
 @cute.jit

@@ -1,9 +1,9 @@
 """A token of each row, by a cluster a row: `dsv4.kernels.reference.sampling`, bit for bit.
 
-Each warp of the cluster owns a run of ids and keeps its logits and weights in registers. The warps
-tell each other their largest logit, then the sums of their weights; the one in whose part of the
-running sum the random number falls finds the token. Where not all tokens are kept, it tells the
-others, all sum what ranks before it, and that decides whether it stays or a draw from those follows.
+Each warp of the cluster owns a run of ids and keeps its logits and weights in registers. They join
+their largest logit, then the sums of their weights; the warp in whose part of the running sum the
+random number falls finds the token. Where not all tokens are kept, it announces the token, all sum
+what ranks before it, and that decides whether it stays or a draw from those follows.
 """
 
 from __future__ import annotations
