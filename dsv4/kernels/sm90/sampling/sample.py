@@ -137,7 +137,7 @@ class Sample:
         chosen, writes = Int32(INVALID_TOKEN), leader
         attempt, undecided = Int32(0), total > 0
         while undecided:
-            place = numbers.multiply_high(numbers.random_bits(*source, attempt), total)
+            place = numbers.multiply_high(numbers.random_bits(source[0], source[1], attempt), total)
             if temperature <= 0:
                 place = Uint64(0)
             owner = (place >= before) & (place - before < own)
