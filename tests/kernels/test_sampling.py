@@ -27,6 +27,7 @@ from dsv4.kernels.reference.sampling import (
     scale,
     weights,
 )
+from dsv4.kernels.sm90.sampling import sample as kernels
 from tests.kernels.interpreter.run import Alteration, faults
 from tests.kernels.machine_code import machine_code
 
@@ -227,6 +228,11 @@ def test_the_kernel_draws_the_same_tokens(name: str) -> None:
     fill = {**UNUSUAL, "nucleus": nucleus, "plain": plain}[name]
     arch = "sm_100a" if name in ("mixed parameters", "plain") else "sm_90a"
     assert faults(case(VOCAB, name, "none", 6, fill, SMALL), arch, seed=3) == []
+
+
+def test_later_attempts_have_their_own_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PREPARED", 1)
+    assert faults(case(516, "late", "none", 6, sampling.ties, SMALL), "sm_90a", seed=3) == []
 
 
 def _without(pattern: str, which: int) -> Alteration:
