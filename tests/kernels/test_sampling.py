@@ -43,6 +43,10 @@ def _words(*values: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor([value]) for value in values)
 
 
+def _pair(first: int, second: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor([first]), torch.tensor([second])
+
+
 def _parameters(rows: int, **values: float) -> Parameters:
     filled = sampling.parameters(_rng(), rows, 1 << 17)
     filled["seed"], filled["counter"] = torch.full((rows,), 7), torch.arange(rows)
@@ -73,8 +77,8 @@ def test_random_numbers_are_scaled_exactly() -> None:
     draw = random.Random(1)
     for _ in range(300):
         number, total = draw.getrandbits(64), draw.getrandbits(draw.choice((1, 31, 47, 63)))
-        low, high = _words(number & 0xFFFFFFFF, number >> 32)
-        assert int(scale((low, high), torch.tensor([total]))) == number * total >> 64
+        words = _pair(number & 0xFFFFFFFF, number >> 32)
+        assert int(scale(words, torch.tensor([total]))) == number * total >> 64
 
 
 def test_the_polynomial_is_a_power_of_two() -> None:
@@ -136,7 +140,7 @@ def _improbable(counts: Tensor, expected: Tensor) -> bool:
     freedom = len(counts) - 1
     statistic = float(((counts - expected) ** 2 / expected).sum())
     spread = 2 / (9 * freedom)
-    return (statistic / freedom) ** (1 / 3) > 1 - spread + 6.0 * math.sqrt(spread)
+    return bool((statistic / freedom) ** (1 / 3) > 1 - spread + 6.0 * math.sqrt(spread))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +175,7 @@ def test_draws_of_a_whole_vocabulary_follow_the_softmax() -> None:
 
 def test_seeds_counters_and_attempts_give_different_bits() -> None:
     found = {
-        tuple(int(word) for word in random_bits(*_words(seed, counter), attempt))
+        tuple(int(word) for word in random_bits(*_pair(seed, counter), attempt))
         for seed in (0, 1, 1 << 40)
         for counter in (0, 1, 1 << 40)
         for attempt in (0, 1)

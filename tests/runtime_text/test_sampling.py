@@ -71,7 +71,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps() -> None:
     logits = some_logits(50)
     draws = draw_many(Sampler(1.0, 0.5, seed=2, top_k=9), logits)
     warped = TopPLogitsWarper(0.5)(torch.empty(1, 0), logits.double()[None])
-    warped = TopKLogitsWarper(9)(torch.empty(1, 0), warped)  # type: ignore[arg-type]
+    warped = TopKLogitsWarper(9)(torch.empty(1, 0), warped)
     expected = warped[0].softmax(-1)
     assert int((expected > 0).sum()) == min(9, int((warped > -math.inf).sum()))
     assert set(draws.tolist()) == set(expected.nonzero().flatten().tolist())
