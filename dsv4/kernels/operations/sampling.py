@@ -4,9 +4,9 @@ Reference: `dsv4.kernels.reference.sampling`, which decides with integers only; 
 same token to the last bit, so that a tolerance has no place. All parameters are read from device
 memory, a row's own: a captured graph serves any mixture of requests.
 
-A row whose logits hold NaN or infinity, or are all -infinity, gives -1, and `embed` gives that
-infinity. Values are the host's to refuse: temperature finite and not negative, 0 for greedy; top_p
-above 0; top_k 0 for all; ids from `allowed` on are never drawn.
+A row whose logits hold NaN or infinity, or are all -infinity, gives -1, which is no token: it is
+not to be looked up. Values are the host's to refuse: temperature finite and not negative, 0 for
+greedy; top_p above 0; top_k 0 for all; ids from `allowed` on are never drawn.
 """
 
 from __future__ import annotations

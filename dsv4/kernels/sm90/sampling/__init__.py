@@ -1,1 +1,1 @@
-"""From logits to the next step's input: drawing tokens, and looking up their embeddings."""
+"""Drawing a token of each row of logits."""

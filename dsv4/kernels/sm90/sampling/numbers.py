@@ -30,7 +30,7 @@ def exponent(
         "{ .reg .f64 a, b; cvt.f64.f32 a, $2; cvt.f64.f32 b, $3; sub.rn.f64 a, b, a; "
         f"mul.rn.f64 a, a, $4; min.f64 a, a, {_double(LOWEST)}; "
         f"add.rn.f64 a, a, {_double(EXPONENT_BASE)}; mov.b64 {{$0, $1}}, a; "
-        f"sub.u32 $1, $1, {_double(EXPONENT_BASE)[2:10].join(('0x', ''))}; }}"
+        f"sub.u32 $1, $1, 0x{_double(EXPONENT_BASE)[2:10]}; }}"
     )
     pair = ir.Type.parse("!llvm.struct<(i32, i32)>")
     packed = _asm(pair, text, "=&r,=&r,f,f,d", [x, peak, factor], loc, ip)

@@ -13,7 +13,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Float64, Int32, Int64, Uint32, Uint64, range_constexpr
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, Uint64, range_constexpr
 
 from dsv4.kernels.reference.sampling import INVALID_TOKEN, MAX_VOCAB
 from dsv4.kernels.sm90 import transfer
@@ -22,7 +22,6 @@ from dsv4.kernels.sm90.sampling.cluster import LANES, Cluster, running_sum, warp
 
 VECTOR = 4  # logits in 16 bytes
 SPAN = VECTOR * LANES
-PREPARED = LANES  # attempts whose random bits are there beforehand; a row seldom needs two
 
 
 class Sample:
@@ -83,7 +82,6 @@ class Sample:
         warp = rank * self.warps + cute.arch.warp_idx()
         first = warp * (SPAN * self.vectors) + cute.arch.lane_idx() * VECTOR
         x = self._load(logits.iterator + Int64(row) * self.vocab, first, allowed)
-        bits = self._prepare(temperature, Uint64(seed), Uint64(draws))
         most = numbers.key_of(x[0])
         for i in range_constexpr(1, self.count):
             most = cutlass.max(most, numbers.key_of(x[i]))
@@ -91,9 +89,9 @@ class Sample:
         chosen = Int32(INVALID_TOKEN)
         writes = (rank == 0) & (cute.arch.thread_idx()[0] == 0)
         if (peak > numbers.LOWEST_KEY) & (peak < numbers.INFINITE_KEY):
-            w = self._weigh(x, numbers.number_of(peak), temperature, bits)
+            w = self._weigh(x, numbers.number_of(peak), temperature)
             filters = (temperature, top_p, top_k)
-            source = (bits, Uint64(seed), Uint64(draws))
+            source = (Uint64(seed), Uint64(draws))
             chosen, writes = self._draw(x, w, first, filters, source, shared, writes)
         if writes:
             token[row] = chosen
@@ -114,26 +112,11 @@ class Sample:
         return x
 
     @cute.jit
-    def _prepare(self, temperature: Float32, seed: Uint64, draws: Uint64) -> Any:
-        """The bits of the first attempts and the bits of the temperature's factor, shared.
-
-        By the last warp, while logits are on their way.
-        """
-        smem = cutlass.memory.SmemAllocator()
-        bits = smem.allocate_tensor(Uint64, cute.make_layout(LANES + 1), 16)
-        if cute.arch.warp_idx() == self.warps - 1:
-            lane = cute.arch.lane_idx()
-            bits[lane] = numbers.random_bits(seed, draws, lane)
-            if lane == 0:
-                bits[LANES] = numbers.factor_of(temperature).bitcast(Uint64)
-        return bits
-
-    @cute.jit
-    def _weigh(self, x: Any, peak: Float32, temperature: Float32, bits: Any) -> Any:
+    def _weigh(self, x: Any, peak: Float32, temperature: Float32) -> Any:
         """A thread's weights. Greedy: 1 for the largest, so that the first of them is drawn."""
         w = cute.make_rmem_tensor(self.count, Uint64)
         if temperature > 0:
-            factor = bits[LANES].bitcast(Float64)
+            factor = numbers.factor_of(temperature)
             for i in range_constexpr(self.count):
                 w[i] = numbers.weight(x[i], peak, factor)
         else:
@@ -154,10 +137,7 @@ class Sample:
         chosen, writes = Int32(INVALID_TOKEN), leader
         attempt, undecided = Int32(0), total > 0
         while undecided:
-            bits = source[0][attempt % LANES]
-            if attempt >= PREPARED:
-                bits = numbers.random_bits(source[1], source[2], attempt)
-            place = numbers.multiply_high(bits, total)
+            place = numbers.multiply_high(numbers.random_bits(source[0], source[1], attempt), total)
             if temperature <= 0:
                 place = Uint64(0)
             owner = (place >= before) & (place - before < own)
