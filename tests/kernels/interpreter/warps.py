@@ -19,8 +19,16 @@ from tests.kernels.interpreter.hopper import (
     multiply_pairs,
     operand,
     rows_of,
+    transpose,
 )
-from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
+from tests.kernels.interpreter.memory import (
+    RANK,
+    SHARED_BASE,
+    Barrier,
+    Bytes,
+    GlobalMemory,
+    SharedMemory,
+)
 from tests.kernels.interpreter.source import Instruction, Operand, Program
 
 _IGNORED = {"griddepcontrol", "fence", "prefetch"}
@@ -51,27 +59,44 @@ class Cta:
         self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
         draw = self.device.random  # some are much slower than others, which ones differs
         self.eagerness = draw.choice((0.1, 0.7, 0.98))
-        self.speeds = [draw.choice((0.02, 1.0)) for _ in self.warps]
+        self.cluster: Sequence[Cta] = [self]
+        for warp in self.warps:
+            warp.speed = draw.choice((0.02, 1.0))
 
-    def run(self) -> None:
-        """To the end of all warps. Raises RuntimeError when they wait for ever."""
-        for _ in range(_MOST_STEPS):
-            alive = [warp for warp in self.warps if not warp.done]
-            if not alive:
-                assert self.device.allocated == 0, "tensor memory was not given back"
-                return
-            _meet(alive)
-            ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
-            if ready and self.device.random.random() < self.eagerness:
-                speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
-                (warp,) = self.device.random.choices(ready, speeds)
-                for _ in range(self.device.random.randrange(1, 60)):
-                    if not warp.step():
-                        break
-            elif not self.device.progress() and not ready:
-                where = [warp.program[int(warp.pcs.min())].text for warp in alive]
-                raise RuntimeError(f"all warps wait for ever: {where}")
-        raise RuntimeError("the kernel does not end")
+    @property
+    def alive(self) -> list[Warp]:
+        """Warps that have not ended."""
+        return [warp for warp in self.warps if not warp.done]
+
+    def remote(self, address: int, count: int) -> Bytes:
+        """Shared memory of a CTA of the cluster, at an address that `mapa` made."""
+        rank, place = divmod(address, RANK)
+        assert self.cluster[rank - 1].alive, "shared memory of a CTA that has ended"
+        return self.cluster[rank - 1].shared.view(place, count)
+
+
+def run(ctas: Sequence[Cta]) -> None:
+    """A cluster, to the end of all warps. Raises RuntimeError when they wait for ever."""
+    draw, eagerness = ctas[0].device.random, ctas[0].eagerness
+    for cta in ctas:
+        cta.cluster = ctas
+    for _ in range(_MOST_STEPS):
+        alive = [warp for cta in ctas for warp in cta.alive]
+        if not alive:
+            assert not any(cta.device.allocated for cta in ctas), "tensor memory was not given back"
+            return
+        for cta in ctas:
+            _meet(cta.alive)
+        ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
+        if ready and draw.random() < eagerness:
+            (warp,) = draw.choices(ready, [warp.speed for warp in ready])
+            for _ in range(draw.randrange(1, 60)):
+                if not warp.step():
+                    break
+        elif not any(cta.device.progress() for cta in draw.sample(ctas, len(ctas))) and not ready:
+            where = [warp.program[int(warp.pcs.min())].text for warp in alive]
+            raise RuntimeError(f"all warps wait for ever: {where}")
+    raise RuntimeError("the kernel does not end")
 
 
 def _meet(alive: Sequence[Warp]) -> None:
@@ -99,7 +124,8 @@ class Warp:
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
-        self.barrier = self.wanted = 0
+        self.barrier = self.wanted = self.arrivals = 0
+        self.speed = 1.0
         self.copies = Copies()
         self.products = Products()
 
@@ -111,6 +137,9 @@ class Warp:
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
         one = self.program[int(self.pcs[self.live].min())]
+        if one.op[:3] == ("barrier", "cluster", "wait"):
+            others = [warp for cta in self.cta.cluster for warp in cta.alive]
+            return any(warp.arrivals < self.arrivals for warp in others)
         if one.op[:2] != ("mbarrier", "try_wait"):
             return False
         address, parity = self._wait_of(one)
@@ -228,8 +257,10 @@ class Warp:
     def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
         width = int(one.op[-1][1:]) // 8
         count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        if one.op[1] == "shared::cluster":
+            return width, count, self.cta.remote
         space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
-        return width, count, space
+        return width, count, space.view
 
     def _ld(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
@@ -241,28 +272,44 @@ class Warp:
                 number = int.from_bytes(raw[at : at + width], "little")
                 self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         parts = target[1] if target[0] == "v" else [target]
         found = np.zeros((count, LANES), dtype=np.uint64)
         for lane in np.flatnonzero(active):
             address = self._address(source, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            raw = space.view(address, width * count).tobytes()
+            raw = view(address, width * count).tobytes()
             for i in range(count):
                 found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
         for part, value in zip(parts, found, strict=True):
             self.assign(part, value, active)
 
     def _st(self, one: Instruction, active: Any) -> None:
+        if one.op[1] == "async":
+            self._st_async(one, active)
+            return
         target, source = one.operands
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
         for lane in np.flatnonzero(active):
             address = self._address(target, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
             mask = (1 << (8 * width)) - 1
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
-            space.view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+            view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+
+    def _st_async(self, one: Instruction, active: Any) -> None:
+        """A number to a CTA of the cluster, some time."""
+        target, source, barrier = one.operands
+        width = int(one.op[-1][1:]) // 8
+        for lane in map(int, np.flatnonzero(active)):
+            rank, place = divmod(self._address(target, lane), RANK)
+            other, bar = divmod(self._address(barrier, lane), RANK)
+            assert other == rank and place % width == 0, one.text
+            number = int(self.value(source)[lane]) & ((1 << (8 * width)) - 1)
+            receiver = self.cta.cluster[rank - 1]
+            assert receiver.alive, "shared memory of a CTA that has ended"
+            receiver.device.receive(place, number.to_bytes(width, "little"), bar)
 
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
@@ -276,11 +323,16 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
+        assert one.op[:2] == ("redux", "sync"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        order = signed(value, 32) if one.op[3] == "s32" else value
-        best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
-        self.assign(one.operands[0], np.full(LANES, value[best]), active)
+        joins: dict[str, Any] = {"add": np.add, "or": np.bitwise_or}
+        if one.op[2] in joins:
+            joined = joins[one.op[2]].reduce(value) & np.uint64(0xFFFFFFFF)
+            self.assign(one.operands[0], np.full(LANES, joined), active)
+            return
+        order = signed(value, 32) if one.op[3] == "s32" else value.view(np.int64)
+        best = value[order.argmax() if one.op[2] == "max" else order.argmin()]
+        self.assign(one.operands[0], np.full(LANES, best), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -308,11 +360,27 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _barrier(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.arrivals += one.op[2] == "arrive"
+
+    def _mapa(self, one: Instruction, active: Any) -> None:
+        target, address, rank = one.operands
+        self.assign(
+            target,
+            self.value(address) + (self.value(rank) + np.uint64(1)) * np.uint64(RANK),
+            active,
+        )
+
     def _vote(self, one: Instruction, active: Any) -> None:
         self._all(active)
         assert one.op == ("vote", "sync", "ballot", "b32"), one.text
         votes = sum(1 << lane for lane in map(int, np.flatnonzero(self.value(one.operands[1]))))
         self.assign(one.operands[0], np.full(LANES, votes, dtype=np.uint64), active)
+
+    def _movmatrix(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.assign(one.operands[0], transpose(self.value(one.operands[1])), active)
 
     def _mma(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -444,4 +512,4 @@ class Warp:
             self.assign(target, words.astype(np.uint64), active)
 
 
-__all__ = ["Cta", "f32"]
+__all__ = ["Cta", "f32", "run"]
