@@ -39,8 +39,9 @@ def team_sum(own: Float64, partial: cute.Tensor, warps: cutlass.Constexpr) -> Fl
     Every thread gets the same sum, made in the same order.
     """
     warp_sum = cute.arch.warp_reduction_sum(own)
+    own_warp = cute.arch.warp_idx()  # shuffles: not in a branch of some lanes
     if cute.arch.lane_idx() == 0:
-        partial[cute.arch.warp_idx()] = warp_sum
+        partial[own_warp] = warp_sum
     cute.arch.barrier(barrier_id=1, number_of_threads=32 * warps)
     whole = Float64(0.0)
     for warp in range_constexpr(warps):
