@@ -24,7 +24,7 @@ from torch import Tensor
 from dsv4.formats.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.case import Buffers, Case, Expected, Launch
-from dsv4.kernels.compiled import Argument, Kernel, kernel
+from dsv4.kernels.compiled import Argument, Kernel, Role, kernel
 from dsv4.kernels.operations import ranges
 from dsv4.kernels.operations.ranges import Range
 from dsv4.kernels.reference.indexer import top_blocks
@@ -33,11 +33,11 @@ from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 SCORES = "dsv4.kernels.sm90.index_scores:IndexScores"
 TOPK = "dsv4.kernels.sm90.index_topk:IndexTopk"
 BLOCK = 32  # channels per scale
-TURN = 4096  # scores that a CTA of the choice takes at a time
-CTA_TURNS = 8  # of them at most
+TURN = 2048  # scores that a CTA of the choice takes at a time
+PART = 32768  # and at most
 
 
-def index_scores(config: ModelConfig, ctas: int = 132, stages: int = 4, pdl: bool = True) -> Kernel:
+def index_scores(config: ModelConfig, ctas: int = 132, stages: int = 3, pdl: bool = True) -> Kernel:
     """The kernel of scores. ctas: that rows and keys are shared among, the device's.
 
     Arguments: position, slot int32 `[T]`; cos, sin float32 `[P, rope / 2]`; q float32
@@ -74,40 +74,40 @@ def index_scores(config: ModelConfig, ctas: int = 132, stages: int = 4, pdl: boo
     )
 
 
-def index_topk(
-    config: ModelConfig, capacity: int, tuning: tuple[int, int] | None = None, pdl: bool = True
-) -> Kernel:
-    """The kernel of the choice, for rows of up to `capacity` scores.
+def index_topk(config: ModelConfig, stage: str, turns: int, pdl: bool = True) -> Kernel:
+    """The kernel of the choice, or of a part of it. turns: of 2048 scores that a CTA takes at most.
 
-    tuning: CTAs of a row's cluster, turns of 4096 scores in each. Arguments: position int32 `[T]`;
-    scores float32 `[T, capacity]`, a multiple of 4; blocks int32 `[T, index_topk]`: ascending, -1
-    where a row sees fewer.
+    Arguments: position int32 `[T]`, and in a tuple, for stage "whole": scores float32
+    `[T, capacity]`, a multiple of 4; blocks int32 `[T, index_topk]`: ascending, -1 where a row
+    sees fewer. For "parts": scores; part_scores and part_blocks `[T, parts · index_topk]`, of each
+    32768 scores. For "merge": those two; blocks.
     """
-    ctas, turns = tuning or tuned(capacity)
+    topk = config.index_topk
+    scores = Argument("scores", torch.float32, ("rows", "capacity"))
+    role: Role = "out" if stage == "parts" else "in"
+    parts = (
+        Argument("part_scores", torch.float32, ("rows", "chosen"), role),
+        Argument("part_blocks", torch.int32, ("rows", "chosen"), role),
+    )
+    blocks = Argument("blocks", torch.int32, ("rows", topk), "out")
+    operands = {"whole": (scores, blocks), "parts": (scores, *parts), "merge": (*parts, blocks)}
     return kernel(
         "indexer",
         TOPK,
-        {
-            "ratio": config.csa_ratio,
-            "topk": config.index_topk,
-            "ctas": ctas,
-            "turns": turns,
-            "pdl": pdl,
-        },
-        (
-            Argument("position", torch.int32, ("rows",), align=4),
-            Argument("scores", torch.float32, ("rows", "capacity")),
-            Argument("blocks", torch.int32, ("rows", config.index_topk), "out"),
-        ),
+        {"ratio": config.csa_ratio, "topk": topk, "stage": stage, "turns": turns, "pdl": pdl},
+        (Argument("position", torch.int32, ("rows",), align=4), operands[stage]),
     )
 
 
-def tuned(capacity: int) -> tuple[int, int]:
-    """One CTA for a short context; a cluster of eight for a long one."""
-    if capacity <= 2 * TURN:
-        return 1, -(-capacity // TURN)
-    ctas = 8
-    return ctas, max(2, -(-capacity // (ctas * TURN)))
+def choice(config: ModelConfig, capacity: int) -> tuple[Launch, ...]:
+    """The launches that choose from up to `capacity` scores."""
+    if capacity <= PART:
+        return (Launch(index_topk(config, "whole", -(-capacity // TURN))),)
+    chosen = -(-capacity // PART) * config.index_topk
+    return (
+        Launch(index_topk(config, "parts", PART // TURN)),
+        Launch(index_topk(config, "merge", -(-chosen // TURN))),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,7 @@ def case(
     rows = len(places.positions)
     visible = sum((p + 1) // config.csa_ratio for p in places.positions)
     key_bytes = config.index_head_dim // 2 + config.index_head_dim // BLOCK
+    chosen = (rows, -(-capacity // PART) * config.index_topk)
     seen = max((p + 1) // config.csa_ratio for p in places.positions)
 
     def make(rng: torch.Generator) -> Buffers:
@@ -180,6 +181,8 @@ def case(
             "slot": torch.tensor(list(places.slots), dtype=torch.int32, device=device),
             "scores": torch.full((rows, capacity), -7.0, device=device),
             "blocks": torch.empty(rows, config.index_topk, dtype=torch.int32, device=device),
+            "part_scores": torch.empty(chosen, device=device),
+            "part_blocks": torch.empty(chosen, dtype=torch.int32, device=device),
         }
 
     return Case(
@@ -187,7 +190,7 @@ def case(
         shape,
         model,
         rows,
-        (Launch(index_scores(config)), Launch(index_topk(config, capacity))),
+        (Launch(index_scores(config)), *choice(config, capacity)),
         rows * (4 * config.index_n_heads * (config.index_head_dim + 1) + 4 * config.index_topk)
         + seen * key_bytes
         + 8 * visible,
@@ -195,7 +198,7 @@ def case(
         lambda buffers: expect(config, buffers),
         cold=("keys", "key_scales"),
         flops=2 * visible * config.index_n_heads * config.index_head_dim,
-        note="two launches",
+        note="scores and choice",
     )
 
 

@@ -22,7 +22,7 @@ IMPLEMENTATION = "dsv4.kernels.sm90.q_rope:QRope"
 
 
 def q_rope(
-    config: ModelConfig, inputs: str = "float32", warps: int = 4, pdl: bool = True
+    config: ModelConfig, inputs: str = "float32", warps: int = 2, pdl: bool = True
 ) -> Kernel:
     """The kernel of a model's heads. inputs: dtype of `q`.
 

@@ -23,7 +23,7 @@ from dsv4.kernels.sm90.pooling import Compressor
 
 WARPS = 4  # of a team
 TEAM = 32 * WARPS
-GROUPS = 2  # teams that share the slots of a block without overlap
+GROUPS = 4  # teams that share the slots of a block without overlap
 COMPRESSOR_ARGUMENTS = 8
 
 

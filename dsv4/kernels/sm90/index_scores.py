@@ -150,13 +150,14 @@ class IndexScores:
         own_ring: Int32,
         stage: Int32,
     ) -> None:
-        """Ask for the warp's keys of a tile; the last visible one stands for those beyond it."""
-        lane = cute.arch.lane_idx()
-        key = cutlass.min(self._first_key(turn) + lane // PARTS, visible - 1)
-        slot = own_ring + stage * STAGE_BYTES
-        part = (lane % PARTS) * 16
-        memory.copy_b128(slot + lane * 16, codes + Int64(key) * KEY_BYTES + part)
-        memory.copy_word(slot + ring.PIECE_BYTES + lane * 4, scales + Int64(key) * PARTS)
+        """Ask for eight keys; the last visible one stands for those beyond it."""
+        first = self._first_key(turn)
+        if first < visible:
+            lane = cute.arch.lane_idx()
+            key = Int64(cutlass.min(first + lane // PARTS, visible - 1))
+            slot = own_ring + stage * STAGE_BYTES
+            memory.copy_b128(slot + lane * 16, codes + key * KEY_BYTES + (lane % PARTS) * 16)
+            memory.copy_word(slot + ring.PIECE_BYTES + lane * 4, scales + key * PARTS)
 
     def _first_key(self, turn: Any) -> Int32:
         """Of the warp; few keys are spread over all CTAs before a CTA's second warp has any."""
