@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 import click
 
 from dsv4.console import err, out, print_json
+from dsv4.formats.releases import MODELS
 from dsv4.options import models_option, operations_option
 
 
@@ -62,11 +64,37 @@ def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> N
         out.print(table)
 
 
+@bench.command("validate")
+@click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--experts", type=click.IntRange(min=0), default=0, help="0: all of the layer's.")
+@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_validate(
+    store: Path | None, model: str, experts: int, turns: int, directory: Path, as_json: bool
+) -> None:
+    """The full pass over STORE, or over one layer of real shape, beside a plain read."""
+    from dsv4.bench.validate import full_pass, real_store
+    from dsv4.render import passes_table
+
+    made = contextlib.nullcontext(store) if store else real_store(model, directory, experts)
+    with made as path:
+        passes = full_pass(path, turns)
+    if as_json:
+        print_json({"passes": [dataclasses.asdict(one) for one in passes]})
+    else:
+        out.print(passes_table(passes))
+    if not all(one.correct for one in passes):
+        raise SystemExit(1)
+
+
 @bench.command("kernels")
 @operations_option
 @models_option
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
+@click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_kernels(
@@ -74,6 +102,7 @@ def bench_kernels(
     models: tuple[str, ...],
     rows: str,
     shape: str,
+    unusual: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
@@ -81,8 +110,7 @@ def bench_kernels(
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
-    from dsv4.formats.releases import MODELS
-    from dsv4.kernels.operations import cases
+    from dsv4.kernels.operations import cases, checks
     from dsv4.render import kernel_line, kernels_table
 
     try:
@@ -95,11 +123,15 @@ def bench_kernels(
     chosen = [
         case
         for model in models
-        for case in cases(MODELS[model], model, counts, operations)
+        for case in (
+            checks(MODELS[model], model, operations)
+            if unusual
+            else cases(MODELS[model], model, counts, operations)
+        )
         if shape in case.shape
     ]
     lines = []
-    for line in measure(chosen, library, machine, device):
+    for line in measure(chosen, library, machine, device, timed=not unusual):
         lines.append(line)
         err.print(kernel_line(line), markup=False)
     if as_json:

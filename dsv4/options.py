@@ -98,7 +98,7 @@ def validate_options(command: _Command) -> _Command:
     for option in (
         click.option("--html", "html_file", type=file, metavar="FILE", help="Write one page."),
         click.option("--json", "json_file", type=file, metavar="FILE", help="Write the report."),
-        click.option("--workers", type=click.IntRange(min=1), help="Threads; default: all cores."),
+        click.option("--workers", type=click.IntRange(min=1), help="Cores to use; default: all."),
         click.option(
             "--optimum",
             type=click.Choice(("sample", "full")),

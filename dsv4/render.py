@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.quantize import Quality, Speed
+    from dsv4.bench.validate import Pass
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
@@ -296,13 +298,33 @@ def throughput_tables(found: Throughput) -> Iterator[Table]:
     yield table
 
 
+def passes_table(passes: Sequence[Pass]) -> Table:
+    """The full pass and the plain read, from the disk and from the page cache."""
+    table = Table(title="validation beside a plain read of the same files", title_justify="left")
+    table.add_column("from")
+    table.add_column("pass")
+    for column in ("GB/s, median", "spread", "of the read", "CPU s/GB", "result"):
+        table.add_column(column, justify="right")
+    for one in passes:
+        table.add_row(
+            "disk" if one.cold else "page cache",
+            one.name,
+            f"{statistics.median(one.rates) / 1e9:.2f}",
+            f"{min(one.rates) / 1e9:.2f} to {max(one.rates) / 1e9:.2f}",
+            f"{one.of_read:.2f}",
+            f"{one.cpu_seconds_per_gb:.2f}",
+            "right" if one.correct else "WRONG",
+        )
+    return table
+
+
 def kernel_line(line: Line) -> str:
     """One measured kernel as a line of progress."""
     verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
-    return (
-        f"{line.operation} {line.shape} {line.model} rows {line.rows}: "
-        f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, {verdict}"
-    )
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
+    return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
 
 
 def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
@@ -322,10 +344,10 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             escape(f"{line.shape} ({line.note})" if line.note else line.shape),
             line.model,
             str(line.rows),
-            f"{line.seconds * 1e6:.2f}",
+            f"{line.seconds * 1e6:.2f}" if line.seconds else "",
             f"{line.nbytes / 1e6:.2f}",
-            f"{line.nbytes / line.seconds / 1e9:.0f}",
-            f"{line.fraction:.3f}",
+            f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
+            f"{line.fraction:.3f}" if line.fraction else "",
             "WRONG" if line.faults else "right",
         )
     return table

@@ -3,4 +3,12 @@
 from __future__ import annotations
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-OPERATIONS = ("gemv", "append", "q_rope", "indexer")
+OPERATIONS = (
+    "gemv",
+    "quantize_activations",
+    "fp4_gemm",
+    "fp4_gemm_grouped",
+    "append",
+    "q_rope",
+    "indexer",
+)

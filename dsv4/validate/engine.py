@@ -27,7 +27,7 @@ def validate(
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
-    `quick` reads metadata and file sizes only. workers: threads, by default one a core.
+    `quick` reads metadata and file sizes only. workers: cores to use, by default all.
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
     Findings are reported, not raised; SourceError and ConfigError are raised when `source` itself
