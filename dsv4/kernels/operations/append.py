@@ -20,7 +20,7 @@ from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.operations.append_reference import expect
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
-IMPLEMENTATION = "dsv4.kernels.sm90.append:Append"
+IMPLEMENTATION = "dsv4.kernels.sm90.cache.append:Append"
 KV_SCALES = 8
 
 

@@ -30,8 +30,8 @@ from dsv4.kernels.operations.ranges import Range
 from dsv4.kernels.reference.indexer import top_blocks
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
-SCORES = "dsv4.kernels.sm90.index_scores:IndexScores"
-TOPK = "dsv4.kernels.sm90.index_topk:IndexTopk"
+SCORES = "dsv4.kernels.sm90.indexer.scores:IndexScores"
+TOPK = "dsv4.kernels.sm90.indexer.topk:IndexTopk"
 BLOCK = 32  # channels per scale
 TURN = 2048  # scores that a CTA of the choice takes at a time
 PART = 32768  # and at most

@@ -18,7 +18,7 @@ from dsv4.kernels.operations import ranges
 from dsv4.kernels.operations.ranges import Range
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
-IMPLEMENTATION = "dsv4.kernels.sm90.q_rope:QRope"
+IMPLEMENTATION = "dsv4.kernels.sm90.cache.q_rope:QRope"
 
 
 def q_rope(

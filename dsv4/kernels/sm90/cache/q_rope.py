@@ -12,8 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float64, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import cache_rows, memory, rounding
-from dsv4.kernels.sm90.cache_rows import CHANNELS
+from dsv4.kernels.sm90.cache import memory, rounding, rows
+from dsv4.kernels.sm90.cache.rows import CHANNELS
 
 PART = 32 * CHANNELS  # channels of a warp's load
 
@@ -74,10 +74,10 @@ class QRope:
             values.append(memory.load_channels(q.iterator, start + part * PART, self.wide))
         at = cutlass.max(Int32(known), 0)
         column = (parts - 1) * PART + lane * CHANNELS
-        turn = [cache_rows.angle(table, at, column, self.nope) for table in (cos, sin)]
+        turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
         squares = Float64(0.0)
         for part in range_constexpr(parts):
-            squares += cache_rows.square_sum(values[part])
+            squares += rows.square_sum(values[part])
         squares = cute.arch.warp_reduction_sum(squares)
         mean = squares * Float64(1.0 / self.width) + Float64(self.eps)
         inverse = rounding.inverse_root(mean)
@@ -85,7 +85,7 @@ class QRope:
             scaled = [rounding.product(value, inverse) for value in values[part]]
             words = _pairs(scaled)
             if cutlass.const_expr(part == parts - 1):
-                rotated = cache_rows.rotated(rounding.to_bf16(scaled), turn[0], turn[1])
+                rotated = rows.rotated(rounding.to_bf16(scaled), turn[0], turn[1])
                 words = _choose(column >= self.nope, rotated, words)
             memory.store_b64((out.iterator + start + part * PART).toint(), words)
 

@@ -19,11 +19,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import index_query, memory, ptx, ring, rounding
-from dsv4.kernels.sm90.index_query import PARTS, STEPS, WIDTH
+from dsv4.kernels.sm90 import ptx, ring
+from dsv4.kernels.sm90.cache import memory, rounding
+from dsv4.kernels.sm90.indexer import query
+from dsv4.kernels.sm90.indexer.query import PARTS, STEPS, WIDTH
 
 HEADS = 64
-WARPS = HEADS // index_query.HEADS
+WARPS = HEADS // query.HEADS
 THREADS = 32 * WARPS
 KEYS = 8  # of a warp at a time
 KEY_BYTES = WIDTH // 2
@@ -51,7 +53,7 @@ class IndexScores:
         stages: int,
         pdl: bool,
     ) -> None:
-        if (heads, width) != (HEADS, WIDTH) or rope % index_query.BLOCK:
+        if (heads, width) != (HEADS, WIDTH) or rope % query.BLOCK:
             raise ValueError(f"{heads} heads of {width} channels, {rope} of them rotated")
         self.rope, self.ratio, self.topk = rope, ratio, topk
         self.ctas, self.stages, self.pdl = ctas, stages, pdl
@@ -99,22 +101,22 @@ class IndexScores:
             cute.arch.griddepcontrol_wait()
         block, row, _ = cute.arch.block_idx()
         smem = cutlass.memory.SmemAllocator()
-        operand = smem.allocate(M_TILES * index_query.M_TILE, 128).toint()
+        operand = smem.allocate(M_TILES * query.M_TILE, 128).toint()
         rings = smem.allocate(WARPS * self.stages * STAGE_BYTES, 128).toint()
-        each = index_query.raw_bytes(self.rope)
+        each = query.raw_bytes(self.rope)
         raw = smem.allocate(WARPS * each, 128).toint() + cute.arch.warp_idx() * each
         factors = smem.allocate_tensor(Float32, cute.make_layout(HEADS), 16)
         own_ring = rings + cute.arch.warp_idx() * (self.stages * STAGE_BYTES)
 
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        head = warp * index_query.HEADS + lane // 4
+        head = warp * query.HEADS + lane // 4
         at = Int32(memory.load_b32((position.iterator + row).toint()))
         own_slot = memory.load_b32((slot.iterator + row).toint())
         weight = memory.load_b32((weights.iterator + row * HEADS + head).toint())
-        index_query.fetch(q, row, HEADS, raw)
+        query.fetch(q, row, HEADS, raw)
         visible = cutlass.min((at + 1) // self.ratio, keys.shape[1])
         if (visible > self.topk) & (block * KEYS < visible):
-            index_query.fetch_angles(cos, sin, at, self.rope, raw)
+            query.fetch_angles(cos, sin, at, self.rope, raw)
             ring.commit()
             keys_at = own_slot.to(Int64) * keys.shape[1]
             key_codes = (keys.iterator + keys_at * KEY_BYTES).toint()
@@ -124,7 +126,7 @@ class IndexScores:
                 ring.commit()
             ring.wait(self.stages - 1)
             cute.arch.sync_warp()
-            largest = index_query.encode(raw, self.rope, operand)
+            largest = query.encode(raw, self.rope, operand)
             if lane % 4 == 0:
                 factors[head] = self._factor(weight.bitcast(Float32), largest)
             cute.arch.sync_threads()
@@ -180,7 +182,7 @@ class IndexScores:
         a, w = [], []
         for tile in range_constexpr(M_TILES):
             for step in range_constexpr(STEPS):
-                a.append(index_query.fragment(operand, tile, step))
+                a.append(query.fragment(operand, tile, step))
             for half in range_constexpr(2):
                 w.append(factors[tile * 16 + half * 8 + lane // 4])
         first, apart = self._first_key(0), self._first_key(1) - self._first_key(0)

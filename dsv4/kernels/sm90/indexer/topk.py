@@ -19,8 +19,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import memory
-from dsv4.kernels.sm90.selection import BINS, THREADS, Selection
+from dsv4.kernels.sm90.cache import memory
+from dsv4.kernels.sm90.indexer.selection import BINS, THREADS, Selection
 
 VECTOR = 4  # neighbouring scores of a thread
 WARP_TURN = 32 * VECTOR  # neighbouring scores of a warp

@@ -17,9 +17,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import cache_rows, memory, pooling, rounding
-from dsv4.kernels.sm90.cache_rows import CHANNELS
-from dsv4.kernels.sm90.pooling import Compressor
+from dsv4.kernels.sm90.cache import memory, pooling, rounding, rows
+from dsv4.kernels.sm90.cache.rows import CHANNELS
+from dsv4.kernels.sm90.cache.pooling import Compressor
 
 WARPS = 4  # of a team
 TEAM = 32 * WARPS
@@ -143,8 +143,8 @@ class Append:
                 column = (part * TEAM + thread) * CHANNELS
                 values.extend(memory.load_channels(source.iterator, start + column, self.wide))
                 weights.extend(memory.load_f32x4((norm.iterator + column).toint()))
-            squares = cache_rows.team_sum(cache_rows.square_sum(values), partial, WARPS)
-            out = cache_rows.normed(values, weights, squares, self.latent, self.eps)
+            squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
+            out = rows.normed(values, weights, squares, self.latent, self.eps)
             for part in range_constexpr(self.latent // (CHANNELS * TEAM)):
                 a, b, c, d = out[CHANNELS * part : CHANNELS * (part + 1)]
                 column = (part * TEAM + thread) * CHANNELS
@@ -166,9 +166,9 @@ class Append:
             values = memory.load_channels(source.iterator, start + column, self.wide)
             weights = memory.load_f32x4((norm.iterator + column).toint())
             if at >= 0:
-                turn = [cache_rows.angle(table, at, column, self.nope) for table in (cos, sin)]
-                squares = cache_rows.team_sum(cache_rows.square_sum(values), partial, WARPS)
-                out = cache_rows.normed(values, weights, squares, self.width, self.eps)
+                turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
+                squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
+                out = rows.normed(values, weights, squares, self.width, self.eps)
                 index = own_slot.to(Int64) * window.shape[1] + at % window.shape[1]
                 self._store_row(out, turn, column, window, scales, index)
 
@@ -177,14 +177,14 @@ class Append:
         self, out: Any, turn: Any, column: Int32, entries: Any, scales: Any, index: Any
     ) -> None:
         row_bytes = self.nope + 2 * (self.width - self.nope)
-        cache_rows.store_kv_row(
+        rows.store_kv_row(
             out,
             turn[0],
             turn[1],
             column,
             self.nope,
             (entries.iterator + index * row_bytes).toint(),
-            (scales.iterator + index * cache_rows.KV_SCALES).toint(),
+            (scales.iterator + index * rows.KV_SCALES).toint(),
         )
 
     @cute.jit
@@ -210,7 +210,7 @@ class Append:
         if complete:
             weights = memory.load_f32x4((norm.iterator + column).toint())
             begin = index * sizes.ratio
-            turn = [cache_rows.angle(table, begin, column, self.nope) for table in (cos, sin)]
+            turn = [rows.angle(table, begin, column, self.nope) for table in (cos, sin)]
             state = _empty_state()
             pooling.pool(sizes, token[1], first, stage, threads, state)
             for batch in cutlass.range(1, own // sizes.batch, unroll=1):
@@ -221,8 +221,8 @@ class Append:
                 self._share(state, others, thread)
             if thread < TEAM:
                 values = _entry(state)
-                squares = cache_rows.team_sum(cache_rows.square_sum(values), partial, WARPS)
-                out = cache_rows.normed(values, weights, squares, self.width, self.eps)
+                squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
+                out = rows.normed(values, weights, squares, self.width, self.eps)
                 place = token[2].to(Int64) * entries.shape[1] + index
                 self._store_row(out, turn, column, entries, scales, place)
 
@@ -257,14 +257,14 @@ class Append:
         if complete:
             weights = memory.load_f32x4((norm.iterator + column).toint())
             begin = index * sizes.ratio
-            turn = [cache_rows.angle(table, begin, column, self.index_nope) for table in (cos, sin)]
+            turn = [rows.angle(table, begin, column, self.index_nope) for table in (cos, sin)]
             state = _empty_state()
             pooling.pool(sizes, token[1], Int32(0), stage, TEAM, state)
             values = _entry(state)
-            squares = cute.arch.warp_reduction_sum(cache_rows.square_sum(values))
-            out = cache_rows.normed(values, weights, squares, sizes.width, self.eps)
+            squares = cute.arch.warp_reduction_sum(rows.square_sum(values))
+            out = rows.normed(values, weights, squares, sizes.width, self.eps)
             place = token[2].to(Int64) * keys.shape[1] + index
-            cache_rows.store_index_key(
+            rows.store_index_key(
                 out,
                 turn[0],
                 turn[1],
@@ -272,7 +272,7 @@ class Append:
                 sizes.width,
                 self.index_nope,
                 (keys.iterator + place * (sizes.width // 2)).toint(),
-                (scales.iterator + place * (sizes.width // cache_rows.INDEXER_BLOCK)).toint(),
+                (scales.iterator + place * (sizes.width // rows.INDEXER_BLOCK)).toint(),
             )
 
 

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import memory, rounding
+from dsv4.kernels.sm90.cache import memory, rounding
 
 CHANNELS = 4  # of one thread
 KV_BLOCK = 64  # channels per scale of a key/value row

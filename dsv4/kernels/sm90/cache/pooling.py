@@ -12,8 +12,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.sm90 import memory, ring
-from dsv4.kernels.sm90.cache_rows import CHANNELS
+from dsv4.kernels.sm90 import ring
+from dsv4.kernels.sm90.cache import memory
+from dsv4.kernels.sm90.cache.rows import CHANNELS
 
 LOG2_E = 1.4426950408889634
 FLOAT = 4  # bytes

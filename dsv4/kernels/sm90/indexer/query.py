@@ -19,7 +19,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import memory, ptx, rounding
+from dsv4.kernels.sm90 import ptx
+from dsv4.kernels.sm90.cache import memory, rounding
 
 BLOCK = 32  # channels per scale
 PARTS = 4  # blocks of a head

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import memory
+from dsv4.kernels.sm90.cache import memory
 
 WARPS = 16
 THREADS = 32 * WARPS
