@@ -19,7 +19,7 @@ from dsv4.kernels.compiled import Argument, Kernel
 from tests.kernels.interpreter.launch import record
 from tests.kernels.interpreter.memory import GlobalMemory
 from tests.kernels.interpreter.source import parse
-from tests.kernels.interpreter.warps import Cta
+from tests.kernels.interpreter.warps import Cta, run
 from tests.kernels.machine_code import machine_code
 
 Alteration = Callable[[str], str]
@@ -47,17 +47,22 @@ def interpret(
         list(program.parameters.values()),
         [describe(argument) for argument in kernel.arguments],
     )
-    width, height, _ = launched.grid
-    for block in range(width * height):
-        Cta(
-            program,
-            launched.parameters,
-            memory,
-            (block % width, block // width, 0),
-            launched.threads,
-            launched.shared_bytes,
-            seed + block,
-        ).run()
+    width, height, depth = launched.grid
+    for first in range(0, width * height * depth, launched.cluster):
+        run(
+            [
+                Cta(
+                    program,
+                    launched.parameters,
+                    memory,
+                    (block % width, block // width % height, block // (width * height)),
+                    launched.threads,
+                    launched.shared_bytes,
+                    seed + block,
+                )
+                for block in range(first, first + launched.cluster)
+            ]
+        )
 
 
 @functools.cache

@@ -7,9 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
 from tests.kernels.interpreter.blackwell import Device, TensorMap
-from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
+from tests.kernels.interpreter.hopper import Copies, Copy, multiply, multiply_pairs, transpose
+from tests.kernels.interpreter.memory import (
+    RANK,
+    SHARED_BASE,
+    Barrier,
+    Bytes,
+    GlobalMemory,
+    SharedMemory,
+)
 from tests.kernels.interpreter.source import Instruction, Operand, Program
 
 _IGNORED = {"griddepcontrol", "fence", "prefetch"}
@@ -40,34 +48,59 @@ class Cta:
         self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
         draw = self.device.random  # some are much slower than others, which ones differs
         self.eagerness = draw.choice((0.1, 0.7, 0.98))
-        self.speeds = [draw.choice((0.02, 1.0)) for _ in self.warps]
+        self.cluster: Sequence[Cta] = [self]
+        for warp in self.warps:
+            warp.speed = draw.choice((0.02, 1.0))
 
-    def run(self) -> None:
-        """To the end of all warps. Raises RuntimeError when they wait for ever."""
-        for _ in range(_MOST_STEPS):
-            alive = [warp for warp in self.warps if not warp.done]
-            if not alive:
-                assert self.device.allocated == 0, "tensor memory was not given back"
-                return
-            if all(warp.at_barrier for warp in alive):
-                for warp in alive:
-                    warp.at_barrier = False
-                    warp.pcs += 1
-            ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
-            if ready and self.device.random.random() < self.eagerness:
-                speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
-                (warp,) = self.device.random.choices(ready, speeds)
-                for _ in range(self.device.random.randrange(1, 60)):
-                    if not warp.step():
-                        break
-            elif not self.device.progress() and not ready:
-                where = [warp.program[int(warp.pcs.min())].text for warp in alive]
-                raise RuntimeError(f"all warps wait for ever: {where}")
-        raise RuntimeError("the kernel does not end")
+    @property
+    def alive(self) -> list[Warp]:
+        """Warps that have not ended."""
+        return [warp for warp in self.warps if not warp.done]
+
+    def remote(self, address: int, count: int) -> Bytes:
+        """Shared memory of a CTA of the cluster, at an address that `mapa` made."""
+        rank, place = divmod(address, RANK)
+        assert self.cluster[rank - 1].alive, "shared memory of a CTA that has ended"
+        return self.cluster[rank - 1].shared.view(place, count)
+
+
+def run(ctas: Sequence[Cta]) -> None:
+    """A cluster, to the end of all warps. Raises RuntimeError when they wait for ever."""
+    draw, eagerness = ctas[0].device.random, ctas[0].eagerness
+    for cta in ctas:
+        cta.cluster = ctas
+    for _ in range(_MOST_STEPS):
+        alive = [warp for cta in ctas for warp in cta.alive]
+        if not alive:
+            assert not any(cta.device.allocated for cta in ctas), "tensor memory was not given back"
+            return
+        for cta in ctas:
+            _meet(cta.alive)
+        ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
+        if ready and draw.random() < eagerness:
+            (warp,) = draw.choices(ready, [warp.speed for warp in ready])
+            for _ in range(draw.randrange(1, 60)):
+                if not warp.step():
+                    break
+        elif not any(cta.device.progress() for cta in draw.sample(ctas, len(ctas))) and not ready:
+            where = [warp.program[int(warp.pcs.min())].text for warp in alive]
+            raise RuntimeError(f"all warps wait for ever: {where}")
+    raise RuntimeError("the kernel does not end")
+
+
+def _meet(alive: Sequence[Warp]) -> None:
+    """Let warps go on whose barrier has all the threads that it wants."""
+    for number in {warp.barrier for warp in alive if warp.at_barrier}:
+        there = [warp for warp in alive if warp.at_barrier and warp.barrier == number]
+        wanted = {warp.wanted or LANES * len(alive) for warp in there}
+        if wanted == {LANES * len(there)}:
+            for warp in there:
+                warp.at_barrier = False
+                warp.pcs += 1
 
 
 class Warp:
-    """32 lanes."""
+    """32 lanes. barrier, wanted: number and threads of that which it is at; 0: of all warps."""
 
     def __init__(self, cta: Cta, first_thread: int) -> None:
         self.cta, self.program = cta, cta.program.instructions
@@ -80,6 +113,9 @@ class Warp:
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
+        self.barrier = self.wanted = self.arrivals = 0
+        self.speed = 1.0
+        self.copies = Copies()
 
     @property
     def done(self) -> bool:
@@ -89,6 +125,9 @@ class Warp:
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
         one = self.program[int(self.pcs[self.live].min())]
+        if one.op[:3] == ("barrier", "cluster", "wait"):
+            others = [warp for cta in self.cta.cluster for warp in cta.alive]
+            return any(warp.arrivals < self.arrivals for warp in others)
         if one.op[:2] != ("mbarrier", "try_wait"):
             return False
         address, parity = self._wait_of(one)
@@ -121,6 +160,8 @@ class Warp:
             self.live[active] = False
         elif one.op == ("bar", "sync"):
             assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
+            numbers = [int(self.value(operand)[0]) for operand in one.operands]
+            self.barrier, self.wanted = (*numbers, 0)[:2]
             self.at_barrier = True
             return False
         elif active.any():
@@ -136,8 +177,10 @@ class Warp:
         if special is not None:
             special(one, active)
             return
-        if op[0] in ("shl", "shr"):
-            result: Bits | None = shift(op, self.value(args[1]), self.value(args[2]))
+        if op == ("mul", "rn", "bf16x2"):
+            result: Bits | None = multiply_pairs(self.value(args[1]), self.value(args[2]))
+        elif op[0] in ("shl", "shr"):
+            result = shift(op, self.value(args[1]), self.value(args[2]))
         else:
             result = compute(op, [self.value(a) for a in args[1:]])
         if result is None:
@@ -202,24 +245,28 @@ class Warp:
     def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
         width = int(one.op[-1][1:]) // 8
         count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        if one.op[1] == "shared::cluster":
+            return width, count, self.cta.remote
         space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
-        return width, count, space
+        return width, count, space.view
 
     def _ld(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
         if one.op[1] == "param":
             _, raw = self.cta.parameters[source[1][1]]
             width = int(one.op[-1][1:]) // 8
-            number = int.from_bytes(raw[source[2] : source[2] + width], "little")
-            self.assign(target, np.full(LANES, number, dtype=np.uint64), active)
+            for i, part in enumerate(target[1] if target[0] == "v" else [target]):
+                at = source[2] + width * i
+                number = int.from_bytes(raw[at : at + width], "little")
+                self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         parts = target[1] if target[0] == "v" else [target]
         found = np.zeros((count, LANES), dtype=np.uint64)
         for lane in np.flatnonzero(active):
             address = self._address(source, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            raw = space.view(address, width * count).tobytes()
+            raw = view(address, width * count).tobytes()
             for i in range(count):
                 found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
         for part, value in zip(parts, found, strict=True):
@@ -227,14 +274,14 @@ class Warp:
 
     def _st(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
         for lane in np.flatnonzero(active):
             address = self._address(target, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
             mask = (1 << (8 * width)) - 1
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
-            space.view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+            view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
 
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
@@ -248,9 +295,11 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op == ("redux", "sync", "max", "u32"), one.text
+        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        self.assign(one.operands[0], np.full(LANES, value.max()), active)
+        order = signed(value, 32) if one.op[3] == "s32" else value.view(np.int64)
+        best = value[order.argmax() if one.op[2] == "max" else order.argmin()]
+        self.assign(one.operands[0], np.full(LANES, best), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -278,7 +327,71 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _barrier(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.arrivals += one.op[2] == "arrive"
+
+    def _mapa(self, one: Instruction, active: Any) -> None:
+        target, address, rank = one.operands
+        self.assign(
+            target,
+            self.value(address) + (self.value(rank) + np.uint64(1)) * np.uint64(RANK),
+            active,
+        )
+
+    def _vote(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op == ("vote", "sync", "ballot", "b32"), one.text
+        votes = sum(1 << lane for lane in map(int, np.flatnonzero(self.value(one.operands[1]))))
+        self.assign(one.operands[0], np.full(LANES, votes, dtype=np.uint64), active)
+
+    def _movmatrix(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.assign(one.operands[0], transpose(self.value(one.operands[1])), active)
+
+    def _mma(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert "m16n8k16" in one.op and one.op[-4:] == ("f32", "bf16", "bf16", "f32"), one.text
+        a, b, c = ([self.value(part) for part in operand[1]] for operand in one.operands[1:])
+        for target, value in zip(one.operands[0][1], multiply(a, b, c), strict=True):
+            self.assign(target, value, active)
+
+    def _cp_async(self, one: Instruction, active: Any) -> None:
+        if one.op[2] == "commit_group":
+            self.copies.commit()
+        elif one.op[2] == "mbarrier":
+            self._arrive_after_copies(one, active)
+        elif one.op[2] == "wait_group":
+            self.copies.wait(int(self.value(one.operands[0])[0]))
+        else:
+            count = int(self.value(one.operands[2])[0])
+            assert one.op[2] == "ca" or count == 16, one.text
+            read = self.value(one.operands[3] if len(one.operands) > 3 else one.operands[2])
+            for lane in map(int, np.flatnonzero(active)):
+                target, source = (self._address(one.operands[i], lane) for i in (0, 1))
+                assert target % count == 0 and source % count == 0, one.text
+                found = np.zeros(0, dtype=np.uint8)
+                if read[lane]:
+                    found = self.cta.memory.view(source, int(read[lane]))
+                self.copies.open.append(Copy(self.cta.shared.view(target, count), found))
+
+    def _arrive_after_copies(self, one: Instruction, active: Any) -> None:
+        assert one.op[3:5] == ("arrive", "noinc"), one.text
+        places = [self._address(one.operands[0], int(lane)) for lane in np.flatnonzero(active)]
+        before, barriers = self.copies.under_way(), self.cta.shared.barriers
+
+        def done() -> None:
+            for copy in before:
+                copy.run()
+            for place in places:
+                barriers[place].arrive()
+
+        self.cta.device.copies.append(done)
+
     def _cp(self, one: Instruction, active: Any) -> None:
+        if one.op[2] != "bulk":
+            self._cp_async(one, active)
+            return
         lane, args, device = self._one(active), one.operands, self.cta.device
         target, barrier = self._address(args[0], lane), args[2 if "tensor" in one.op else 3]
         bar = self._address(barrier, lane)
@@ -334,4 +447,4 @@ class Warp:
             self.assign(target, words.astype(np.uint64), active)
 
 
-__all__ = ["Cta", "f32"]
+__all__ = ["Cta", "f32", "run"]

@@ -18,8 +18,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, range_constexpr
 
 from dsv4.kernels.sm90.cache import memory, pooling, rounding, rows
-from dsv4.kernels.sm90.cache.rows import CHANNELS
 from dsv4.kernels.sm90.cache.pooling import Compressor
+from dsv4.kernels.sm90.cache.rows import CHANNELS
 
 WARPS = 4  # of a team
 TEAM = 32 * WARPS

@@ -157,9 +157,7 @@ class IndexTopk:
         first = self._first(turns)
         listed = Int32(0)
         if cutlass.const_expr(self.turns * TURN > LIST):
-            if turns * TURN > LIST:
-                bound = self._bound(own, select)
-                listed = self._gather(own, turns, first, bound, keys, ids, select)
+            listed = self._drop(own, turns, first, keys, ids, select)
         if listed == 0:
             for turn in range_constexpr(self.turns):
                 if turn < turns:
@@ -171,6 +169,23 @@ class IndexTopk:
         cute.arch.sync_threads()
         last = select.threshold(keys + first * 4, turns, self.topk, BOUND_ROUNDS)
         self._write(operands, (row, part, count), keys, ids, listed, turns, last, select)
+
+    @cute.jit
+    def _drop(
+        self,
+        own: cute.Tensor,
+        turns: Int32,
+        first: Int32,
+        keys: Int32,
+        ids: Int32,
+        select: cutlass.Constexpr,
+    ) -> Int32:
+        """Of many scores, keep those that may be chosen; -> how many, or 0 for all of them."""
+        listed = Int32(0)
+        if turns * TURN > LIST:
+            bound = self._bound(own, select)
+            listed = self._gather(own, turns, first, bound, keys, ids, select)
+        return listed
 
     @cute.jit
     def _bound(self, own: cute.Tensor, select: cutlass.Constexpr) -> Uint32:
