@@ -59,7 +59,7 @@ class Copies:
 def pair(words: Bits) -> NDArray[np.float64]:
     """Words of two bfloat16: `[..., 2]`."""
     halves = np.stack((words & np.uint64(0xFFFF), words >> np.uint64(16)), -1)
-    return halves.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64)
+    return np.asarray(halves.astype(np.uint16).view(ml_dtypes.bfloat16).astype(np.float64))
 
 
 def multiply(a: Sequence[Bits], b: Sequence[Bits], c: Sequence[Bits]) -> list[Bits]:

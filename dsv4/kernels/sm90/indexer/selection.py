@@ -58,15 +58,16 @@ class Selection:
         upto = warp_scan(count)
         before, _ = self.before(cute.arch.shuffle_sync(upto, 31))
         before += upto - count
+        found = self.found
         for i in range_constexpr(EACH):
             here = own[EACH - 1 - i]
             if (before < wanted) & (wanted <= before + here):
-                self.found[0] = Uint32(digit + EACH - 1 - i)
-                self.found[1] = wanted - before
-                self.found[2] = Uint32(wanted - before == here)
+                found[0] = Uint32(digit + EACH - 1 - i)
+                found[1] = wanted - before
+                found[2] = Uint32(wanted - before == here)
             before += here
         cute.arch.sync_threads()
-        return self.found[0], self.found[1], self.found[2]
+        return found[0], found[1], found[2]
 
     @cute.jit
     def threshold(
@@ -97,35 +98,38 @@ class Selection:
     @cute.jit
     def before(self, own: Uint32) -> Any:
         """-> sum of the warps' numbers before this warp's, and of all."""
-        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        lane, warp, totals = cute.arch.lane_idx(), cute.arch.warp_idx(), self.totals
         if lane == 0:
-            self.totals[warp] = own
+            totals[warp] = own
         cute.arch.sync_threads()
-        total = self.totals[lane] if lane < WARPS else Uint32(0)
+        total = totals[lane] if lane < WARPS else Uint32(0)
         lower = total if lane < warp else Uint32(0)
         return cute.arch.warp_redux_sync(lower, "add"), cute.arch.warp_redux_sync(total, "add")
 
-    @cute.jit
-    def ranks(self, marks: Any, before: Uint32) -> Any:
-        """-> sums of the marks before each of the thread's, and of all up to the warp's last."""
-        count = marks[0]
-        for i in range_constexpr(1, KEYS):
-            count += marks[i]
-        upto = warp_scan(count)
-        at = [before + upto - count]
-        for i in range_constexpr(KEYS - 1):
-            at.append(at[i] + marks[i])
-        return at, before + cute.arch.shuffle_sync(upto, 31)
 
-    @cute.jit
-    def mark(self, key: Uint32, limit: Uint32) -> Uint32:
-        """1 above the limit, TIE at it: counts of both are summed in one word."""
-        above = Uint32(key > limit)
-        return Uint32(TIE) if key == limit else above
+@cute.jit
+def ranks(marks: Any, before: Uint32) -> Any:
+    """-> sums of the marks before each of the thread's, and of all up to the warp's last."""
+    count = marks[0]
+    for i in range_constexpr(1, KEYS):
+        count += marks[i]
+    upto = warp_scan(count)
+    at = [before + upto - count]
+    for i in range_constexpr(KEYS - 1):
+        at.append(at[i] + marks[i])
+    return at, before + cute.arch.shuffle_sync(upto, 31)
 
-    def parts(self, marks: Uint32) -> tuple[Uint32, Uint32]:
-        """-> how many were above, how many at the limit."""
-        return marks & Uint32(TIE - 1), marks // TIE
+
+@cute.jit
+def mark(key: Uint32, limit: Uint32) -> Uint32:
+    """1 above the limit, TIE at it: counts of both are summed in one word."""
+    above = Uint32(key > limit)
+    return Uint32(TIE) if key == limit else above
+
+
+def parts(marks: Uint32) -> tuple[Uint32, Uint32]:
+    """-> how many were above, how many at the limit."""
+    return marks & Uint32(TIE - 1), marks // TIE
 
 
 @cute.jit

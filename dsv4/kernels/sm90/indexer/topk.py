@@ -20,6 +20,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4.kernels.sm90.cache import memory
+from dsv4.kernels.sm90.indexer import selection
 from dsv4.kernels.sm90.indexer.selection import BINS, THREADS, Selection
 
 VECTOR = 4  # neighbouring scores of a thread
@@ -235,7 +236,7 @@ class IndexTopk:
             for turn in range_constexpr(self.turns):
                 if turn < turns:
                     marks = [Uint32(own[i, turn] >= bound) for i in range(VECTOR)]
-                    at, before = select.ranks(marks, before)
+                    at, before = selection.ranks(marks, before)
                     for i in range_constexpr(VECTOR):
                         if marks[i] == 1:
                             memory.store_shared_b32(keys + Int32(at[i]) * 4, own[i, turn])
@@ -263,14 +264,14 @@ class IndexTopk:
         count = Uint32(0)
         for turn in cutlass.range(turns, unroll=1):
             for key in memory.load_shared_b128(own + turn * (WARP_TURN * 4)):
-                count += select.mark(key, limit)
+                count += selection.mark(key, limit)
         before, _ = select.before(cute.arch.warp_redux_sync(count, "add"))
         for turn in cutlass.range(turns, unroll=1):
             loaded = memory.load_shared_b128(own + turn * (WARP_TURN * 4))
-            marks = [select.mark(loaded[i], limit) for i in range(VECTOR)]
-            at, before = select.ranks(marks, before)
+            marks = [selection.mark(loaded[i], limit) for i in range(VECTOR)]
+            at, before = selection.ranks(marks, before)
             for i in range_constexpr(VECTOR):
-                above, equal = select.parts(at[i])
+                above, equal = selection.parts(at[i])
                 if (marks[i] == 1) | ((marks[i] > 1) & (equal < ties)):
                     item = first + turn * WARP_TURN + i
                     if listed > 0:
