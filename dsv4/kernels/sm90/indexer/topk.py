@@ -6,8 +6,8 @@ above reaches `topk`. A round after which nothing is left to decide is the last.
 threshold are taken from the lowest block on.
 
 Of many scores most are dropped first: each thread's largest of a few, `topk` of which are a bound
-that as many scores reach; what reaches it moves closer together, in order. A CTA takes up to `PART`
-scores; longer rows are cut into parts, and what is chosen of each is chosen from again.
+that as many scores reach; what reaches it moves closer together, in order. Long rows are cut into
+parts, one for a CTA, and what is chosen of each is chosen from again.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ from dsv4.kernels.sm90.indexer.selection import BINS, THREADS, Selection
 VECTOR = 4  # neighbouring scores of a thread
 WARP_TURN = 32 * VECTOR  # neighbouring scores of a warp
 TURN = THREADS * VECTOR  # scores of a CTA at a time
-MOST_TURNS = 16
-PART = MOST_TURNS * TURN
+MOST_TURNS = 8
 LIST = 2 * TURN  # scores that are chosen from without dropping any first
 BOUND_ROUNDS = 2
 ROUNDS = 3
 
 
 class IndexTopk:
-    """ratio: tokens per block; turns: of 2048 scores that a CTA takes at most.
+    """ratio: tokens per block; turns: of 2048 scores that a CTA takes at most; part: scores of one.
 
     stage "whole": of scores float32 `[T, capacity]`, a multiple of 4, into blocks int32
-    `[T, topk]`, -1 where a row sees fewer. "parts": of each `PART` scores into part_scores and
+    `[T, topk]`, -1 where a row sees fewer. "parts": of each `part` scores into part_scores and
     part_blocks `[T, parts · topk]`; "merge": of those into blocks. position: int32 `[T]`.
     """
 
-    def __init__(self, ratio: int, topk: int, stage: str, turns: int, pdl: bool) -> None:
-        if topk > 2 * THREADS or turns > MOST_TURNS:
-            raise ValueError(f"{topk} of {turns * TURN} scores, expected at most 1024 of {PART}")
+    def __init__(self, ratio: int, topk: int, stage: str, turns: int, part: int, pdl: bool) -> None:
+        most = MOST_TURNS * TURN
+        if topk > 2 * THREADS or turns > MOST_TURNS or (stage == "parts" and part > turns * TURN):
+            raise ValueError(f"{topk} of {turns * TURN} scores, expected at most 1024 of {most}")
+        self.part = part
         self.ratio, self.topk, self.stage, self.turns, self.pdl = ratio, topk, stage, turns, pdl
         self.groups = 2 * topk // THREADS  # of a thread's scores, whose largest make the bound
 
@@ -77,7 +78,7 @@ class IndexTopk:
         if cutlass.const_expr(self.turns == 1):
             self._load(source, row, source.shape[1], Int32(0), Int32(1), own)
         visible = (Int32(at) + 1) // self.ratio
-        count, start = self._items(visible, part, operands), part * PART
+        count, start = self._items(visible, part, operands), part * self.part
         thread, _, _ = cute.arch.thread_idx()
         if visible <= self.topk:
             if cutlass.const_expr(self.stage != "parts"):
@@ -99,19 +100,23 @@ class IndexTopk:
             return cutlass.min(visible, operands[0].shape[1])
         if self.stage == "parts":
             visible = cutlass.min(visible, operands[0].shape[1])
-            return cutlass.min(visible - part * PART, PART)
+            return cutlass.min(visible - part * self.part, self.part)
         parts = operands[0].shape[1] // self.topk
-        return cutlass.min((visible + PART - 1) // PART, parts) * self.topk
+        return cutlass.min((visible + self.part - 1) // self.part, parts) * self.topk
 
     @cute.jit
     def _take_all(self, operands: Any, row: Int32, part: Int32, count: Int32) -> None:
-        """Of a last part with no more than `topk` scores."""
+        """Of a last part with no more than `topk` scores; what was chosen of the only part."""
         thread, _, _ = cute.arch.thread_idx()
+        if cutlass.const_expr(self.stage == "merge"):
+            for turn in range_constexpr(self.topk // THREADS):
+                item = turn * THREADS + thread
+                operands[2][row, item] = operands[1][row, item]
         if cutlass.const_expr(self.stage == "parts"):
             scores, part_scores, part_blocks = operands
             for turn in range_constexpr(self.topk // THREADS):
                 item = turn * THREADS + thread
-                target, block = part * self.topk + item, part * PART + item
+                target, block = part * self.topk + item, part * self.part + item
                 present = item < count
                 part_blocks[row, target] = block if present else -1
                 score = Float32(-float("inf"))
@@ -292,4 +297,4 @@ class IndexTopk:
             positive = Uint32(Int32(key) >> 31)
             bits = key ^ (~positive | Uint32(0x80000000))
             operands[1][row, part * self.topk + target] = bits.bitcast(Float32)
-            operands[2][row, part * self.topk + target] = part * PART + item
+            operands[2][row, part * self.topk + target] = part * self.part + item
