@@ -37,8 +37,9 @@ class Cta:
         threads: int,
         shared_bytes: int,
         seed: int,
+        grid: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
-        self.program, self.memory, self.block = program, memory, block
+        self.program, self.memory, self.block, self.grid = program, memory, block, grid
         self.shared = SharedMemory(shared_bytes)
         self.device = Device(memory, self.shared, seed)
         self.parameters = {
@@ -108,8 +109,9 @@ class Warp:
             "%tid.x": np.arange(first_thread, first_thread + LANES, dtype=np.uint64),
             "%laneid": np.arange(LANES, dtype=np.uint64),
         }
-        for axis, value in zip("xyz", cta.block, strict=True):
+        for axis, value, count in zip("xyz", cta.block, cta.grid, strict=True):
             self.registers[f"%ctaid.{axis}"] = np.full(LANES, value, dtype=np.uint64)
+            self.registers[f"%nctaid.{axis}"] = np.full(LANES, count, dtype=np.uint64)
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
@@ -283,6 +285,12 @@ class Warp:
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
             view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
 
+    def _red(self, one: Instruction, active: Any) -> None:
+        assert one.op == ("red", "shared", "add", "u32"), one.text
+        for lane in map(int, np.flatnonzero(active)):
+            word = self.cta.shared.view(self._address(one.operands[0], lane), 4).view(np.uint32)
+            word += np.uint32(self.value(one.operands[1])[lane])
+
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
         self._all(active)
@@ -295,8 +303,12 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
+        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max", "add"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
+        if one.op[2] == "add":
+            total = value.sum() & np.uint64(0xFFFFFFFF)
+            self.assign(one.operands[0], np.full(LANES, total), active)
+            return
         order = signed(value, 32) if one.op[3] == "s32" else value.view(np.int64)
         best = value[order.argmax() if one.op[2] == "max" else order.argmin()]
         self.assign(one.operands[0], np.full(LANES, best), active)
