@@ -27,7 +27,7 @@ class Selection:
         self.rounds = rounds
         self.counts = smem.allocate(rounds * BINS * 4, 128).toint()
         self.totals = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
-        self.found = smem.allocate_tensor(Uint32, cute.make_layout(3), 16)
+        self.found = smem.allocate_tensor(Uint32, cute.make_layout(4), 16)  # read as a vector
 
     @cute.jit
     def clear(self) -> None:
