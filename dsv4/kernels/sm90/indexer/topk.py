@@ -90,6 +90,8 @@ class IndexTopk:
                 turns = (count + TURN - 1) // TURN
                 if cutlass.const_expr(self.turns > 1):
                     self._load(source, row, count, start, turns, own)
+                else:
+                    self._hide(own, count)
                 self._select(operands, (row, part, count), own, turns, keys, ids, select)
             elif count > 0:
                 self._take_all(operands, row, part, count)
@@ -147,6 +149,13 @@ class IndexTopk:
                 sign = Uint32(Int32(bits) >> 31)
                 present = (turn < turns) & (first + turn * WARP_TURN + i < count)
                 own[i, turn] = bits ^ (sign | Uint32(0x80000000)) if present else Uint32(0)
+
+    @cute.jit
+    def _hide(self, own: cute.Tensor, count: Int32) -> None:
+        """Put what lies beyond `count`, loaded before that was known, below all."""
+        first = self._first(Int32(1))
+        for i in range_constexpr(VECTOR):
+            own[i, 0] = own[i, 0] if first + i < count else Uint32(0)
 
     @cute.jit
     def _select(
