@@ -28,7 +28,7 @@ def test_append(name: str) -> None:
 
 
 def test_query_heads() -> None:
-    config = dataclasses.replace(FLASH, num_attention_heads=4)
+    config = dataclasses.replace(FLASH, num_attention_heads=8)
     assert faults(q_rope.case(config, "few", "none", (0, 9000)), "sm_90a") == []
 
 
