@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dsv4.formats.config import AttentionKind, ModelConfig
-from dsv4.formats.releases import RELEASE_YARN
+from dsv4.formats.config import AttentionKind, ModelConfig, YarnConfig
 from dsv4.kernels.case import Buffers, Case, Launch
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.operations.append_reference import expect
@@ -26,7 +25,10 @@ KV_SCALES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """The sizes of one kind of layer. ratio: 0 without a compressor; index_width: 0 but for CSA."""
+    """One kind of layer. ratio: 0 without a compressor; index_width: 0 but for CSA.
+
+    theta, yarn: of the rotation's angles.
+    """
 
     latent: int
     width: int
@@ -35,12 +37,14 @@ class Layer:
     ratio: int
     index_width: int
     eps: float
+    theta: float
+    yarn: YarnConfig | None
 
     @classmethod
     def of(cls, config: ModelConfig, kind: AttentionKind) -> Layer:
         """The layers of `kind` in a model."""
-        csa = kind is AttentionKind.CSA
-        ratio = 0 if kind is AttentionKind.SLIDING else config.csa_ratio if csa else 128
+        csa, sliding = kind is AttentionKind.CSA, kind is AttentionKind.SLIDING
+        ratio = 0 if sliding else config.csa_ratio if csa else max(config.compress_ratios)
         return cls(
             config.q_lora_rank,
             config.head_dim,
@@ -49,6 +53,8 @@ class Layer:
             ratio,
             config.index_head_dim if csa else 0,
             config.rms_norm_eps,
+            config.rope_theta if sliding else config.compress_rope_theta,
+            None if sliding else config.yarn,
         )
 
     @property
@@ -244,8 +250,7 @@ def _places(layer: Layer, runs: Sequence[Run], length: int, device: torch.device
     """Rows' positions and slots, and the tables of a window layer or of a compressed one."""
     position = torch.cat([torch.arange(run.first, run.first + run.count) for run in runs])
     slot = torch.cat([torch.full((run.count,), run.slot) for run in runs])
-    theta, yarn = (160000.0, RELEASE_YARN) if layer.ratio else (10000.0, None)
-    frequencies = inverse_frequencies(layer.rope, theta, yarn)
+    frequencies = inverse_frequencies(layer.rope, layer.theta, layer.yarn)
     cos, sin = rope_table(frequencies, torch.arange(length, device=device))
     return {
         "position": position.to(torch.int32).to(device),
