@@ -41,8 +41,13 @@ def test_scores_and_choice() -> None:
 
 
 def test_choice_in_parts() -> None:
-    """Of three parts, the last shorter than what is chosen."""
-    one = indexer.choice_case(FLASH, "few", "none", (34000,), 8504, "few values")
+    """Rows that see one of three parts, and two."""
+    one = indexer.choice_case(FLASH, "few", "none", (8000, 17000), 8504, "few values")
+    assert faults(one, "sm_90a") == []
+
+
+def test_what_is_not_visible_is_not_chosen() -> None:
+    one = indexer.choice_case(FLASH, "few", "none", (2051,), 1024, "ascending")
     assert faults(one, "sm_90a") == []
 
 

@@ -161,7 +161,7 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
         ("1M ties", Rows.last((1 << 20) - 3, 1), 1 << 18, equal),
     ):
         yield case(config, name, model, places, capacity, values)
-    for capacity in (1024, 2048, 4096, WHOLE, 32768, 65536, 1 << 18):
+    for capacity in (1024, 2048, 4096, WHOLE, 12288, 32768, 65536, 1 << 18):
         tokens = config.csa_ratio * capacity
         cut = config.csa_ratio * TURN * part_turns(capacity)
         ends = {edge + 3, 2 * edge, tokens // 2 + 5, cut - 1, cut + 3, cut + edge, tokens - 1}
