@@ -25,6 +25,12 @@ def compute(op: tuple[str, ...], args: Sequence[Bits]) -> Bits | None:
         return _packed(args, np.maximum)
     if op[0] == "prmt":
         return _permute(*args)
+    if op == ("fma", "rn", "bf16x2"):
+        return _fused_pairs(*args)
+    if op[0] in ("popc", "clz", "brev"):
+        return _of_bits(op[0], args[0])
+    if op[-1] == "f64" and op[0] != "cvt":
+        return _doubles(op, args)
     if op[0] == "cvt":
         return convert(op[1:], args)
     if op[0] == "setp":
@@ -223,6 +229,12 @@ def convert(op: tuple[str, ...], args: Sequence[Bits]) -> Bits:
                 return (args[0] & np.uint64(0xFFFF)) << np.uint64(16)
             case "f32", "f16":
                 return bits(args[0].astype(np.uint16).view(np.float16).astype(np.float32))
+            case "f64", "f32":
+                return f32(args[0]).astype(np.float64).view(np.uint64)
+            case "f32", "f64":
+                return bits(args[0].view(np.float64).astype(np.float32))
+            case "f32", "s32":
+                return bits(signed(args[0], 32).astype(np.float32))
             case "f32", "f32":
                 assert "sat" in op
                 return bits(np.nan_to_num(np.clip(f32(args[0]), 0, 1), nan=0.0))
@@ -255,3 +267,52 @@ def _permute(a: Bits, b: Bits, selector: Bits) -> Bits:
         byte = (both >> (nibble * np.uint64(8))) & np.uint64(255)
         result |= byte << np.uint64(8 * i)
     return result
+
+
+def _doubles(op: tuple[str, ...], args: Sequence[Bits]) -> Bits | None:
+    """FP64 arithmetic; the approximate root keeps 20 bits, fewer than hardware's."""
+    values = [a.view(np.float64) for a in args]
+    with np.errstate(all="ignore"):
+        match op[0]:
+            case "add":
+                result = values[0] + values[1]
+            case "sub":
+                result = values[0] - values[1]
+            case "mul":
+                result = values[0] * values[1]
+            case "fma":
+                wide = [v.astype(np.longdouble) for v in values]
+                result = (wide[0] * wide[1] + wide[2]).astype(np.float64)
+            case "rsqrt":
+                rough = np.uint64((1 << 64) - (1 << 32))
+                result = ((1 / np.sqrt(values[0])).view(np.uint64) & rough).view(np.float64)
+            case _:
+                return None
+    return np.asarray(result.view(np.uint64))
+
+
+def _of_bits(name: str, a: Bits) -> Bits:
+    """popc, clz and brev of 32 bits."""
+    texts = [f"{int(x) & 0xFFFFFFFF:032b}" for x in a]
+    counts: dict[str, Callable[[str], int]] = {
+        "popc": lambda text: text.count("1"),
+        "clz": lambda text: len(text) - len(text.lstrip("0")),
+        "brev": lambda text: int(text[::-1], 2),
+    }
+    return np.array([counts[name](text) for text in texts], dtype=np.uint64)
+
+
+def _fused_pairs(*args: Bits) -> Bits:
+    """fma.rn.bf16x2; sums of float64 hold what is rounded, or round far below it."""
+    halves: list[Bits] = []
+    for shift_ in (np.uint64(0), np.uint64(16)):
+        a, b, c = (
+            ((x >> shift_) & np.uint64(0xFFFF))
+            .astype(np.uint16)
+            .view(ml_dtypes.bfloat16)
+            .astype(np.float64)
+            for x in args
+        )
+        fused = (a * b + c).astype(ml_dtypes.bfloat16)
+        halves.append(fused.view(np.uint16).astype(np.uint64))
+    return halves[0] | (halves[1] << np.uint64(16))

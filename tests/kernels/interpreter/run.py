@@ -59,6 +59,7 @@ def interpret(
                     launched.threads,
                     launched.shared_bytes,
                     seed + block,
+                    launched.grid,
                 )
                 for block in range(first, first + launched.cluster)
             ]

@@ -48,8 +48,9 @@ class Cta:
         threads: int,
         shared_bytes: int,
         seed: int,
+        grid: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
-        self.program, self.memory, self.block = program, memory, block
+        self.program, self.memory, self.block, self.grid = program, memory, block, grid
         self.shared = SharedMemory(shared_bytes)
         self.device = Device(memory, self.shared, seed)
         self.parameters = {
@@ -119,8 +120,9 @@ class Warp:
             "%tid.x": np.arange(first_thread, first_thread + LANES, dtype=np.uint64),
             "%laneid": np.arange(LANES, dtype=np.uint64),
         }
-        for axis, value in zip("xyz", cta.block, strict=True):
+        for axis, value, count in zip("xyz", cta.block, cta.grid, strict=True):
             self.registers[f"%ctaid.{axis}"] = np.full(LANES, value, dtype=np.uint64)
+            self.registers[f"%nctaid.{axis}"] = np.full(LANES, count, dtype=np.uint64)
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
@@ -310,6 +312,12 @@ class Warp:
             receiver = self.cta.cluster[rank - 1]
             assert receiver.alive, "shared memory of a CTA that has ended"
             receiver.device.receive(place, number.to_bytes(width, "little"), bar)
+
+    def _red(self, one: Instruction, active: Any) -> None:
+        assert one.op == ("red", "shared", "add", "u32"), one.text
+        for lane in map(int, np.flatnonzero(active)):
+            word = self.cta.shared.view(self._address(one.operands[0], lane), 4).view(np.uint32)
+            word += np.uint32(self.value(one.operands[1])[lane])
 
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
