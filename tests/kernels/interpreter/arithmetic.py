@@ -29,8 +29,6 @@ def compute(op: tuple[str, ...], args: Sequence[Bits]) -> Bits | None:
         return _fused_pairs(*args)
     if op[0] in ("popc", "clz", "brev"):
         return _of_bits(op[0], args[0])
-    if op[-1] == "f64" and op[0] != "cvt":
-        return _doubles(op, args)
     if op[0] == "cvt":
         return convert(op[1:], args)
     if op[0] == "setp":
@@ -229,10 +227,6 @@ def convert(op: tuple[str, ...], args: Sequence[Bits]) -> Bits:
                 return (args[0] & np.uint64(0xFFFF)) << np.uint64(16)
             case "f32", "f16":
                 return bits(args[0].astype(np.uint16).view(np.float16).astype(np.float32))
-            case "f64", "f32":
-                return f32(args[0]).astype(np.float64).view(np.uint64)
-            case "f32", "f64":
-                return bits(args[0].view(np.float64).astype(np.float32))
             case "f32", "s32":
                 return bits(signed(args[0], 32).astype(np.float32))
             case "f32", "f32":
@@ -267,28 +261,6 @@ def _permute(a: Bits, b: Bits, selector: Bits) -> Bits:
         byte = (both >> (nibble * np.uint64(8))) & np.uint64(255)
         result |= byte << np.uint64(8 * i)
     return result
-
-
-def _doubles(op: tuple[str, ...], args: Sequence[Bits]) -> Bits | None:
-    """FP64 arithmetic; the approximate root keeps 20 bits, fewer than hardware's."""
-    values = [a.view(np.float64) for a in args]
-    with np.errstate(all="ignore"):
-        match op[0]:
-            case "add":
-                result = values[0] + values[1]
-            case "sub":
-                result = values[0] - values[1]
-            case "mul":
-                result = values[0] * values[1]
-            case "fma":
-                wide = [v.astype(np.longdouble) for v in values]
-                result = (wide[0] * wide[1] + wide[2]).astype(np.float64)
-            case "rsqrt":
-                rough = np.uint64((1 << 64) - (1 << 32))
-                result = ((1 / np.sqrt(values[0])).view(np.uint64) & rough).view(np.float64)
-            case _:
-                return None
-    return np.asarray(result.view(np.uint64))
 
 
 def _of_bits(name: str, a: Bits) -> Bits:

@@ -16,10 +16,10 @@ from dsv4.kernels.build import build
 from dsv4.kernels.case import Buffers, Case
 from dsv4.kernels.check import fault, guard_outputs
 from dsv4.kernels.compiled import Argument, Kernel
+from tests.kernels.interpreter.ctas import Cta, run
 from tests.kernels.interpreter.launch import record
 from tests.kernels.interpreter.memory import GlobalMemory
 from tests.kernels.interpreter.source import parse
-from tests.kernels.interpreter.warps import Cta, run
 from tests.kernels.machine_code import machine_code
 
 Alteration = Callable[[str], str]

@@ -1,18 +1,15 @@
-"""A CTA of warps that run a program. Lanes of a warp that diverge go on at the lowest address."""
+"""A warp runs a program. Lanes that diverge go on at the lowest address."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
-from tests.kernels.interpreter.blackwell import Device, TensorMap
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, shift, signed
+from tests.kernels.interpreter.blackwell import TensorMap
 from tests.kernels.interpreter.hopper import (
-    Copies,
     Copy,
-    Products,
     add_product,
     gather,
     multiply,
@@ -21,120 +18,18 @@ from tests.kernels.interpreter.hopper import (
     rows_of,
     transpose,
 )
+from tests.kernels.interpreter.lanes import Lanes
 from tests.kernels.interpreter.memory import (
     RANK,
-    SHARED_BASE,
     Barrier,
-    Bytes,
-    GlobalMemory,
-    SharedMemory,
 )
-from tests.kernels.interpreter.source import Instruction, Operand, Program
+from tests.kernels.interpreter.source import Instruction
 
 _IGNORED = {"griddepcontrol", "fence", "prefetch"}
-_MOST_STEPS = 3_000_000
-_PARAMETERS = 1 << 60  # where parameters have their addresses
 
 
-class Cta:
-    """One CTA; parameters: bytes of each, in order."""
-
-    def __init__(
-        self,
-        program: Program,
-        parameters: Sequence[bytes],
-        memory: GlobalMemory,
-        block: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        seed: int,
-        grid: tuple[int, int, int] = (1, 1, 1),
-    ) -> None:
-        self.program, self.memory, self.block, self.grid = program, memory, block, grid
-        self.shared = SharedMemory(shared_bytes)
-        self.device = Device(memory, self.shared, seed)
-        self.parameters = {
-            name: (_PARAMETERS + 4096 * i, raw)
-            for i, (name, raw) in enumerate(zip(program.parameters, parameters, strict=True))
-        }
-        self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
-        draw = self.device.random  # some are much slower than others, which ones differs
-        self.eagerness = draw.choice((0.1, 0.7, 0.98))
-        self.cluster: Sequence[Cta] = [self]
-        for warp in self.warps:
-            warp.speed = draw.choice((0.02, 1.0))
-
-    @property
-    def alive(self) -> list[Warp]:
-        """Warps that have not ended."""
-        return [warp for warp in self.warps if not warp.done]
-
-    def remote(self, address: int, count: int) -> Bytes:
-        """Shared memory of a CTA of the cluster, at an address that `mapa` made."""
-        rank, place = divmod(address, RANK)
-        assert self.cluster[rank - 1].alive, "shared memory of a CTA that has ended"
-        return self.cluster[rank - 1].shared.view(place, count)
-
-
-def run(ctas: Sequence[Cta]) -> None:
-    """A cluster, to the end of all warps. Raises RuntimeError when they wait for ever."""
-    draw, eagerness = ctas[0].device.random, ctas[0].eagerness
-    for cta in ctas:
-        cta.cluster = ctas
-    for _ in range(_MOST_STEPS):
-        alive = [warp for cta in ctas for warp in cta.alive]
-        if not alive:
-            assert not any(cta.device.allocated for cta in ctas), "tensor memory was not given back"
-            return
-        for cta in ctas:
-            _meet(cta.alive)
-        ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
-        if ready and draw.random() < eagerness:
-            (warp,) = draw.choices(ready, [warp.speed for warp in ready])
-            for _ in range(draw.randrange(1, 60)):
-                if not warp.step():
-                    break
-        elif not any(cta.device.progress() for cta in draw.sample(ctas, len(ctas))) and not ready:
-            where = [warp.program[int(warp.pcs.min())].text for warp in alive]
-            raise RuntimeError(f"all warps wait for ever: {where}")
-    raise RuntimeError("the kernel does not end")
-
-
-def _meet(alive: Sequence[Warp]) -> None:
-    """Let warps go on whose barrier has all the threads that it wants."""
-    for number in {warp.barrier for warp in alive if warp.at_barrier}:
-        there = [warp for warp in alive if warp.at_barrier and warp.barrier == number]
-        wanted = {warp.wanted or LANES * len(alive) for warp in there}
-        if wanted == {LANES * len(there)}:
-            for warp in there:
-                warp.at_barrier = False
-                warp.pcs += 1
-
-
-class Warp:
-    """32 lanes. barrier, wanted: number and threads of that which it is at; 0: of all warps."""
-
-    def __init__(self, cta: Cta, first_thread: int) -> None:
-        self.cta, self.program = cta, cta.program.instructions
-        self.registers: dict[str, Bits] = {
-            "%tid.x": np.arange(first_thread, first_thread + LANES, dtype=np.uint64),
-            "%laneid": np.arange(LANES, dtype=np.uint64),
-        }
-        for axis, value, count in zip("xyz", cta.block, cta.grid, strict=True):
-            self.registers[f"%ctaid.{axis}"] = np.full(LANES, value, dtype=np.uint64)
-            self.registers[f"%nctaid.{axis}"] = np.full(LANES, count, dtype=np.uint64)
-        self.pcs = np.zeros(LANES, dtype=np.int64)
-        self.live = np.ones(LANES, dtype=np.bool_)
-        self.at_barrier = False
-        self.barrier = self.wanted = self.arrivals = 0
-        self.speed = 1.0
-        self.copies = Copies()
-        self.products = Products()
-
-    @property
-    def done(self) -> bool:
-        """Whether all lanes have returned."""
-        return not self.live.any()
+class Warp(Lanes):
+    """Its instructions, a method for each that is not plain arithmetic."""
 
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
@@ -200,39 +95,6 @@ class Warp:
         if result is None:
             raise NotImplementedError(one.text)
         self.assign(args[0], result, active)
-
-    def value(self, operand: Operand) -> Bits:
-        """An operand's bits in all lanes."""
-        match operand:
-            case ("r", name):
-                return self.registers[name]
-            case ("i", number):
-                return np.full(LANES, number & ((1 << 64) - 1), dtype=np.uint64)
-            case ("s", "__dynamic_shmem__0"):
-                return np.full(LANES, SHARED_BASE, dtype=np.uint64)
-            case ("s", name):
-                return np.full(LANES, self.cta.parameters[name][0], dtype=np.uint64)
-        raise NotImplementedError(str(operand))
-
-    def assign(self, operand: Operand, value: Bits, active: Any) -> None:
-        """Write a register in the active lanes."""
-        if operand[0] == "_":
-            return
-        assert operand[0] == "r", operand
-        old = self.registers.get(operand[1])
-        if old is None:
-            old = np.zeros(LANES, dtype=np.uint64)
-        self.registers[operand[1]] = np.where(active, value, old)
-
-    def _address(self, operand: Operand, lane: int) -> int:
-        return int(self.value(operand[1])[lane]) + int(operand[2])
-
-    def _all(self, active: Any) -> None:
-        assert active.sum() == LANES, "an operation of a whole warp in a branch of it"
-
-    def _one(self, active: Any) -> int:
-        assert active.sum() == 1, "an operation of one thread run by several"
-        return int(np.flatnonzero(active)[0])
 
     def _mov(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
@@ -518,6 +380,3 @@ class Warp:
         for i, target in enumerate(one.operands[0][1]):
             words = self.cta.device.tensor[first : first + LANES, column + i]
             self.assign(target, words.astype(np.uint64), active)
-
-
-__all__ = ["Cta", "f32", "run"]
