@@ -68,6 +68,11 @@ class Output:
     kind: str = "bfloat16"  # or float32
     parts: int = 1
 
+    @property
+    def names(self) -> list[str]:
+        """Of the parts, as arguments."""
+        return ["u", "u1"][: self.parts]
+
 
 PLAIN = Output()
 
@@ -92,7 +97,7 @@ def mhc(shape: Shape, place: str, u: Output = PLAIN, pdl: bool = True) -> Kernel
         Argument("streams", half, streams),
         Argument("post", wide, ("rows", STREAMS)),
         Argument("comb", wide, mixing),
-        *(Argument(f"u{n}", getattr(torch, u.kind), ("rows", hidden)) for n in range(u.parts)),
+        *(Argument(name, getattr(torch, u.kind), ("rows", hidden)) for name in u.names),
     )
     if place == "first":
         ids = Argument("ids", torch.int32, ("rows",), align=4)
@@ -181,13 +186,13 @@ def case(
             comb = sinkhorn(normal(rows, STREAMS, STREAMS), shape.iterations, shape.hc_eps)
             buffers |= {"streams": plain(rows, STREAMS, hidden), "comb": comb}
             buffers["post"] = 2 * normal(rows, STREAMS).sigmoid()
-            for n in range(u.parts):
-                buffers[f"u{n}"] = (normal(rows, hidden) * size).to(getattr(torch, u.kind))
-        for one in made.leaves():
-            if one.role != "in":
-                assert isinstance(one.dtype, torch.dtype)
-                sizes = tuple(rows if n == "rows" else int(n) for n in one.shape)
-                buffers[one.name] = torch.zeros(sizes, dtype=one.dtype, device=rng.device)
+            for one in u.names:
+                buffers[one] = (normal(rows, hidden) * size).to(getattr(torch, u.kind))
+        for argument in made.leaves():
+            if argument.role != "in":
+                assert isinstance(argument.dtype, torch.dtype)
+                sizes = tuple(rows if n == "rows" else int(n) for n in argument.shape)
+                buffers[argument.name] = torch.zeros(sizes, dtype=argument.dtype, device=rng.device)
         return buffers
 
     per_token = hidden * 2 * (STREAMS + 2)
@@ -267,7 +272,7 @@ def _streams(place: str, buffers: Buffers) -> tuple[Tensor, Tensor]:
         streams = rows[:, None].expand(-1, STREAMS, -1)
         return streams, torch.zeros_like(streams)
     old, post, comb = (buffers[n].to(torch.float64) for n in ("streams", "post", "comb"))
-    u = buffers["u0"] + buffers["u1"].to(torch.float32) if "u1" in buffers else buffers["u0"]
+    u = buffers["u"] + buffers["u1"].to(torch.float32) if "u1" in buffers else buffers["u"]
     u = u.to(torch.bfloat16).to(torch.float64)
     value = post[..., None] * u[:, None] + comb.mT @ old
     size = (post[..., None] * u[:, None]).abs() + comb.abs().mT @ old.abs()

@@ -30,7 +30,6 @@ from dsv4.kernels.sm90.streams import mailbox, words
 from dsv4.kernels.sm90.streams.elementary import exp, sigmoid
 from dsv4.kernels.sm90.streams.sinkhorn import sinkhorn
 from dsv4.kernels.sm90.streams.sources import STREAMS, Streams
-from dsv4.kernels.sm90.transfer import store_shared_b128
 
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 LANES = 4  # of a token in an operand B
@@ -74,7 +73,6 @@ class Mhc:
         self.iterations, self.hc_eps, self.norm_eps = iterations, hc_eps, norm_eps
         self.rows = STREAMS if self.last else (2 + STREAMS) * STREAMS
         self.bands = -(-self.rows // 8)  # of eight rows of fn
-        self.tiles = -(-self.bands // 2)
         self.width = width  # columns of a lane
         self.piece_bytes = 32 * 4 * width
         self.workers = hidden // (LANES * width * warps)
@@ -104,8 +102,6 @@ class Mhc:
         smem = cutlass.memory.SmemAllocator()
         fn_bytes = STREAMS * self.bands * self.warps * self.piece_bytes
         copies = smem.allocate(max(fn_bytes, 4 * self.hidden), 128).toint()
-        piece_bytes = self.warps * self.width * self.tiles * PIECES * ring.PIECE_BYTES
-        pieces = smem.allocate(piece_bytes, 128).toint()
         sums = smem.allocate_tensor(Float32, cute.make_layout((GROUP * PADDED, self.warps, 2)), 16)
         totals = smem.allocate_tensor(Float32, cute.make_layout((LETTER, self.finish_warps, 2)), 16)
         squares = smem.allocate_tensor(Float32, cute.make_layout((self.finish_warps, 2)), 16)
@@ -116,7 +112,7 @@ class Mhc:
         finisher = block - self.workers * slices
         if finisher < 0:
             if warp < self.warps:
-                self._work(sources, weights[0], outputs[0], letters, copies, pieces, sums, slices)
+                self._work(sources, weights[0], outputs[0], letters, copies, sums, slices)
         else:
             if warp < self.finish_warps:
                 self._collapse(
@@ -139,7 +135,6 @@ class Mhc:
         streams: Any,
         letters: Any,
         copies: Int32,
-        pieces: Int32,
         sums: Any,
         slices: Int32,
     ) -> None:
@@ -156,8 +151,13 @@ class Mhc:
                 words.copy(slot + (STREAMS * band + j) * self.piece_bytes, at, self.width)
         ring.commit()
         ring.wait(0)
-        pieces += (warp * self.width * self.tiles * PIECES * 32 + lane) * 16
-        self._split(slot, pieces)
+        fn_words = [
+            [
+                words.load_shared(slot + (STREAMS * band + j) * self.piece_bytes, self.width)
+                for j in range(STREAMS)
+            ]
+            for band in range(self.bands)
+        ]
         self._wait()
         tokens = Int32(streams.shape[0])
         parity = Int32(0)
@@ -175,7 +175,7 @@ class Mhc:
                     square = cute.math.fma(value, value, square)
             square += cute.arch.shuffle_sync_bfly(square, 1)
             square += cute.arch.shuffle_sync_bfly(square, 2)
-            acc = self._multiply(pieces, after)
+            acc = self._multiply(self._operands(fn_words), after)
             for band in range_constexpr(self.bands):
                 for c in range_constexpr(2):
                     sums[(2 * t + c) * PADDED + 8 * band + g, warp, parity] = acc[band][c]
@@ -185,43 +185,32 @@ class Mhc:
             self._send(letters, sums, group, worker, parity, tokens)
             parity = 1 - parity
 
-    def _split(self, slot: Int32, pieces: Int32) -> None:
-        """Make A operands of the lane's part of fn: in `pieces`, by column, tile of 16 rows, piece.
-
-        In shared memory, because the assembler would put off the work until the streams are here.
-        """
-        fn = [
-            [
-                words.load_shared(slot + (STREAMS * band + j) * self.piece_bytes, self.width)
-                for j in range(STREAMS)
-            ]
-            for band in range(self.bands)
-        ]
+    def _operands(self, fn: Any) -> list[list[list[Any]]]:
+        """The lane's A operands: per column and tile of 16 rows of fn, the pieces."""
+        operands = []
         for i in range(self.width):
             halves = [[_split(band[h][i], band[h + 1][i]) for h in (0, 2)] for band in fn]
             if self.bands % 2:
                 halves.append([[Uint32(0)] * PIECES] * 2)
-            for tile, (low, high) in enumerate(zip(halves[::2], halves[1::2], strict=True)):
-                for n in range(PIECES):
-                    operand = low[0][n], high[0][n], low[1][n], high[1][n]
-                    store_shared_b128(pieces + self._piece(i, tile, n), operand)
+            operands.append(
+                [
+                    [(low[0][n], high[0][n], low[1][n], high[1][n]) for n in range(PIECES)]
+                    for low, high in zip(halves[::2], halves[1::2], strict=True)
+                ]
+            )
+        return operands
 
-    def _piece(self, column: int, tile: int, n: int) -> int:
-        """Bytes from a lane's first piece to another."""
-        return ((column * self.tiles + tile) * PIECES + n) * ring.PIECE_BYTES
-
-    def _multiply(self, pieces: Int32, after: Any) -> list[list[Float32]]:
+    def _multiply(self, operands: Any, after: Any) -> list[list[Float32]]:
         """-> per band of eight rows of fn, the lane's sums for tokens 2t and 2t + 1."""
-        acc = [[(Float32(0.0),) * 4 for _ in range(PIECES)] for _ in range(self.tiles)]
-        for i in range(self.width):
+        acc = [[(Float32(0.0),) * 4 for _ in range(PIECES)] for _ in operands[0]]
+        for i, tiles in enumerate(operands):
             select = 0x5410 if i % 2 == 0 else 0x7632
             b = tuple(
                 ptx.byte_permute(after[h][i // 2], after[h + 1][i // 2], select) for h in (0, 2)
             )
-            for tile, own in enumerate(acc):
+            for own, pieces in zip(acc, tiles, strict=True):
                 for n in range(PIECES):
-                    a = ring.read(pieces + self._piece(i, tile, n))
-                    own[n] = ptx.mma_bf16(own[n], a, b)
+                    own[n] = ptx.mma_bf16(own[n], pieces[n], b)
         sums = [[a + (b + c) for a, b, c in zip(*own, strict=True)] for own in acc]
         return [sums[band // 2][2 * (band % 2) :][:2] for band in range(self.bands)]
 
