@@ -113,10 +113,7 @@ def bench_kernels(
     from dsv4.kernels.operations import cases, checks
     from dsv4.render import kernel_line, kernels_table
 
-    try:
-        counts = [int(count) for count in rows.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{rows!r}, expected numbers such as 1,8") from None
+    counts = _numbers(rows)
     device = torch.device("cuda")
     library = open_library(device, location)
     machine = measure_machine(device)
@@ -145,3 +142,54 @@ def bench_kernels(
         out.print(kernels_table(lines, machine))
     if any(line.faults for line in lines):
         raise SystemExit(1)
+
+
+@bench.command("decode")
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_decode(
+    model: str,
+    layers: int,
+    context: int,
+    rows: str,
+    no_check: bool,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    """A step of the first layers of a real model, random weights: correctness, time, bound."""
+    import torch
+
+    from dsv4.bench.decode import decode, few_layers
+    from dsv4.bench.kernels import open_library
+    from dsv4.render import decode_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    config = few_layers(MODELS[model], layers)
+    report = decode(
+        config,
+        model,
+        library,
+        device,
+        context=context,
+        rows=_numbers(rows),
+        check=not no_check,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out.print(decode_table(report))
+    if report.agreement is not None and not report.agreement.right:
+        raise SystemExit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}, expected numbers such as 1,8") from None

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from dsv4.bench import decode
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.quantize import Quality, Speed
@@ -349,5 +350,34 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
             f"{line.fraction:.3f}" if line.fraction else "",
             "WRONG" if line.faults else "right",
+        )
+    return table
+
+
+def decode_table(report: decode.Report) -> Table:
+    """A step's time, its bound, and how right its logits are."""
+    machine, agreement = report.machine, report.agreement
+    verdict = "logits not compared"
+    if agreement is not None:
+        verdict = (
+            f"logits {'right' if agreement.right else 'WRONG'}: {agreement.ours:.4f} of their "
+            f"deviation from float32, the reference in bfloat16 {agreement.bfloat16:.4f}; "
+            f"{'same' if agreement.repeatable else 'OTHER'} bytes whatever the cuts"
+        )
+    title = (
+        f"{report.model}, {report.layers} layers, context {report.context}, {machine.name}, "
+        f"{machine.bandwidth / 1e12:.2f} TB/s measured now; {verdict}"
+    )
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("rows", "us a step", "us a layer", "MB read", "of bound", "launches"):
+        table.add_column(column, justify="right")
+    for step in report.steps:
+        table.add_row(
+            str(step.rows),
+            f"{step.seconds * 1e6:.1f}",
+            f"{step.layer_seconds * 1e6:.1f}",
+            f"{step.nbytes / 1e6:.0f}",
+            f"{step.fraction:.3f}",
+            str(step.launches),
         )
     return table

@@ -1,0 +1,23 @@
+"""A packed store to a model on the GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.reader import PackedStore
+from dsv4.kernels.library import Library, architecture, default_location
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.weights import from_files
+
+
+def load(store: PackedStore, device: torch.device) -> GpuModel:
+    """Find the kernels first, then bring the weights.
+
+    Raises RuntimeRefusal without a GPU or for a format that no kernel reads, KernelError for
+    kernels that are missing or stale, StoreError for a damaged store.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeRefusal("device 'cuda' was asked for, but torch sees no CUDA device here")
+    library = Library(default_location(), architecture(device))
+    return GpuModel(from_files(store, device), library, device)
