@@ -1,7 +1,8 @@
 """The Lightning indexer of a CSA layer: which compressed entries each token attends to.
 
-Two launches: the scores of all visible keys, with the queries rotated, spread (Hadamard) and
-rounded to E2M1 on the way; then the best `index_topk` of them. References:
+The scores of all visible keys, with the queries rotated, spread (Hadamard) and rounded to E2M1 on
+the way; then the best `index_topk` of them: two launches, three where a row may have more than
+8192 keys. References:
 `dsv4.kernels.reference.{rope,indexer,quant_sim}`, with the official rounding. Formula:
 DeepSeek-V4's `inference/model.py`.
 """

@@ -1,4 +1,4 @@
-"""Loads and stores of vectors, and reads of another CTA's shared memory.
+"""Loads, stores and asynchronous copies of vectors.
 
 Addresses in global memory are 64-bit numbers of bytes (`pointer.toint()`), those in shared memory
 32-bit ones. Loads from global memory are volatile only to keep their order: the assembler moves
@@ -202,10 +202,3 @@ def load_shared_b32(address: Int32, *, loc: Any = None, ip: Any = None) -> Uint3
 def count_shared(address: Int32, *, loc: Any = None, ip: Any = None) -> None:
     """Add 1 to a word of shared memory, atomically; lanes of one address go together."""
     _effect(None, "red.shared.add.u32 [$0], 1;", "r", [address], loc, ip)
-
-
-@dsl_user_op
-def load_cluster_b32(address: Int32, rank: Int32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """The word that CTA `rank` of the cluster has at `address` of its shared memory."""
-    text = "{ .reg .u32 a; mapa.shared::cluster.u32 a, $1, $2; ld.shared::cluster.u32 $0, [a]; }"
-    return Uint32(_effect(T.i32(), text, "=r,r,r", [address, rank], loc, ip))

@@ -17,7 +17,6 @@ from dsv4.kernels.sm90.cache import memory
 from dsv4.kernels.sm90.cache.rows import CHANNELS
 
 LOG2_E = 1.4426950408889634
-FLOAT = 4  # bytes
 
 
 class Compressor:

@@ -13,7 +13,6 @@ from dsv4.kernels.sm90.cache import memory
 WARPS = 16
 THREADS = 32 * WARPS
 BINS = 2048
-BITS = 11
 EACH = BINS // THREADS  # bins of a thread
 KEYS = 4  # that a thread reads at once
 TURN_BYTES = 32 * KEYS * 4  # between a warp's keys
