@@ -53,7 +53,7 @@ def connect(config: ModelConfig, sublayer: int, own: str) -> Launch:
     binding = {name: own + name for name in ("fn", "base", "scale", "norm")}
     binding |= {name: f"{name}{old}" for name in ("streams", "post", "comb")}
     binding |= {f"new_{name}": f"{name}{new}" for name in ("streams", "post", "comb")}
-    binding |= {"u0": "u", "letters": "mhc_letters"}
+    binding["letters"] = "mhc_letters"
     return Launch(mhc.mhc(mhc.Shape.of(config), place), binding)
 
 
