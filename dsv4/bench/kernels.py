@@ -122,6 +122,7 @@ def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
     """Median seconds of one of `runs`, replayed one after another as one CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     repeats = max(1, 8 // len(runs))
+    stream.wait_stream(torch.cuda.current_stream())  # what made the buffers
     with torch.cuda.stream(stream):
         for run in runs:
             run()

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-OPERATIONS = ("gemv",)
+OPERATIONS = ("gemv", "experts")
