@@ -36,7 +36,6 @@ MAX_ROWS = 8
 SLABS = 8  # of w2
 INTERLEAVE = 8
 IMPLEMENTATION = "dsv4.kernels.sm90.experts:Experts"
-PER_ROW = ("x", "topk_idx", "topk_weights", "y")  # buffers that hold a row for each token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Kernels on CPU buffers: built, their host code run, their PTX interpreted."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.build import build
+from dsv4.kernels.case import Buffers, Case
+from dsv4.kernels.check import fault, guard_outputs
+from dsv4.kernels.compiled import Argument, Kernel
+from tests.kernels.interpreter.launch import record
+from tests.kernels.interpreter.memory import GlobalMemory
+from tests.kernels.interpreter.source import parse
+from tests.kernels.interpreter.warps import Cta
+from tests.kernels.machine_code import machine_code
+
+Alteration = Callable[[str], str]
+
+
+def interpret(
+    kernel: Kernel, arch: str, buffers: Buffers, seed: int = 0, alter: Alteration | None = None
+) -> None:
+    """Run `kernel` on its arguments, which it writes. alter: changes the PTX first."""
+    ptx = machine_code(kernel, arch).ptx
+    program = parse(alter(ptx) if alter else ptx)
+    arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
+    raw = {name: tensor.view(torch.uint8).view(-1).numpy() for name, tensor in arguments.items()}
+    memory = GlobalMemory(raw)
+
+    def describe(argument: Argument | tuple[Argument, ...]) -> Any:
+        if isinstance(argument, tuple):
+            return [describe(one) for one in argument]
+        tensor: Tensor = arguments[argument.name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return memory.address[argument.name], dtype, list(tensor.shape)
+
+    launched = record(
+        _shared_object(kernel, arch),
+        list(program.parameters.values()),
+        [describe(argument) for argument in kernel.arguments],
+    )
+    width, height, _ = launched.grid
+    for block in range(width * height):
+        Cta(
+            program,
+            launched.parameters,
+            memory,
+            (block % width, block // width, 0),
+            launched.threads,
+            launched.shared_bytes,
+            seed + block,
+        ).run()
+
+
+@functools.cache
+def _shared_object(kernel: Kernel, arch: str) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=_folder().name))
+    (built,) = build([kernel], [arch], folder, workers=1)
+    return folder / arch / f"{built.name}.so"
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def faults(case: Case, arch: str, seed: int = 0, alter: Alteration | None = None) -> list[str]:
+    """What the interpreted kernels of `case` do wrong."""
+    buffers = case.make(torch.Generator().manual_seed(seed))
+    expected = case.expect(dict(buffers))
+    guard_outputs(case, buffers)  # poisons them; the interpreter watches their ends itself
+    for launch in case.launches:
+        assert not launch.binding
+        interpret(launch.kernel, arch, buffers, seed, alter)
+    return [f for name, want in expected.items() if (f := fault(name, buffers[name], want))]
+
+
+def configured(case: Case, **changes: int) -> Case:
+    """`case` with its kernels' configuration changed, say to fewer CTAs."""
+    launches = []
+    for launch in case.launches:
+        config = tuple({**dict(launch.kernel.config), **changes}.items())
+        kernel = dataclasses.replace(launch.kernel, config=config)
+        launches.append(dataclasses.replace(launch, kernel=kernel))
+    return dataclasses.replace(case, launches=tuple(launches))

@@ -1,0 +1,337 @@
+"""A CTA of warps that run a program. Lanes of a warp that diverge go on at the lowest address."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift
+from tests.kernels.interpreter.blackwell import Device, TensorMap
+from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
+from tests.kernels.interpreter.source import Instruction, Operand, Program
+
+_IGNORED = {"griddepcontrol", "fence", "prefetch"}
+_MOST_STEPS = 3_000_000
+_PARAMETERS = 1 << 60  # where parameters have their addresses
+
+
+class Cta:
+    """One CTA; parameters: bytes of each, in order."""
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: Sequence[bytes],
+        memory: GlobalMemory,
+        block: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        seed: int,
+    ) -> None:
+        self.program, self.memory, self.block = program, memory, block
+        self.shared = SharedMemory(shared_bytes)
+        self.device = Device(memory, self.shared, seed)
+        self.parameters = {
+            name: (_PARAMETERS + 4096 * i, raw)
+            for i, (name, raw) in enumerate(zip(program.parameters, parameters, strict=True))
+        }
+        self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
+        draw = self.device.random  # some are much slower than others, which ones differs
+        self.eagerness = draw.choice((0.1, 0.7, 0.98))
+        self.speeds = [draw.choice((0.02, 1.0)) for _ in self.warps]
+
+    def run(self) -> None:
+        """To the end of all warps. Raises RuntimeError when they wait for ever."""
+        for _ in range(_MOST_STEPS):
+            alive = [warp for warp in self.warps if not warp.done]
+            if not alive:
+                assert self.device.allocated == 0, "tensor memory was not given back"
+                return
+            if all(warp.at_barrier for warp in alive):
+                for warp in alive:
+                    warp.at_barrier = False
+                    warp.pcs += 1
+            ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
+            if ready and self.device.random.random() < self.eagerness:
+                speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
+                (warp,) = self.device.random.choices(ready, speeds)
+                for _ in range(self.device.random.randrange(1, 60)):
+                    if not warp.step():
+                        break
+            elif not self.device.progress() and not ready:
+                where = [warp.program[int(warp.pcs.min())].text for warp in alive]
+                raise RuntimeError(f"all warps wait for ever: {where}")
+        raise RuntimeError("the kernel does not end")
+
+
+class Warp:
+    """32 lanes."""
+
+    def __init__(self, cta: Cta, first_thread: int) -> None:
+        self.cta, self.program = cta, cta.program.instructions
+        self.registers: dict[str, Bits] = {
+            "%tid.x": np.arange(first_thread, first_thread + LANES, dtype=np.uint64),
+            "%laneid": np.arange(LANES, dtype=np.uint64),
+        }
+        for axis, value in zip("xyz", cta.block, strict=True):
+            self.registers[f"%ctaid.{axis}"] = np.full(LANES, value, dtype=np.uint64)
+        self.pcs = np.zeros(LANES, dtype=np.int64)
+        self.live = np.ones(LANES, dtype=np.bool_)
+        self.at_barrier = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all lanes have returned."""
+        return not self.live.any()
+
+    def waits(self) -> bool:
+        """Whether the next instruction is a wait that is not over."""
+        one = self.program[int(self.pcs[self.live].min())]
+        if one.op[:2] != ("mbarrier", "try_wait"):
+            return False
+        address, parity = self._wait_of(one)
+        return self.cta.shared.barriers[address].phase == parity
+
+    def _wait_of(self, one: Instruction) -> tuple[int, int]:
+        return self._address(one.operands[1], self._first()), int(
+            self.value(one.operands[2])[self._first()]
+        )
+
+    def _first(self) -> int:
+        return int(np.flatnonzero(self.live & (self.pcs == self.pcs[self.live].min()))[0])
+
+    def step(self) -> bool:
+        """One instruction, of the lanes that are furthest behind; False when it has to wait."""
+        if self.done or self.at_barrier or self.waits():
+            return False
+        pc = int(self.pcs[self.live].min())
+        lanes = self.live & (self.pcs == pc)
+        one = self.program[pc]
+        active = lanes
+        if one.guard:
+            name, negated = one.guard
+            active = lanes & ((self.registers[name] != 0) ^ negated)
+        if one.op[0] == "bra":
+            self.pcs[lanes] = pc + 1
+            self.pcs[active] = one.target
+            return True
+        if one.op[0] == "ret":
+            self.live[active] = False
+        elif one.op == ("bar", "sync"):
+            assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
+            self.at_barrier = True
+            return False
+        elif active.any():
+            self._execute(one, active)
+        self.pcs[lanes] = pc + 1
+        return True
+
+    def _execute(self, one: Instruction, active: Any) -> None:
+        op, args = one.op, one.operands
+        if op[0] in _IGNORED or op[:2] in (("tcgen05", "fence::before_thread_sync"),):
+            return
+        special = getattr(self, f"_{op[0]}", None)
+        if special is not None:
+            special(one, active)
+            return
+        if op[0] in ("shl", "shr"):
+            result: Bits | None = shift(op, self.value(args[1]), self.value(args[2]))
+        else:
+            result = compute(op, [self.value(a) for a in args[1:]])
+        if result is None:
+            raise NotImplementedError(one.text)
+        self.assign(args[0], result, active)
+
+    def value(self, operand: Operand) -> Bits:
+        """An operand's bits in all lanes."""
+        match operand:
+            case ("r", name):
+                return self.registers[name]
+            case ("i", number):
+                return np.full(LANES, number & ((1 << 64) - 1), dtype=np.uint64)
+            case ("s", "__dynamic_shmem__0"):
+                return np.full(LANES, SHARED_BASE, dtype=np.uint64)
+            case ("s", name):
+                return np.full(LANES, self.cta.parameters[name][0], dtype=np.uint64)
+        raise NotImplementedError(str(operand))
+
+    def assign(self, operand: Operand, value: Bits, active: Any) -> None:
+        """Write a register in the active lanes."""
+        if operand[0] == "_":
+            return
+        assert operand[0] == "r", operand
+        old = self.registers.get(operand[1])
+        if old is None:
+            old = np.zeros(LANES, dtype=np.uint64)
+        self.registers[operand[1]] = np.where(active, value, old)
+
+    def _address(self, operand: Operand, lane: int) -> int:
+        return int(self.value(operand[1])[lane]) + int(operand[2])
+
+    def _all(self, active: Any) -> None:
+        assert active.sum() == LANES, "an operation of a whole warp in a branch of it"
+
+    def _one(self, active: Any) -> int:
+        assert active.sum() == 1, "an operation of one thread run by several"
+        return int(np.flatnonzero(active)[0])
+
+    def _mov(self, one: Instruction, active: Any) -> None:
+        target, source = one.operands
+        if target[0] == "v":
+            width = int(one.op[-1][1:]) // len(target[1])
+            for i, part in enumerate(target[1]):
+                piece = self.value(source) >> np.uint64(i * width)
+                self.assign(part, piece & np.uint64((1 << width) - 1), active)
+        elif source[0] == "v":
+            width = int(one.op[-1][1:]) // len(source[1])
+            whole = np.zeros(LANES, dtype=np.uint64)
+            for i, part in enumerate(source[1]):
+                piece = self.value(part) & np.uint64((1 << width) - 1)
+                whole |= piece << np.uint64(i * width)
+            self.assign(target, whole, active)
+        else:
+            width = 1 if one.op[-1] == "pred" else int(one.op[-1][1:])
+            mask = np.uint64((1 << width) - 1)
+            self.assign(target, self.value(source) & mask, active)
+
+    def _cvta(self, one: Instruction, active: Any) -> None:
+        self.assign(one.operands[0], self.value(one.operands[1]), active)
+
+    def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
+        width = int(one.op[-1][1:]) // 8
+        count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
+        return width, count, space
+
+    def _ld(self, one: Instruction, active: Any) -> None:
+        target, source = one.operands
+        if one.op[1] == "param":
+            _, raw = self.cta.parameters[source[1][1]]
+            width = int(one.op[-1][1:]) // 8
+            number = int.from_bytes(raw[source[2] : source[2] + width], "little")
+            self.assign(target, np.full(LANES, number, dtype=np.uint64), active)
+            return
+        width, count, space = self._transfer(one)
+        parts = target[1] if target[0] == "v" else [target]
+        found = np.zeros((count, LANES), dtype=np.uint64)
+        for lane in np.flatnonzero(active):
+            address = self._address(source, int(lane))
+            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
+            raw = space.view(address, width * count).tobytes()
+            for i in range(count):
+                found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
+        for part, value in zip(parts, found, strict=True):
+            self.assign(part, value, active)
+
+    def _st(self, one: Instruction, active: Any) -> None:
+        target, source = one.operands
+        width, count, space = self._transfer(one)
+        values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
+        for lane in np.flatnonzero(active):
+            address = self._address(target, int(lane))
+            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
+            mask = (1 << (8 * width)) - 1
+            raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
+            space.view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+
+    def _bar(self, one: Instruction, active: Any) -> None:
+        assert one.op == ("bar", "warp", "sync"), one.text
+        self._all(active)
+
+    def _elect(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        _, register, predicate = one.operands[0]
+        self.assign(("r", register), np.zeros(LANES, dtype=np.uint64), active)
+        self.assign(("r", predicate), (np.arange(LANES) == 0).astype(np.uint64), active)
+
+    def _redux(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op == ("redux", "sync", "max", "u32"), one.text
+        value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
+        self.assign(one.operands[0], np.full(LANES, value.max()), active)
+
+    def _shfl(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        target, source, by = one.operands[:3]
+        lanes, value = np.arange(LANES), self.value(source)
+        step = self.value(by).astype(np.int64)
+        other = {"idx": step % LANES, "up": lanes - step, "bfly": lanes ^ step}[one.op[2]]
+        other = np.where((other >= 0) & (other < LANES), other, lanes)
+        self.assign(target, value[other], active)
+
+    def _mbarrier(self, one: Instruction, active: Any) -> None:
+        barriers, args = self.cta.shared.barriers, one.operands
+        if one.op[1] == "init":
+            lane = self._one(active)
+            count = int(self.value(args[1])[lane])
+            barriers[self._address(args[0], lane)] = Barrier(count, count)
+        elif one.op[1] == "try_wait":
+            self.assign(args[0], np.ones(LANES, dtype=np.uint64), active)
+        else:
+            for lane in map(int, np.flatnonzero(active)):
+                own = barriers[self._address(args[1], lane)]
+                number = int(self.value(args[2])[lane])
+                if one.op[2] == "expect_tx":
+                    own.bytes += number
+                    number = 1
+                own.arrive(number)
+
+    def _cp(self, one: Instruction, active: Any) -> None:
+        lane, args, device = self._one(active), one.operands, self.cta.device
+        target, barrier = self._address(args[0], lane), args[2 if "tensor" in one.op else 3]
+        bar = self._address(barrier, lane)
+        if "tensor" in one.op:
+            place = int(self.value(args[1][1])[lane])
+            raw = next(raw for base, raw in self.cta.parameters.values() if base == place)
+            at = tuple(int(np.int32(np.uint32(self.value(c)[lane]))) for c in args[1][3][1])
+            device.copy_tensor(target, TensorMap.decode(raw), at, bar)
+        else:
+            count = int(self.value(args[2])[lane])
+            device.copy_bulk(target, self._address(args[1], lane), count, bar)
+
+    def _tcgen05(self, one: Instruction, active: Any) -> None:
+        device, args = self.cta.device, one.operands
+        match one.op[1]:
+            case "alloc":
+                self._all(active)
+                device.allocated = int(self.value(args[1])[0])
+                self.cta.shared.view(self._address(args[0], 0), 4)[:] = 0
+            case "dealloc":
+                self._all(active)
+                assert int(self.value(args[1])[0]) == device.allocated
+                device.allocated = 0
+            case "ld":
+                self._take(one, active)
+            case "cp":
+                lane = self._one(active)
+                descriptor = int(self.value(args[1])[lane])
+                device.copy_scales(self._address(args[0], lane), descriptor)
+            case "commit":
+                lane = self._one(active)
+                device.commit(self._address(args[0], lane))
+            case "mma":
+                lane = self._one(active)
+                a, b, instruction, add = (int(self.value(args[i])[lane]) for i in (1, 2, 3, 6))
+                scales = self._address(args[4], lane), self._address(args[5], lane)
+                acc = self._address(args[0], lane)
+                device.multiply(acc, a, b, instruction, scales, bool(add))
+            case "wait::ld" | "relinquish_alloc_permit" | "fence::after_thread_sync":
+                pass
+            case _:
+                raise NotImplementedError(one.text)
+
+    def _take(self, one: Instruction, active: Any) -> None:
+        """tcgen05.ld.32x32b: a lane's consecutive columns."""
+        self._all(active)
+        place = self._address(one.operands[1], 0)
+        first, column = place >> 16, place & 0xFFFF
+        own = int(self.registers["%tid.x"][0]) // LANES % 4 * LANES
+        assert first == own, "a warp reads its own quarter of the lanes"
+        for i, target in enumerate(one.operands[0][1]):
+            words = self.cta.device.tensor[first : first + LANES, column + i]
+            self.assign(target, words.astype(np.uint64), active)
+
+
+__all__ = ["Cta", "f32"]
