@@ -35,7 +35,7 @@ from dsv4.kernels.reference.moe import split_gate_up
 MAX_ROWS = 8
 SLABS = 8  # of w2
 INTERLEAVE = 8
-IMPLEMENTATION = "dsv4.kernels.sm90.experts:Experts"
+IMPLEMENTATION = "dsv4.kernels.sm90.experts.kernel:Experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def experts(
 
 def tuned(shape: Shape) -> dict[str, int | bool]:
     """Slots of a warp's ring: what shared memory holds beside the activations."""
-    return {"slots": 7 if shape.hidden <= 4096 else 4, "pdl": True}
+    return {"warps": 8, "slots": 6 if shape.hidden <= 4096 else 4, "pdl": True}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:

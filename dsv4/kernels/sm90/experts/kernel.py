@@ -4,7 +4,7 @@ Every expert is read once. Its weights are the A operand of the tensor cores and
 eight columns, whether they chose it or not: what nobody asked for is dropped (w13) or meets zeros
 (w2). One CTA a multiprocessor stays for the whole launch. It works through units of w13, writes
 the activations to memory, meets the other CTAs, and works through bands of w2, while its ring of
-copies runs ahead through both (see `expert_stream`). The shared expert, if it is part of the
+copies runs ahead through both (see `sequence`). The shared expert, if it is part of the
 launch, comes first: its weights are asked for before the router has ended.
 
 Activations lie in the order in which NVFP4's MMAs take them: of eight columns c, the pairs
@@ -20,24 +20,24 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import chosen, expert_stream, ptx, raw
-from dsv4.kernels.sm90.chosen import MAX_ROWS, Chosen
-from dsv4.kernels.sm90.expert_stream import (
+from dsv4.kernels.sm90 import ptx
+from dsv4.kernels.sm90.experts import chosen, raw, sequence
+from dsv4.kernels.sm90.experts.barrier import arrive_and_wait
+from dsv4.kernels.sm90.experts.chosen import MAX_ROWS, Chosen
+from dsv4.kernels.sm90.experts.nibbles import NibbleOperand
+from dsv4.kernels.sm90.experts.sequence import (
     FP8_PIECES,
     PIECES,
     SCALE_AT,
     SLOT_BYTES,
     STEP,
-    WARPS,
     Shape,
     Stream,
 )
-from dsv4.kernels.sm90.grid_barrier import arrive_and_wait
-from dsv4.kernels.sm90.nibbles import NibbleOperand
+from dsv4.kernels.sm90.experts.sums import Sums, exchange, item, total
 from dsv4.kernels.sm90.operands import MMAS, Fp8Operand
 from dsv4.kernels.sm90.ring import PIECE_BYTES, wait
 
-THREADS = 32 * WARPS
 GROUP = 8  # columns in 16 bytes
 GROUPS = 4  # of a lane in a step
 STEP_BYTES = GROUPS * 32 * 16  # activations of eight tokens
@@ -49,17 +49,28 @@ class Experts:
     """Experts of one shape.
 
     limit: of SwiGLU, 0 for none. out: "float32" or "bfloat16". shared: with the shared expert, in
-    FP8. slots: of each warp's ring.
+    FP8. warps: of a CTA. slots: of each warp's ring.
     """
 
     def __init__(
-        self, hidden: int, inter: int, limit: float, out: str, shared: bool, slots: int, pdl: bool
+        self,
+        hidden: int,
+        inter: int,
+        limit: float,
+        out: str,
+        shared: bool,
+        warps: int,
+        slots: int,
+        pdl: bool,
+        chains: int = 4,
+        buffers: int = 2,
     ) -> None:
-        self.shape, self.limit = Shape(hidden, inter, shared), limit
+        self.shape, self.limit = Shape(hidden, inter, warps, shared), limit
         self.out_dtype = {"float32": Float32, "bfloat16": BFloat16}[out]
-        self.slots, self.pdl = slots, pdl
-        self.nvfp4 = NibbleOperand(hidden, inter, WARPS)
-        self.fp8 = Fp8Operand(hidden, inter, WARPS)
+        self.threads, self.slots, self.pdl = 32 * warps, slots, pdl
+        self.chains, self.buffers = chains, buffers
+        self.nvfp4 = NibbleOperand(hidden, inter, 1)
+        self.fp8 = Fp8Operand(hidden, inter, 1)
 
     @cute.jit
     def __call__(
@@ -79,7 +90,7 @@ class Experts:
         and scales of its w1 and w3, or of its w2.
         """
         self.kernel(x, topk_idx, topk_weights, w13, w2, h, counters, y, ctas).launch(
-            grid=[ctas, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=self.pdl
+            grid=[ctas, 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=self.pdl
         )
 
     @cute.kernel
@@ -98,29 +109,24 @@ class Experts:
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
         cta, _, _ = cute.arch.block_idx()
-        _probe(h, self.shape, 0)
         smem = cutlass.memory.SmemAllocator()
         table = Chosen(smem)
         scale = smem.allocate_tensor(Float32, cute.make_layout((chosen.MAX_CHOICES, 3)), 16)
-        sums = smem.allocate_tensor(Float32, cute.make_layout((32, 16, WARPS)), 16)
+        sums = Sums(smem, self.shape.warps, self.buffers)
         frags = smem.allocate(self.shape.hidden // STEP * STEP_BYTES, 128).toint()
-        rings = smem.allocate(SLOT_BYTES * self.slots * WARPS, 128).toint()
+        rings = smem.allocate(SLOT_BYTES * self.slots * self.shape.warps, 128).toint()
         own = rings + cute.arch.warp_idx() * (SLOT_BYTES * self.slots) + cute.arch.lane_idx() * 16
         bases = [[a.iterator.toint() for a in (*w[:2], *w[3:])] for w in (w13, w2)]
         weights = Stream(self.shape, self.slots, bases[0], bases[1], own, cta, ctas)
-        expert_stream.start(weights)
+        sequence.start(weights)
         self._clear(frags)
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        _probe(h, self.shape, 1)
-        chosen.choose(table, topk_idx, topk_weights, Int32(w13[0].shape[0]), THREADS)
-        _probe(h, self.shape, 2)
-        expert_stream.go_on(weights, table.experts, table.count[0])
-        _probe(h, self.shape, 3)
+        chosen.choose(table, topk_idx, topk_weights, Int32(w13[0].shape[0]), self.threads)
+        sequence.go_on(weights, table.experts, table.count[0])
         self._stage(x, frags)
         self._read_scales(w13[2], w2[2], table, scale)
         cute.arch.sync_threads()
-        _probe(h, self.shape, 4)
         if cutlass.const_expr(self.shape.shared):
             first, end, stride = weights.shared_units()
             for unit in cutlass.range(first, end, stride, unroll=1):
@@ -130,24 +136,19 @@ class Experts:
         for unit in cutlass.range(first, end, stride, unroll=1):
             acc = self._unit(weights, frags)
             self._activate(acc, unit, table, scale, sums, h)
-            _probe(h, self.shape, 5)
-        _probe(h, self.shape, 6)
         arrive_and_wait(counters, ctas)
-        _probe(h, self.shape, 7)
         first, end, stride = weights.bands()
         for band in cutlass.range(first, end, stride, unroll=1):
-            total = self._band(weights, table, scale, h, Int32(y.shape[0]))
-            _probe(h, self.shape, 8)
-            self._write(total, band, sums, y)
-        _probe(h, self.shape, 9)
+            acc = self._band(weights, table, scale, h, Int32(y.shape[0]))
+            self._write(acc, band, sums, y)
 
     @cute.jit
     def _clear(self, frags: Int32) -> None:
         """Columns of tokens that are not there stay zero."""
         thread, _, _ = cute.arch.thread_idx()
-        for turn in range_constexpr(self.shape.hidden // STEP * STEP_BYTES // (16 * THREADS)):
+        for turn in range_constexpr(self.shape.hidden // STEP * STEP_BYTES // (16 * self.threads)):
             zero = Uint32(0)
-            raw.write_shared(frags + thread * 16, turn * 16 * THREADS, (zero, zero, zero, zero))
+            raw.write_shared(frags + thread * 16, turn * 16 * self.threads, (zero, zero, zero, zero))
 
     @cute.jit
     def _read_scales(
@@ -169,14 +170,14 @@ class Experts:
         per_row = self.shape.hidden // GROUP
         groups = Int32(x.shape[0]) * per_row
         source = x.iterator.toint()
-        for first in cutlass.range(0, groups, X_BATCH * THREADS, unroll=1):
+        for first in cutlass.range(0, groups, X_BATCH * self.threads, unroll=1):
             loaded = []
             for turn in range_constexpr(X_BATCH):
-                group = first + turn * THREADS + thread
+                group = first + turn * self.threads + thread
                 address = source + Int64(group) * 16
                 loaded.append(raw.load_if(Int32(group < groups), address, 0))
             for turn in range_constexpr(X_BATCH):
-                group = first + turn * THREADS + thread
+                group = first + turn * self.threads + thread
                 w = loaded[turn]
                 token, place = group // per_row, group % per_row
                 step, t, part = place // 16, place % 16 // 4, place % 4
@@ -194,29 +195,41 @@ class Experts:
         acc.fill(0.0)
         for step in cutlass.range(self.shape.steps13, unroll=1):
             wait(self.slots - 2)
-            slots = expert_stream.take(weights), expert_stream.take(weights)
+            slots = sequence.take(weights), sequence.take(weights)
             at = frags + (warp * self.shape.steps13 + step) * STEP_BYTES + lane * 16
             x = []
             for part in range_constexpr(GROUPS):
                 x.extend(raw.read_shared(at, part * 32 * 16))
             bands = [_read(slot, PIECES) for slot in slots]
             for slot in slots:
-                expert_stream.refill(weights, slot)
-            for band in range_constexpr(2):
-                self._multiply(acc, 8 * band, bands[band], x)
+                sequence.refill(weights, slot)
+            if cutlass.const_expr(self.chains == 4):
+                self._multiply(acc, bands, x)
+            else:
+                self._multiply(acc, bands[:1], x)
+                self._multiply(acc, bands[1:], x, 8)
         return acc
 
-    @cute.jit
-    def _multiply(self, acc: Any, first: int, words: Any, x: Any) -> None:
-        """128 columns of 32 rows into `acc[first:]`: two tiles of 16 rows, eight MMAs each."""
-        prepared = self.nvfp4.prepare(words, cute.arch.lane_idx() % 4)
-        for half in range_constexpr(2):
-            sums = tuple(acc[first + 4 * half + c] for c in range(4))
-            for mma in range_constexpr(MMAS):
-                a = self.nvfp4.a(words, prepared, half, mma)
-                sums = ptx.mma_bf16(sums, a, (x[2 * mma], x[2 * mma + 1]))
-            for c in range_constexpr(4):
-                acc[first + 4 * half + c] = sums[c]
+    def _multiply(self, acc: Any, bands: Any, x: Any, first: int = 0) -> None:
+        """128 columns of bands of 32 rows into `acc`: two tiles of 16 rows each, eight MMAs deep.
+
+        The tiles take turns: an MMA waits long for the one before it in its chain.
+        """
+        lane = cute.arch.lane_idx()
+        prepared = [self.nvfp4.prepare(words, lane % 4) for words in bands]
+        tiles = [(band, half) for band in range(len(bands)) for half in range(2)]
+        sums = [tuple(acc[first + 4 * i + c] for c in range(4)) for i in range(len(tiles))]
+        if self.chains == 1:
+            order = [(i, mma) for i in range(len(tiles)) for mma in range(MMAS)]
+        else:
+            order = [(i, mma) for mma in range(MMAS) for i in range(len(tiles))]
+        for i, mma in order:
+            band, half = tiles[i]
+            a = self.nvfp4.a(bands[band], prepared[band], half, mma)
+            sums[i] = ptx.mma_bf16(sums[i], a, (x[2 * mma], x[2 * mma + 1]))
+        for i in range(len(tiles)):
+            for c in range(4):
+                acc[first + 4 * i + c] = sums[i][c]
 
     @cute.jit
     def _shared_unit(self, weights: Any, frags: Int32) -> Any:
@@ -227,14 +240,14 @@ class Experts:
         place = _fp8_place(32 * 16) + cute.arch.lane_idx() // 4 * 64
         for turn in cutlass.range(self.shape.steps13, unroll=1):
             wait(self.slots - 1)
-            slot = expert_stream.take(weights)
+            slot = sequence.take(weights)
             step = warp * self.shape.steps13 + turn
             x = []
             for piece in range_constexpr(GROUPS):
                 at = frags + step * STEP_BYTES + place
                 x.extend(raw.read_shared(at, piece % 2 * 32 * 16 + piece // 2 * 32))
             words, scales = _read(slot, FP8_PIECES), raw.read_shared(slot, SCALE_AT)
-            expert_stream.refill(weights, slot)
+            sequence.refill(weights, slot)
             self._multiply_fp8(acc, 0, words, x, (_scale(scales[0], step), _scale(scales[1], step)))
         return acc
 
@@ -256,34 +269,28 @@ class Experts:
         self, acc: Any, unit: Int32, table: Any, scale: Any, sums: Any, h: cute.Tensor
     ) -> None:
         """Sum over the warps, in their order; SwiGLU, times the routing weight; into `h`."""
-        _exchange(acc, 16, sums)
-        lane = cute.arch.lane_idx()
-        quarter, c, g, token = _item()
-        gate, up = Float32(0.0), Float32(0.0)
-        for part in range_constexpr(WARPS):
-            gate += sums[lane, c, part]
-            up += sums[lane, 8 + c, part]
-        expert, place = unit // self.shape.units, unit % self.shape.units
-        entry = table.entry[expert * MAX_ROWS + token]
-        if entry >= 0:
-            value = self._swiglu(gate * scale[expert, 0], up * scale[expert, 1])
-            group = place // 2 * GROUP + place % 2 + 2 * quarter
-            h[entry, _column(group, g)] = (value * table.weights[entry]).to(BFloat16)
+        exchange(sums, acc, 16)
+        eight, c, g, token = item()
+        if cute.arch.warp_idx() < 8:
+            gate, up = total(sums, c), total(sums, 8 + c)
+            expert, place = unit // self.shape.units, unit % self.shape.units
+            entry = table.entry[expert * MAX_ROWS + token]
+            if entry >= 0:
+                value = self._swiglu(gate * scale[expert, 0], up * scale[expert, 1])
+                group = place // 2 * GROUP + place % 2 + 2 * eight
+                h[entry, _column(group, g)] = (value * table.weights[entry]).to(BFloat16)
 
     @cute.jit
     def _activate_shared(
         self, acc: Any, unit: Int32, rows: Int32, sums: Any, h: cute.Tensor
     ) -> None:
         """The same for the shared expert, whose weight is 1: into the last rows of `h`."""
-        _exchange(acc, 4, sums)
+        exchange(sums, acc, 4)
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
         token = lane % 4 * 2 + warp
         if (warp < 2) & (token < rows):
-            gate, up = Float32(0.0), Float32(0.0)
-            for part in range_constexpr(WARPS):
-                gate += sums[lane, warp, part]
-                up += sums[lane, 2 + warp, part]
-            entry = Int32(h.shape[0]) - 16 - rows + token
+            gate, up = total(sums, warp), total(sums, 2 + warp)
+            entry = Int32(h.shape[0]) - rows + token
             h[entry, _column(unit, lane // 4)] = self._swiglu(gate, up).to(BFloat16)
 
     @cute.jit
@@ -297,34 +304,34 @@ class Experts:
     @cute.jit
     def _band(self, weights: Any, table: Any, scale: Any, h: cute.Tensor, rows: Int32) -> Any:
         """-> this warp's part of the sums of 32 rows of w2 over all experts: 8 a lane."""
-        total, acc = cute.make_rmem_tensor(8, Float32), cute.make_rmem_tensor(8, Float32)
-        total.fill(0.0)
+        band, acc = cute.make_rmem_tensor(8, Float32), cute.make_rmem_tensor(8, Float32)
+        band.fill(0.0)
         words = self.shape.steps2 * 16
         x, ahead = (cute.make_rmem_tensor(words, Uint32) for _ in range(2))
         if cutlass.const_expr(self.shape.shared):
-            self._shared_band(total, x, weights, h, rows)
+            self._shared_band(band, x, weights, h, rows)
         self._activations(x, Int32(0), weights.count, table, h)
         for expert in cutlass.range(weights.count, unroll=1):
             self._activations(ahead, expert + 1, weights.count, table, h)
             acc.fill(0.0)
             for step in range_constexpr(self.shape.steps2):
                 wait(self.slots - 1)
-                slot = expert_stream.take(weights)
+                slot = sequence.take(weights)
                 read = _read(slot, PIECES)
-                expert_stream.refill(weights, slot)
-                self._multiply(acc, 0, read, [x[16 * step + i] for i in range(16)])
+                sequence.refill(weights, slot)
+                self._multiply(acc, [read], [x[16 * step + i] for i in range(16)])
             for c in range_constexpr(8):
-                total[c] += acc[c] * scale[expert, 2]
+                band[c] += acc[c] * scale[expert, 2]
             for word in range_constexpr(words):
                 x[word] = ahead[word]
-        return total
+        return band
 
     @cute.jit
-    def _shared_band(self, total: Any, x: Any, weights: Any, h: cute.Tensor, rows: Int32) -> None:
-        """The shared expert's part of `total`. x: for the activations."""
+    def _shared_band(self, band: Any, x: Any, weights: Any, h: cute.Tensor, rows: Int32) -> None:
+        """The shared expert's part of `band`. x: for the activations."""
         warp, token = cute.arch.warp_idx(), cute.arch.lane_idx() // 4
         steps = self.shape.steps2
-        entry = Int32(h.shape[0]) - 16 - rows + token
+        entry = Int32(h.shape[0]) - rows + token
         at = Int64(entry) * (self.shape.inter * 2) + warp * (steps * GROUPS * 64) + _fp8_place(64)
         for piece in range_constexpr(steps * GROUPS):
             offset = piece // GROUPS * GROUPS * 64 + piece % 2 * 64 + piece % GROUPS // 2 * 32
@@ -334,12 +341,12 @@ class Experts:
         for step in range_constexpr(steps):
             for half in range_constexpr(2):
                 wait(self.slots - 1)
-                slot = expert_stream.take(weights)
+                slot = sequence.take(weights)
                 read = _read(slot, FP8_PIECES)
                 scale = _scale(raw.read_shared(slot, SCALE_AT)[0], warp * steps + step)
-                expert_stream.refill(weights, slot)
+                sequence.refill(weights, slot)
                 own = [x[16 * step + i] for i in range(16)]
-                self._multiply_fp8(total, 4 * half, read, own, (scale, scale))
+                self._multiply_fp8(band, 4 * half, read, own, (scale, scale))
 
     @cute.jit
     def _activations(self, x: Any, expert: Int32, count: Int32, table: Any, h: cute.Tensor) -> None:
@@ -357,17 +364,14 @@ class Experts:
                 x[4 * piece + i] = words[i]
 
     @cute.jit
-    def _write(self, total: Any, band: Int32, sums: Any, y: cute.Tensor) -> None:
+    def _write(self, acc: Any, band: Int32, sums: Any, y: cute.Tensor) -> None:
         """Sum over the warps, in their order, and write."""
-        _exchange(total, 8, sums)
-        lane = cute.arch.lane_idx()
-        quarter, c, g, token = _item()
-        value = Float32(0.0)
-        for part in range_constexpr(WARPS):
-            value += sums[lane, c, part]
-        if token < Int32(y.shape[0]):
-            row = band // 4 * 128 + band % 4 * 8 + 32 * quarter + g
-            y[token, row] = value.to(self.out_dtype)
+        exchange(sums, acc, 8)
+        eight, c, g, token = item()
+        if cute.arch.warp_idx() < 8:
+            value = total(sums, c)
+            if token < Int32(y.shape[0]):
+                y[token, band // 4 * 128 + band % 4 * 8 + 32 * eight + g] = value.to(self.out_dtype)
 
 
 def _read(slot: Int32, pieces: int) -> list[Any]:
@@ -376,25 +380,6 @@ def _read(slot: Int32, pieces: int) -> list[Any]:
     for piece in range(pieces):
         words.extend(raw.read_shared(slot, piece * PIECE_BYTES))
     return words
-
-
-@cute.jit
-def _exchange(acc: Any, count: int, sums: Any) -> None:
-    """A warp's sums to all: `sums[lane, c, warp]`."""
-    warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    cute.arch.sync_threads()  # those before are read
-    for c in range_constexpr(count):
-        sums[lane, c, warp] = acc[c]
-    cute.arch.sync_threads()
-
-
-@cute.jit
-def _item() -> tuple[Int32, Int32, Int32, Int32]:
-    """What a thread finishes: (row's quarter, where its sums lie, row in the quarter, token)."""
-    warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    quarter, odd = warp // 2, warp % 2
-    c = quarter // 2 * 4 + quarter % 2 * 2 + odd
-    return quarter, c, lane // 4, lane % 4 * 2 + odd
 
 
 @cute.jit
@@ -419,20 +404,3 @@ def _fp8_place(part_bytes: int) -> Int32:
 def _scale(word: Uint32, step: Int32) -> Float32:
     """The E8M0 scale of a step, from the aligned word that it lies in."""
     return ptx.e8m0_to_f32((word >> Uint32(step % 4 * 8)) & Uint32(0xFF))
-
-
-@cute.jit
-def _probe(h: cute.Tensor, shape: Any, i: int) -> None:
-    thread, _, _ = cute.arch.thread_idx()
-    cta, _, _ = cute.arch.block_idx()
-    if thread == 0:
-        at = h.iterator.toint() + Int64(h.shape[0] - 16) * (shape.inter * 2) + cta * 128
-        _store2(at, i * 8, Uint32(cute.arch.globaltimer_lo()), Uint32(cute.arch.clock()))
-
-
-from cutlass.cutlass_dsl import dsl_user_op
-
-
-@dsl_user_op
-def _store2(at, offset, a, b, *, loc=None, ip=None):
-    raw._effect(f"st.global.v2.u32 [$0 + {offset}], {{$1, $2}};", "l,r,r", [at, a, b], loc, ip)

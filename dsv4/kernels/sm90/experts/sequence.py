@@ -2,7 +2,7 @@
 
 A CTA takes units of `w13`, first the shared expert's (8 gate and 8 up rows), then the chosen ones'
 (64 packed rows), and then bands of `w2` (32 rows, for the shared expert and all chosen ones), each
-warp an eighth of the columns. What a warp reads is one sequence of slots of 128 columns: 32 rows
+warp its part of the columns. What a warp reads is one sequence of slots of 128 columns: 32 rows
 of NVFP4 with their scales, or 16 of FP8 with the words that hold theirs. The ring runs ahead
 through this sequence whatever the warp waits for, so that weights of `w2` arrive while the last
 rows of `w13` are summed, and the shared expert's before anybody knows which experts are chosen.
@@ -16,10 +16,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from dsv4.kernels.sm90 import raw, ring
+from dsv4.kernels.sm90 import ring
+from dsv4.kernels.sm90.experts import raw
 from dsv4.kernels.sm90.operands import ROW_STRIDE, ROWS_PER_LANE, STEP
 
-WARPS = 8  # a slab of w2 each
+SLABS = 8  # of w2
 PIECES = 5
 FP8_PIECES = 4
 SCALE_AT = FP8_PIECES * ring.PIECE_BYTES  # words of a slot of FP8
@@ -39,19 +40,23 @@ _CODES, _SCALES = range(2)
 
 
 class Shape:
-    """Sizes of one expert's matrices, in bytes where they say so. shared: whether there is one."""
+    """Sizes of one expert's matrices, rows, tiles and whole ones in bytes, and its parts.
 
-    def __init__(self, hidden: int, inter: int, shared: bool) -> None:
-        if hidden % (WARPS * STEP) or inter % (WARPS * STEP):
-            raise ValueError(f"{hidden} x {inter} does not divide into {WARPS} times {STEP}")
-        self.hidden, self.inter, self.shared = hidden, inter, shared
+    warps: of a CTA, 8 or 16. shared: whether there is a shared expert.
+    """
+
+    def __init__(self, hidden: int, inter: int, warps: int, shared: bool) -> None:
+        if hidden % (warps * STEP) or inter % (warps * STEP):
+            raise ValueError(f"{hidden} x {inter} does not divide into {warps} times {STEP}")
+        self.hidden, self.inter, self.warps, self.shared = hidden, inter, warps, shared
         self.units = 2 * inter // UNIT_ROWS
         self.shared_units = inter // SHARED_ROWS if shared else 0
         self.bands = hidden // BAND_ROWS
-        self.steps13 = hidden // STEP // WARPS
-        self.steps2 = inter // STEP // WARPS
-        self.row13, self.row2 = hidden // 2, inter // WARPS // 2
-        self.tiles13, self.tiles2 = hidden // TILE_COLS, inter // WARPS // TILE_COLS
+        self.steps13 = hidden // STEP // warps  # of a warp
+        self.steps2 = inter // STEP // warps
+        self.row13, self.row2 = hidden // 2, inter // SLABS // 2
+        self.tiles13, self.tiles2 = hidden // TILE_COLS, inter // SLABS // TILE_COLS
+        self.per_slab = warps // SLABS
         self.codes13, self.codes2 = 2 * inter * hidden // 2, hidden * inter // 2
         self.scales13, self.scales2 = self.codes13 // 8, self.codes2 // 8
 
@@ -263,7 +268,8 @@ def _band(stream: Any) -> None:
     shape, state = stream.shape, stream.state
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     tile, row = state[_BAND] // 4, state[_BAND] % 4 * 8 + lane // 4
-    in_slab = (warp * shape.hidden + tile * TILE_ROWS + row) * shape.row2
+    slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
+    in_slab = (slab * shape.hidden + tile * TILE_ROWS + row) * shape.row2 + part * (STEP // 2)
     if cutlass.const_expr(not shape.shared):
         _chosen_down(stream, in_slab, tile, row)
     else:
@@ -294,7 +300,8 @@ def _chosen_down(stream: Any, in_slab: Int32, tile: Int32, row: Int32) -> None:
     if stream.count > 0:
         index = Int64(stream.experts[state[_EXPERT]])
         at[_CODES] = w2[0] + index * shape.codes2 + in_slab + lane % 4 * 16
-        place = (warp * (shape.hidden // TILE_ROWS) + tile) * shape.tiles2 + lane % 4 // 2
+        slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
+        place = (slab * (shape.hidden // TILE_ROWS) + tile) * shape.tiles2 + 2 * part + lane % 4 // 2
         at[_SCALES] = w2[1] + index * shape.scales2 + place * TILE_BYTES + row * 16
         state[_LEFT] = Int32(shape.steps2)
         state[_KIND] = Int32(_DOWN)

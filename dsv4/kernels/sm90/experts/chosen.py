@@ -58,7 +58,7 @@ def choose(
     cute.arch.sync_threads()
     first = Int32(own >= 0)
     if thread < choices:
-        for other in cutlass.range(thread, unroll=1):
+        for other in cutlass.range(thread, unroll=8):
             if ids[other] == own:
                 first = Int32(0)
     if thread < MAX_CHOICES:
@@ -66,7 +66,7 @@ def choose(
     cute.arch.sync_threads()
     if thread < MAX_CHOICES:
         rank, count = Int32(0), Int32(0)
-        for other in cutlass.range(choices, unroll=1):
+        for other in cutlass.range(choices, unroll=8):
             key = keys[other]
             rank += Int32(key < own)
             count += Int32(key < _NONE)
