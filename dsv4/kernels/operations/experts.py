@@ -34,6 +34,7 @@ from dsv4.kernels.reference.moe import split_gate_up
 
 MAX_ROWS = 8
 SLABS = 8  # of w2
+COUNTERS = 66
 INTERLEAVE = 8
 IMPLEMENTATION = "dsv4.kernels.sm90.experts.kernel:Experts"
 
@@ -132,7 +133,7 @@ def experts(
             shape.stack("13") + shape.shared_expert("1", "3"),
             shape.stack("2") + shape.shared_expert("2"),
             Argument("h", torch.bfloat16, ("activations", shape.inter), "out"),
-            Argument("counters", torch.int32, (2,), "inout", align=4),
+            Argument("counters", torch.int32, (COUNTERS,), "inout", align=4),
             Argument("y", getattr(torch, out), (rows, shape.hidden), "out"),
             Argument("ctas", int),
         ),
@@ -163,6 +164,9 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
         yield case(both, model, choices, "all different, shared")
     same = torch.tensor([[9, 60, 2, 33, 0, 63]])[:, :top_k]
     yield case(shape, model, same.expand(MAX_ROWS, -1), "all the same")
+    single = torch.full((MAX_ROWS, top_k), -1)
+    single[:, 0] = 17
+    yield case(both, model, single, "one expert, shared")
     absent = torch.arange(MAX_ROWS * top_k).view(MAX_ROWS, top_k) % 11
     absent[3], absent[5, 1:], absent[6, 0] = -1, shape.experts, 1 << 30
     yield case(shape, model, absent, "some not here")
@@ -171,6 +175,8 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
     for scales in ((0, 8), (1, 2), (0x78, 0x7F)):
         choices = torch.arange(3 * top_k).view(3, top_k).flip(1) * 2
         yield case(shape, model, choices, f"scale codes {scales[0]} to {scales[1] - 1}", scales)
+    zeros = random_choices(dataclasses.replace(config, n_routed_experts=64), 2)
+    yield case(shape, model, zeros, "weights of 0 and -0", codes=0x88)
 
 
 def random_choices(config: ModelConfig, rows: int) -> Tensor:
@@ -188,8 +194,9 @@ def case(
     scales: tuple[int, int] = (0, 0x7F),
     out: str = "float32",
     tuning: Mapping[str, int | bool] | None = None,
+    codes: int = 0xFF,
 ) -> Case:
-    """Tokens that chose `choices`. scales: the range of E4M3 scale codes."""
+    """Tokens that chose `choices`. scales: the range of E4M3 scale codes. codes: bits of E2M1."""
     rows, top_k = choices.shape
     here = choices[(choices >= 0) & (choices < shape.experts)]
     small = rows * (shape.hidden * 6 + top_k * 8)
@@ -204,12 +211,12 @@ def case(
             "x": x.to(torch.bfloat16),
             "topk_idx": choices.to(device, torch.int32).contiguous(),
             "topk_weights": weights * (1.5 / weights.sum(1, keepdim=True)),
-            **random_stacks(shape, rng, scales),
+            **random_stacks(shape, rng, scales, codes),
             **random_shared(shape, rng),
             "h": torch.empty(
                 rows * (top_k + shape.shared), shape.inter, dtype=torch.bfloat16, device=device
             ),
-            "counters": torch.zeros(2, dtype=torch.int32, device=device),
+            "counters": torch.zeros(COUNTERS, dtype=torch.int32, device=device),
             "y": torch.empty(rows, shape.hidden, dtype=getattr(torch, out), device=device),
             "ctas": multiprocessors(device),
         }
@@ -243,7 +250,9 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def random_stacks(shape: Shape, rng: torch.Generator, scales: tuple[int, int]) -> Buffers:
+def random_stacks(
+    shape: Shape, rng: torch.Generator, scales: tuple[int, int], mask: int = 0xFF
+) -> Buffers:
     """Every code, and every scale in the range; gates of some units, so that the clamp bites."""
     buffers: Buffers = {}
     for name, fan_in, spread in (("13", shape.hidden, 5.0), ("2", shape.inter, 1.0)):
@@ -252,6 +261,7 @@ def random_stacks(shape: Shape, rng: torch.Generator, scales: tuple[int, int]) -
             buffers[argument.name] = torch.randint(
                 low, high, size, generator=rng, device=rng.device, dtype=torch.uint8
             )
+        buffers[f"codes{name}"] &= mask
         codes = torch.arange(*scales, dtype=torch.uint8).view(torch.float8_e4m3fn)
         scale_rms = codes.to(torch.float64).square().mean().sqrt().item()
         code_rms = (8.5625) ** 0.5

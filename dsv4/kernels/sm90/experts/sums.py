@@ -9,33 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr, range_constexpr
+from cutlass import Float32, Int32, range_constexpr
 
-MOST = 16  # sums of a lane
+BAND = 8  # sums of a lane for 32 rows
+MOST = 2 * BAND
 
 
 class Sums:
-    """`[lane, sum, warp]`, twice: who is late still reads what the others do not write next."""
+    """`[lane, sum, warp]`."""
 
-    def __init__(self, smem: Any, warps: int, buffers: int) -> None:
-        self.warps, self.buffers = warps, buffers
-        layout = cute.make_layout((32, MOST, warps, buffers))
-        self.parts = smem.allocate_tensor(Float32, layout, 16)
-        self.turn = cute.make_rmem_tensor(1, Int32)
-        self.turn.fill(0)
+    def __init__(self, smem: Any, warps: int) -> None:
+        self.warps = warps
+        self.parts = smem.allocate_tensor(Float32, cute.make_layout((32, MOST, warps)), 16)
 
 
 @cute.jit
-def exchange(sums: Any, acc: Any, count: int) -> None:
-    """A warp's first `count` sums to all threads."""
+def put(sums: Any, acc: Any, count: int, first: Int32) -> None:
+    """A warp's first `count` sums to where all threads find them, after a barrier."""
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    if const_expr(sums.buffers == 1):
-        cute.arch.sync_threads()
-    else:
-        sums.turn[0] = 1 - sums.turn[0]
     for c in range_constexpr(count):
-        sums.parts[lane, c, warp, sums.turn[0]] = acc[c]
-    cute.arch.sync_threads()
+        sums.parts[lane, first + c, warp] = acc[c]
 
 
 @cute.jit
@@ -43,7 +36,7 @@ def total(sums: Any, c: Int32) -> Float32:
     """This lane's sum `c` over the warps, in their order."""
     value = Float32(0.0)
     for warp in range_constexpr(sums.warps):
-        value += sums.parts[cute.arch.lane_idx(), c, warp, sums.turn[0]]
+        value += sums.parts[cute.arch.lane_idx(), c, warp]
     return value
 
 
