@@ -23,8 +23,9 @@ def chained(x: Tensor, weight: Tensor, chains: int, kind: str) -> tuple[Tensor, 
     """
     values, errors = [], []
     order = mma_order(weight.shape[1], kind).to(weight.device)
-    for rows in weight.split(_ROWS_AT_ONCE):
-        products = (rows * x)[:, order].unflatten(1, (chains, -1, MMA_COLUMNS))
+    for first in range(0, len(weight), _ROWS_AT_ONCE):
+        products = (weight[first : first + _ROWS_AT_ONCE] * x)[:, order]
+        products = products.view(len(products), chains, -1, MMA_COLUMNS)
         sums = products.sum(-1).cumsum(-1)
         largest = torch.maximum(products.abs().amax(-1), sums.abs())
         largest[..., 1:] = torch.maximum(largest[..., 1:], sums[..., :-1].abs())

@@ -12,30 +12,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import dequantize
-from dsv4.formats.matrices import (
-    FP8_BLOCK,
-    NVFP4_K_ALIGN,
-    SF_ROWS,
-    SF_TILE_BYTES,
-    Fp8Matrix,
-    Nvfp4Matrix,
-)
-from dsv4.kernels.bounds import chained, rounded_range
-from dsv4.kernels.case import Buffers, Case, Expected, Launch
+from dsv4.formats.matrices import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
+from dsv4.kernels.case import Buffers, Case, Launch
 from dsv4.kernels.compiled import Argument, Kernel, kernel
-from dsv4.kernels.reference.moe import split_gate_up
+from dsv4.kernels.reference.experts import SLABS, expected
 
 MAX_ROWS = 8
-SLABS = 8  # of w2
 COUNTERS = 66
-INTERLEAVE = 8
 IMPLEMENTATION = "dsv4.kernels.sm90.experts.kernel:Experts"
 
 
@@ -141,8 +129,9 @@ def experts(
 
 
 def tuned(shape: Shape) -> dict[str, int | bool]:
-    """Slots of a warp's ring: what shared memory holds beside the activations."""
-    return {"warps": 8, "slots": 6 if shape.hidden <= 4096 else 4, "pdl": True}
+    """Warps that divide the columns, and slots: what shared memory holds beside the activations."""
+    many = shape.hidden % 2048 == 0 and shape.inter % 2048 == 0 and shape.hidden <= 4096
+    return {"warps": 16 if many else 8, "slots": 3 if many else 4, "pdl": True}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:
@@ -199,8 +188,10 @@ def case(
     """Tokens that chose `choices`. scales: the range of E4M3 scale codes. codes: bits of E2M1."""
     rows, top_k = choices.shape
     here = choices[(choices >= 0) & (choices < shape.experts)]
+    distinct = len(set(here.tolist()))
     small = rows * (shape.hidden * 6 + top_k * 8)
     one = experts(shape, out, tuning)
+    chains = int(dict(one.config)["warps"])
 
     def make(rng: torch.Generator) -> Buffers:
         device = rng.device
@@ -227,9 +218,9 @@ def case(
         model,
         rows,
         (Launch(one),),
-        len(here.unique()) * shape.expert_nbytes + shape.shared_nbytes + small,
+        distinct * shape.expert_nbytes + shape.shared_nbytes + small,
         make,
-        lambda buffers: expected(shape, buffers),
+        lambda buffers: expected(shape, buffers, chains),
         cold=tuple(
             a.name
             for part in (
@@ -239,7 +230,7 @@ def case(
             )
             for a in part
         ),
-        note=f"{len(here.unique())} experts",
+        note=f"{distinct} experts",
     )
 
 
@@ -259,7 +250,12 @@ def random_stacks(
         for argument, (low, high) in zip(shape.stack(name)[:2], ((0, 256), scales), strict=True):
             size = (shape.experts, *argument.shape[1:])
             buffers[argument.name] = torch.randint(
-                low, high, size, generator=rng, device=rng.device, dtype=torch.uint8
+                low,
+                high,
+                size,  # type: ignore[arg-type]
+                generator=rng,
+                device=rng.device,
+                dtype=torch.uint8,
             )
         buffers[f"codes{name}"] &= mask
         codes = torch.arange(*scales, dtype=torch.uint8).view(torch.float8_e4m3fn)
@@ -291,110 +287,3 @@ def random_shared(shape: Shape, rng: torch.Generator) -> Buffers:
                 dtype=torch.uint8,
             )
     return buffers
-
-
-def expected(shape: Shape, buffers: Buffers) -> dict[str, Expected]:
-    """The exact value for activations rounded once, and how far float32 sums may lead from it.
-
-    An activation of uncertainty d, from the sums (`chained`), the scales and SwiGLU, is rounded to
-    bfloat16: it may come out as anything between the roundings of a - d and a + d, mostly one
-    value. That range meets |w2|; the sums of w2 add their own uncertainty.
-    """
-    rows, top_k = buffers["topk_idx"].shape
-    y = torch.zeros(rows, shape.hidden, dtype=torch.float64, device=buffers["x"].device)
-    bound = torch.zeros_like(y)
-    for token in range(rows):
-        chosen = [int(e) for e in buffers["topk_idx"][token]]
-        here = [place for place in range(top_k) if 0 <= chosen[place] < shape.experts]
-        parts = [_expert(shape, buffers, token, chosen[i], i) for i in here]
-        if shape.shared:
-            parts.append(_shared(shape, buffers, token))
-        for value, error in parts:
-            y[token] += value
-            bound[token] += error
-    if buffers["y"].dtype == torch.bfloat16:
-        bound = bound * (1 + 2.0**-8) + y.abs() * 2.0**-8
-    return {
-        "y": Expected(y, bound),
-        "counters": Expected(torch.zeros_like(buffers["counters"])),
-    }
-
-
-def _expert(
-    shape: Shape, buffers: Buffers, token: int, expert: int, place: int
-) -> tuple[Tensor, Tensor]:
-    """One token at one expert: (value, uncertainty), float64 `[D]`."""
-    x = buffers["x"][token].to(torch.float64)
-    sums = chained(x, matrix(buffers, "13", expert), SLABS, "nvfp4")
-    gate_up = [split_gate_up(part[None], INTERLEAVE) for part in sums]
-    scales = buffers["global_scale13"][expert].to(torch.float64)
-    gate, up = ((gate_up[0][i][0] * scales[i], gate_up[1][i][0] * scales[i]) for i in range(2))
-    act, error = _swiglu(gate, up, shape.limit)
-    weight = buffers["topk_weights"][token, place].to(torch.float64)
-    act, error = act * weight, error * weight.abs()
-    value, off = _down(act, error, matrix(buffers, "2", expert), SLABS, "nvfp4")
-    scale = buffers["global_scale2"][expert, 0].to(torch.float64)
-    return value * scale, off * scale.abs()
-
-
-def _shared(shape: Shape, buffers: Buffers, token: int) -> tuple[Tensor, Tensor]:
-    """One token at the shared expert, whose scales are part of each step's sum."""
-    x = buffers["x"][token].to(torch.float64)
-    w1, w2, w3 = (
-        dequantize(shared_operand(shape, buffers, name)).to(torch.float64) for name in "123"
-    )
-    gate, up = (chained(x, w, shape.hidden // FP8_BLOCK, "fp8") for w in (w1, w3))
-    act, error = _swiglu(gate, up, shape.limit)
-    return _down(act, error, w2, shape.inter // FP8_BLOCK, "fp8")
-
-
-def _down(act: Tensor, error: Tensor, w2: Tensor, chains: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Through w2: (value, uncertainty)."""
-    h, spread = rounded_range(act, error + act.abs() * 2.0**-23)
-    value, off = chained(h, w2, chains, kind)
-    # An expert's sum joins those of at most six others, and then the warps'.
-    adds = 16 * 2.0**-24 * (w2.abs() @ h.abs())
-    return value, off + adds + w2.abs() @ spread
-
-
-def _swiglu(
-    gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float
-) -> tuple[Tensor, Tensor]:
-    """SwiGLU of (value, uncertainty); |silu'| < 1.1, and float32's exponential and reciprocal are
-    good to some units of the last place of their result, the exponent's rounding times |gate|.
-    """
-    (g, dg), (u, du) = ((v, d + v.abs() * 2.0**-23) for v, d in (gate, up))
-    if limit:
-        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-    bent = torch.nn.functional.silu(g)
-    d_bent = 1.1 * dg + bent.abs() * (g.abs() + 6) * 2.0**-22 + 2.0**-126
-    return bent * u, d_bent * (u.abs() + du) + bent.abs() * du + (bent * u).abs() * 2.0**-23
-
-
-def matrix(buffers: Buffers, name: str, expert: int) -> Tensor:
-    """One expert's w13 or w2 without its global scale: float64 `[N, K]`."""
-    codes, scales = (buffers[f"{kind}{name}"][expert] for kind in ("codes", "scales"))
-    if name == "13":
-        codes, scales = codes[None], scales[None]
-    rows, cols = codes.shape[1], codes.shape[0] * codes.shape[2] * 2
-    one = torch.ones(1, device=codes.device)
-    return dequantize(Nvfp4Matrix(codes, scales, one, rows, cols)).to(torch.float64)
-
-
-def shared_operand(shape: Shape, buffers: Mapping[str, Any], name: str) -> Fp8Matrix:
-    """The shared expert's w1, w2 or w3."""
-    codes = buffers[f"shared_codes{name}"].view(torch.float8_e4m3fn)
-    scales = buffers[f"shared_scales{name}"].view(torch.float8_e8m0fnu)
-    return Fp8Matrix(codes, scales, codes.shape[1], codes.shape[0] * codes.shape[2])
-
-
-def operand(shape: Shape, buffers: Mapping[str, Any], name: str, expert: int) -> Nvfp4Matrix:
-    """One expert's w13 or w2 as `dsv4.kernels.reference` knows it."""
-    codes, scales, globals_ = (
-        buffers[f"{kind}{name}"][expert] for kind in ("codes", "scales", "global_scale")
-    )
-    if name == "13":
-        return Nvfp4Matrix(
-            codes[None], scales[None], globals_, 2 * shape.inter, shape.hidden, INTERLEAVE
-        )
-    return Nvfp4Matrix(codes, scales, globals_, shape.hidden, shape.inter)

@@ -32,14 +32,13 @@ from dsv4.kernels.sm90.experts.sequence import (
     PIECES,
     SCALE_AT,
     SLOT_BYTES,
-    STEP,
     UP,
     Shape,
     Stream,
 )
 from dsv4.kernels.sm90.experts.sums import BAND, Sums
 from dsv4.kernels.sm90.experts.tiles import GROUPS, STEP_BYTES
-from dsv4.kernels.sm90.operands import Fp8Operand
+from dsv4.kernels.sm90.operands import STEP, Fp8Operand
 from dsv4.kernels.sm90.ring import wait
 
 LOG2_E = 1.4426950408889634

@@ -1,4 +1,4 @@
-"""Which experts' activations are complete, known to all CTAs of a launch that are resident together.
+"""Which experts' activations are complete, among the CTAs of a launch, all of them resident.
 
 counters: int32 `[66]` in memory, zero before and after: of each chosen expert the units that are
 done, of the shared expert, and the CTAs that have ended. The last to end clears them. What a CTA
