@@ -1,12 +1,11 @@
 """The order in which a warp reads the weights of the experts, and its ring of copies.
 
 A CTA takes units of `w13`, first the shared expert's (8 gate and 8 up rows), then the chosen ones'
-(32 gate and 32 up rows), and then bands of `w2` (32 rows, for the shared expert and all chosen
-ones), each warp its part of the columns. What a warp reads is one sequence of runs along columns,
-and a run is slots of 128 columns: 32 rows of NVFP4 with their scales, or 16 of FP8 with the words
-that hold theirs. The ring runs ahead through this sequence whatever the warp waits for, so that
-weights of `w2` arrive while the last rows of `w13` are summed, and the shared expert's before
-anybody knows which experts are chosen.
+(64 packed rows), and then bands of `w2` (32 rows, for the shared expert and all chosen ones), each
+warp its part of the columns. What a warp reads is one sequence of slots of 128 columns: 32 rows
+of NVFP4 with their scales, or 16 of FP8 with the words that hold theirs. The ring runs ahead
+through this sequence whatever the warp waits for, so that weights of `w2` arrive while the last
+rows of `w13` are summed, and the shared expert's before anybody knows which experts are chosen.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64
 
 from dsv4.kernels.sm90 import ring
 from dsv4.kernels.sm90.experts import raw
@@ -26,7 +25,7 @@ PIECES = 5
 FP8_PIECES = 4
 SCALE_AT = FP8_PIECES * ring.PIECE_BYTES  # words of a slot of FP8
 SLOT_BYTES = PIECES * ring.PIECE_BYTES
-UNIT_ROWS = 64  # of w13: gate and up of the same outputs
+UNIT_ROWS = 64  # of w13: two bands, gate and up of the same outputs
 SHARED_ROWS = 8  # of gate and of up
 BAND_ROWS = 32
 TILE_ROWS = 128
@@ -34,14 +33,10 @@ TILE_COLS = 64
 TILE_BYTES = 512
 SHARED = -1  # in the place of a chosen expert
 
-SHARED_UP, UP, DOWN = 1, 2, 4  # kinds of runs, as bits; DOWN: also the shared expert's
-EVERY = SHARED_UP | UP | DOWN
-
-# state: the next run's unit or band, half and expert; of the run that is being read, whether it is
-# FP8 and how many slots are left; the slot that is read next
-_SHARED_UNIT, _UNIT, _BAND, _HALF, _EXPERT, _FP8, _LEFT, _SLOT = range(8)
-# addresses: of codes and scales, and how far other rows of the lane are from them
-_CODES, _SCALES, _APART, _SCALES_APART = range(4)
+# state: next units and band, next expert of the band, what is being read, slots of it left
+_SHARED_UNIT, _UNIT, _BAND, _EXPERT, _KIND, _LEFT, _SLOT = range(7)
+_UP, _DOWN, _SHARED_UP, _SHARED_DOWN = range(4)
+_CODES, _SCALES = range(2)
 
 
 class Shape:
@@ -79,11 +74,10 @@ class Stream:
         self.shape, self.slots, self.w13, self.w2 = shape, slots, w13, w2
         self.first, self.cta, self.ctas = first, cta, ctas
         self.last_cta = ctas - 1 - cta
-        self.early = min(slots, shape.steps13) if shape.shared else 0
         self.experts: Any = None
         self.count: Any = None
-        self.state = cute.make_rmem_tensor(8, Int32)
-        self.at = cute.make_rmem_tensor(4, Int64)
+        self.state = cute.make_rmem_tensor(7, Int32)
+        self.at = cute.make_rmem_tensor(2, Int64)
 
     def units(self) -> tuple[Int32, Int32, Int32]:
         """Bounds and stride of the CTA's units of the chosen experts."""
@@ -100,24 +94,35 @@ class Stream:
 
 @cute.jit
 def start(stream: Any) -> None:
-    """Ask for the first `early` slots, the shared expert's."""
+    """Ask for the first slots, as far as they are the shared expert's."""
     state = stream.state
     state.fill(0)
     stream.at.fill(0)
     state[_SHARED_UNIT], state[_UNIT], state[_BAND] = stream.last_cta, stream.cta, stream.last_cta
     state[_EXPERT] = Int32(SHARED if stream.shape.shared else 0)
     state[_SLOT] = stream.first
-    if const_expr(stream.shape.shared):
-        for index in cutlass.range(stream.early, unroll=1):
-            refill(stream, stream.first + index * SLOT_BYTES, SHARED_UP)
+    if cutlass.const_expr(stream.shape.shared):
+        known = _shared_slots(stream)
+        for index in cutlass.range(stream.slots, unroll=1):
+            if index < known:
+                refill(stream, stream.first + index * SLOT_BYTES, chosen=False)
 
 
 @cute.jit
 def go_on(stream: Any, experts: Any, count: Int32) -> None:
     """Ask for the other slots. experts: in shared memory, ascending."""
     stream.experts, stream.count = experts, count
-    for index in cutlass.range(stream.early, stream.slots, unroll=1):
-        refill(stream, stream.first + index * SLOT_BYTES, EVERY)
+    known = Int32(0)
+    if cutlass.const_expr(stream.shape.shared):
+        known = _shared_slots(stream)
+    for index in cutlass.range(stream.slots, unroll=1):
+        if index >= known:
+            refill(stream, stream.first + index * SLOT_BYTES)
+
+
+def _shared_slots(stream: Any) -> Int32:
+    first, end, stride = stream.shared_units()
+    return (end - first + stride - 1) // stride * stream.shape.steps13
 
 
 @cute.jit
@@ -133,163 +138,189 @@ def take(stream: Any) -> Int32:
 
 
 @cute.jit
-def refill(stream: Any, free: Int32, kinds: int) -> None:
+def refill(stream: Any, free: Int32, phase: str = "shared", chosen: bool = True) -> None:
     """Ask for the next slot of the sequence, to lie in `free`; close a group in any case.
 
-    kinds: of the runs that may come here. Every place that asks has all their code, and the
-    instruction cache is small.
+    phase: what the warp is reading: what it asks for lies there or behind. Every place that asks
+    has all this code, and the instruction cache is small. chosen: whether the experts are known.
     """
-    state = stream.state
-    if const_expr(not stream.shape.shared):
-        kinds &= ~SHARED_UP
+    shape, state = stream.shape, stream.state
     if state[_LEFT] == 0:
-        _next(stream, kinds)
-    if state[_LEFT] > 0:
-        if const_expr(kinds == SHARED_UP):
-            _copy_fp8(stream, free)
-        elif const_expr(not stream.shape.shared):
-            _copy_nvfp4(stream, free)
-        elif state[_FP8] != 0:
-            _copy_fp8(stream, free)
+        if cutlass.const_expr(phase == "bands"):
+            if state[_BAND] < shape.bands:
+                _band(stream)
+        elif cutlass.const_expr(phase == "units" or not shape.shared):
+            _chosen_up(stream)
         else:
-            _copy_nvfp4(stream, free)
+            if state[_SHARED_UNIT] < shape.shared_units:
+                _shared_up(stream)
+            elif cutlass.const_expr(chosen):
+                _chosen_up(stream)
+    if state[_LEFT] > 0:
+        if cutlass.const_expr(not chosen):
+            _copy_shared_up(stream, free)
+        elif cutlass.const_expr(phase == "bands"):
+            _copy_down_any(stream, free)
+        else:
+            if state[_KIND] == _UP:
+                _copy_up(stream, free)
+            elif cutlass.const_expr(phase == "units" or not shape.shared):
+                _copy_down_any(stream, free)
+            else:
+                if state[_KIND] == _SHARED_UP:
+                    _copy_shared_up(stream, free)
+                else:
+                    _copy_down_any(stream, free)
         state[_LEFT] -= 1
     ring.commit()
 
 
 @cute.jit
-def _copy_nvfp4(stream: Any, free: Int32) -> None:
-    at = stream.at
-    address = at[_CODES]
+def _copy_down_any(stream: Any, free: Int32) -> None:
+    if cutlass.const_expr(not stream.shape.shared):
+        _copy_down(stream, free)
+    else:
+        if stream.state[_KIND] == _DOWN:
+            _copy_down(stream, free)
+        else:
+            _copy_shared_down(stream, free)
+
+
+@cute.jit
+def _copy_nvfp4(free: Int32, at: Any, row_bytes: int) -> None:
     for i in cutlass.range_constexpr(ROWS_PER_LANE):
-        raw.copy_weights(free, i * ring.PIECE_BYTES, address, 0)
-        address += at[_APART]
+        raw.copy_weights(free, i * ring.PIECE_BYTES, at[_CODES], i * ROW_STRIDE * row_bytes)
     raw.copy_weights(free, ROWS_PER_LANE * ring.PIECE_BYTES, at[_SCALES], 0)
+
+
+@cute.jit
+def _copy_up(stream: Any, free: Int32) -> None:
+    """Gate rows, then the up rows beside them, then the next columns."""
+    at, down = stream.at, 8 * stream.shape.row13
+    _copy_nvfp4(free, at, stream.shape.row13)
+    if stream.state[_LEFT] % 2 == 0:
+        at[_CODES] += down
+        at[_SCALES] += 8 * 16
+    else:
+        at[_CODES] += STEP // 2 - down
+        at[_SCALES] += 2 * TILE_BYTES - 8 * 16
+
+
+@cute.jit
+def _copy_down(stream: Any, free: Int32) -> None:
+    at = stream.at
+    _copy_nvfp4(free, at, stream.shape.row2)
     at[_CODES] += STEP // 2
     at[_SCALES] += 2 * TILE_BYTES
 
 
 @cute.jit
-def _copy_fp8(stream: Any, free: Int32) -> None:
-    """Two rows, 64 bytes of each at a time, and the words of their scales."""
-    at = stream.at
-    for i in cutlass.range_constexpr(2):
-        row = at[_CODES] if i == 0 else at[_CODES] + at[_APART]
-        scale = at[_SCALES] if i == 0 else at[_SCALES] + at[_SCALES_APART]
-        raw.copy_weights(free, 2 * i * ring.PIECE_BYTES, row, 0)
-        raw.copy_weights(free, (2 * i + 1) * ring.PIECE_BYTES, row, STEP // 2)
-        raw.copy_word(free, SCALE_AT + 4 * i, scale)
+def _copy_shared_up(stream: Any, free: Int32) -> None:
+    """Gate rows and up rows, 64 bytes of each at a time."""
+    at, w13 = stream.at, stream.w13
+    raw.copy_weights(free, 0, at[_CODES], 0)
+    raw.copy_weights(free, ring.PIECE_BYTES, at[_CODES], STEP // 2)
+    up = at[_CODES] + (w13[4] - w13[2])
+    raw.copy_weights(free, 2 * ring.PIECE_BYTES, up, 0)
+    raw.copy_weights(free, 3 * ring.PIECE_BYTES, up, STEP // 2)
+    raw.copy_word(free, SCALE_AT, at[_SCALES])
+    raw.copy_word(free, SCALE_AT + 4, at[_SCALES] + (w13[5] - w13[3]))
     at[_CODES] += STEP
     at[_SCALES] += 1
 
 
 @cute.jit
-def _next(stream: Any, kinds: int) -> None:
-    """The next run; none after the last."""
-    shape, state = stream.shape, stream.state
-    if const_expr(kinds == SHARED_UP):
-        if state[_SHARED_UNIT] < shape.shared_units:
-            _shared_up(stream)
-    elif const_expr(kinds == DOWN):
-        if state[_BAND] < shape.bands:
-            _down(stream)
-    elif const_expr(not kinds & SHARED_UP):
-        _chosen(stream)
-    elif state[_SHARED_UNIT] < shape.shared_units:
-        _shared_up(stream)
+def _copy_shared_down(stream: Any, free: Int32) -> None:
+    """Two of the lane's four rows, then the other two, then the next columns."""
+    at = stream.at
+    row = ROW_STRIDE * 2 * stream.shape.row2
+    for i in cutlass.range_constexpr(2):
+        for half in cutlass.range_constexpr(2):
+            slot = (2 * i + half) * ring.PIECE_BYTES
+            raw.copy_weights(free, slot, at[_CODES], i * row + half * STEP // 2)
+    raw.copy_word(free, SCALE_AT, at[_SCALES])
+    if stream.state[_LEFT] % 2 == 0:
+        at[_CODES] += 2 * row
     else:
-        _chosen(stream)
-
-
-@cute.jit
-def _chosen(stream: Any) -> None:
-    shape, state = stream.shape, stream.state
-    if state[_UNIT] < stream.count * shape.units:
-        _up(stream)
-    elif state[_BAND] < shape.bands:
-        _down(stream)
+        at[_CODES] += STEP - 2 * row
+        at[_SCALES] += 1
 
 
 @cute.jit
 def _shared_up(stream: Any) -> None:
-    """A unit of the shared expert, its gate and up rows together."""
+    """A unit of the shared expert."""
     shape, state, at, w13 = stream.shape, stream.state, stream.at, stream.w13
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     row = state[_SHARED_UNIT] * SHARED_ROWS + lane // 4
     at[_CODES] = w13[2] + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
     at[_SCALES] = w13[3] + row // TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
-    at[_APART], at[_SCALES_APART] = w13[4] - w13[2], w13[5] - w13[3]
-    state[_FP8], state[_LEFT] = Int32(1), Int32(shape.steps13)
+    state[_LEFT] = Int32(shape.steps13)
+    state[_KIND] = Int32(_SHARED_UP)
     state[_SHARED_UNIT] += stream.ctas
 
 
 @cute.jit
-def _up(stream: Any) -> None:
-    """Gate rows of a unit of a chosen expert, or its up rows."""
+def _chosen_up(stream: Any) -> None:
+    """A unit of a chosen expert; what follows when there are no more."""
     shape, state, at, w13 = stream.shape, stream.state, stream.at, stream.w13
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    unit, half = state[_UNIT], state[_HALF]
-    index, place = Int64(stream.experts[unit // shape.units]), unit % shape.units
-    tile, row = place // 2, place % 2 * 16 + half * 8 + lane // 4
-    column = (tile * TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
-    at[_CODES] = w13[0] + index * shape.codes13 + column + lane % 4 * 16
-    scale = tile * shape.tiles13 + warp * (2 * shape.steps13) + lane % 4 // 2
-    at[_SCALES] = w13[1] + index * shape.scales13 + scale * TILE_BYTES + row * 16
-    at[_APART] = Int64(ROW_STRIDE * shape.row13)
-    state[_FP8], state[_LEFT] = Int32(0), Int32(shape.steps13)
-    state[_UNIT] = unit + half * stream.ctas
-    state[_HALF] = 1 - half
+    if state[_UNIT] < stream.count * shape.units:
+        expert, unit = state[_UNIT] // shape.units, state[_UNIT] % shape.units
+        tile, row = unit // 2, unit % 2 * 16 + lane // 4
+        index = Int64(stream.experts[expert])
+        column = (tile * TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
+        at[_CODES] = w13[0] + index * shape.codes13 + column + lane % 4 * 16
+        place = tile * shape.tiles13 + warp * (2 * shape.steps13) + lane % 4 // 2
+        at[_SCALES] = w13[1] + index * shape.scales13 + place * TILE_BYTES + row * 16
+        state[_LEFT] = Int32(2 * shape.steps13)
+        state[_KIND] = Int32(_UP)
+        state[_UNIT] += stream.ctas
+    elif state[_BAND] < shape.bands:
+        _band(stream)
 
 
 @cute.jit
-def _down(stream: Any) -> None:
-    """One expert's part of a band; two runs of 16 rows for the shared expert."""
-    state = stream.state
-    if const_expr(not stream.shape.shared):
-        if stream.count > 0:
-            _chosen_down(stream)
-    elif state[_EXPERT] == SHARED:
-        _shared_down(stream)
+def _band(stream: Any) -> None:
+    """One expert's part of a band."""
+    shape, state = stream.shape, stream.state
+    warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+    tile, row = state[_BAND] // 4, state[_BAND] % 4 * 8 + lane // 4
+    slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
+    in_slab = (slab * shape.hidden + tile * TILE_ROWS + row) * shape.row2 + part * (STEP // 2)
+    if cutlass.const_expr(not shape.shared):
+        _chosen_down(stream, in_slab, tile, row)
     else:
-        _chosen_down(stream)
+        if state[_EXPERT] == SHARED:
+            _shared_down(stream, in_slab, tile)
+        else:
+            _chosen_down(stream, in_slab, tile, row)
+    state[_EXPERT] += 1
     if state[_EXPERT] >= stream.count:
-        state[_EXPERT] = Int32(SHARED if stream.shape.shared else 0)
+        state[_EXPERT] = Int32(SHARED if shape.shared else 0)
         state[_BAND] += stream.ctas
 
 
 @cute.jit
-def _in_band(stream: Any) -> tuple[Int32, Int32, Int32, Int32]:
-    """-> slab, first of the warp's steps in it, tile of rows, row in the tile."""
-    shape, band = stream.shape, stream.state[_BAND]
+def _shared_down(stream: Any, in_slab: Int32, tile: Int32) -> None:
+    shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    slab, step = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
-    return slab, step, band // 4, band % 4 * 8 + lane // 4
+    at[_CODES] = w2[2] + 2 * in_slab + lane % 4 * 16
+    at[_SCALES] = w2[3] + tile * (shape.inter // STEP) + warp * shape.steps2
+    state[_LEFT] = Int32(2 * shape.steps2)
+    state[_KIND] = Int32(_SHARED_DOWN)
 
 
 @cute.jit
-def _shared_down(stream: Any) -> None:
+def _chosen_down(stream: Any, in_slab: Int32, tile: Int32, row: Int32) -> None:
     shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
-    slab, step, tile, row = _in_band(stream)
-    row += tile * TILE_ROWS + state[_HALF] * (2 * ROW_STRIDE)
-    column = (slab * shape.hidden + row) * (2 * shape.row2) + step * STEP
-    at[_CODES] = w2[2] + column + cute.arch.lane_idx() % 4 * 16
-    at[_SCALES] = w2[3] + tile * (shape.inter // STEP) + cute.arch.warp_idx() * shape.steps2
-    at[_APART], at[_SCALES_APART] = Int64(ROW_STRIDE * 2 * shape.row2), Int64(0)
-    state[_FP8], state[_LEFT] = Int32(1), Int32(shape.steps2)
-    state[_EXPERT] = SHARED + state[_HALF]
-    state[_HALF] = 1 - state[_HALF]
-
-
-@cute.jit
-def _chosen_down(stream: Any) -> None:
-    shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
-    slab, step, tile, row = _in_band(stream)
-    t = cute.arch.lane_idx() % 4
-    index = Int64(stream.experts[state[_EXPERT]])
-    column = (slab * shape.hidden + tile * TILE_ROWS + row) * shape.row2 + step * (STEP // 2)
-    at[_CODES] = w2[0] + index * shape.codes2 + column + t * 16
-    scale = (slab * (shape.hidden // TILE_ROWS) + tile) * shape.tiles2 + 2 * step + t // 2
-    at[_SCALES] = w2[1] + index * shape.scales2 + scale * TILE_BYTES + row * 16
-    at[_APART] = Int64(ROW_STRIDE * shape.row2)
-    state[_FP8], state[_LEFT] = Int32(0), Int32(shape.steps2)
-    state[_EXPERT] += 1
+    warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+    if stream.count > 0:
+        index = Int64(stream.experts[state[_EXPERT]])
+        at[_CODES] = w2[0] + index * shape.codes2 + in_slab + lane % 4 * 16
+        slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
+        place = (
+            (slab * (shape.hidden // TILE_ROWS) + tile) * shape.tiles2 + 2 * part + lane % 4 // 2
+        )
+        at[_SCALES] = w2[1] + index * shape.scales2 + place * TILE_BYTES + row * 16
+        state[_LEFT] = Int32(shape.steps2)
+        state[_KIND] = Int32(_DOWN)

@@ -11,8 +11,7 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32, Int32, range_constexpr
 
-BAND = 8  # sums of a lane for 32 rows
-MOST = 2 * BAND
+MOST = 16  # sums of a lane
 
 
 class Sums:
@@ -24,11 +23,13 @@ class Sums:
 
 
 @cute.jit
-def put(sums: Any, acc: Any, count: int, first: Int32) -> None:
-    """A warp's first `count` sums to where all threads find them, after a barrier."""
+def exchange(sums: Any, acc: Any, count: int) -> None:
+    """A warp's first `count` sums to all threads."""
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+    cute.arch.sync_threads()  # those before are read
     for c in range_constexpr(count):
-        sums.parts[lane, first + c, warp] = acc[c]
+        sums.parts[lane, c, warp] = acc[c]
+    cute.arch.sync_threads()
 
 
 @cute.jit
