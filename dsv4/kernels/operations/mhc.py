@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
+from dsv4.kernels.bounds import rounded_range
 from dsv4.kernels.case import Buffers, Case, Expected, Launch
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.reference.mhc import sinkhorn
@@ -245,7 +246,7 @@ def expect(shape: Shape, place: str, buffers: Buffers) -> dict[str, Expected]:
     weighted = pre[:, :, None] + shape.hc_eps
     y = (weighted * streams).sum(1)
     y_error = ((pre_error[:, :, None] + 2.0**-22 * weighted) * streams.abs()).sum(1)
-    y, y_loose = _rounded_range(y, y_error + (weighted * spread).sum(1))
+    y, y_loose = rounded_range(y, y_error + (weighted * spread).sum(1))
     inverse, slack = _inverse_root(y, y_loose, shape.norm_eps, shape.hidden // 128 + 16)
     norm = buffers["norm"].to(torch.float64)
     x = norm * y * inverse
@@ -276,18 +277,7 @@ def _streams(place: str, buffers: Buffers) -> tuple[Tensor, Tensor]:
     u = u.to(torch.bfloat16).to(torch.float64)
     value = post[..., None] * u[:, None] + comb.mT @ old
     size = (post[..., None] * u[:, None]).abs() + comb.abs().mT @ old.abs()
-    return _rounded_range(value, 5 * 2.0**-24 * size)
-
-
-def _rounded_range(value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """`value` rounded to bfloat16, and how far the rounding of something within `error` may be."""
-
-    def rounded(exact: Tensor) -> Tensor:
-        return exact.to(torch.float32).to(torch.bfloat16).to(torch.float64)
-
-    middle = rounded(value)
-    above, below = rounded(value + error) - middle, middle - rounded(value - error)
-    return middle, torch.maximum(above, below)
+    return rounded_range(value, 5 * 2.0**-24 * size)
 
 
 def _inverse_root(x: Tensor, loose: Tensor, eps: float, adds: int) -> tuple[Tensor, Tensor]:
