@@ -12,7 +12,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
+    from dsv4.bench.load import Loading
     from dsv4.bench.quantize import Quality, Speed
+    from dsv4.bench.store import Made
     from dsv4.bench.validate import Pass
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
@@ -351,3 +353,46 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             "WRONG" if line.faults else "right",
         )
     return table
+
+
+def made_table(made: Made) -> Table:
+    """A synthetic store."""
+    rows = {
+        "written": f"{size(made.nbytes)} in {made.files} files",
+        "seconds": f"{made.seconds:.1f} ({made.nbytes / made.seconds / 1e9:.2f} GB/s)",
+        "root": made.root,
+    }
+    return _facts(f"made {made.path}", rows)
+
+
+def loading_tables(found: Loading) -> Iterator[Table]:
+    """Each lane's rate beside its bound and beside dsv4's; then dsv4's phases."""
+    machine = found.machine
+    disk = f", disk {machine.disk / 1e9:.2f} GB/s" if machine.disk else ""
+    title = (
+        f"{size(found.nbytes)} to {machine.device}, {machine.cores} cores, bus "
+        f"{machine.bus / 1e9:.1f} GB/s{disk}, both measured now"
+    )
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("from")
+    table.add_column("lane")
+    for column in ("GB/s, median", "spread", "of bound", "dsv4 is", "result"):
+        table.add_column(column, justify="right")
+    ours = {line.cold: line.rate for line in reversed(found.lines) if line.lane == "dsv4"}
+    for line in found.lines:
+        table.add_row(
+            "disk" if line.cold else "page cache",
+            line.lane,
+            f"{line.rate / 1e9:.2f}",
+            f"{min(line.rates) / 1e9:.2f} to {max(line.rates) / 1e9:.2f}",
+            f"{line.of_bound:.2f} of {'disk' if line.cold else 'bus'}",
+            f"{ours[line.cold] / line.rate:.1f}x",
+            "right" if line.correct else "WRONG",
+        )
+    yield table
+    bound = {"first": machine.bus, "warm": machine.bus, "cold": machine.disk}
+    for state, report in found.reports.items():
+        phases = Table(title=f"dsv4, {state}", title_justify="left", show_header=False, box=None)
+        for text in report.lines(**{"disk" if state == "cold" else "bus": bound[state]}):
+            phases.add_row(escape(text))
+        yield phases

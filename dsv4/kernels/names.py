@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-OPERATIONS = ("gemv", "quantize_activations", "fp4_gemm", "fp4_gemm_grouped")
+OPERATIONS = ("gemv", "quantize_activations", "fp4_gemm", "fp4_gemm_grouped", "xxh3")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -86,12 +87,13 @@ class HostArena(Arena):
 
 
 class CudaArena(Arena):
-    """An arena in a GPU's memory."""
+    """An arena in a GPU's memory. stream: where copies are queued."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
         self.bytes = _allocate(nbytes, device)
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # whoever had this memory
 
     def slots(self, count: int, nbytes: int) -> list[Slot]:
         """Pinned memory."""
@@ -99,18 +101,19 @@ class CudaArena(Arena):
         return [Slot(part) for part in whole.view(count, nbytes)]
 
     @contextlib.contextmanager
-    def thread(self):  # type: ignore[no-untyped-def]
+    def thread(self) -> Iterator[None]:
         """Copies of this thread go to the arena's stream."""
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield
 
     def copy(self, slot: Slot, nbytes: int, at: int) -> None:
         """Queues the copy."""
-        self.bytes[at : at + nbytes].copy_(slot.tensor[:nbytes], non_blocking=True)
+        source = slot.tensor if nbytes == len(slot.memory) else slot.tensor[:nbytes]
+        self.bytes[at : at + nbytes].copy_(source, non_blocking=True)
         if slot.event is None:
             # Waiting threads sleep: their cores are needed by those who read.
             slot.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        slot.event.record(self._stream)
+        slot.event.record(self.stream)
 
     def reuse(self, slot: Slot) -> None:
         """Sleeps until its copy is done."""
@@ -119,7 +122,7 @@ class CudaArena(Arena):
 
     def settle(self) -> None:
         """Waits for the stream."""
-        self._stream.synchronize()
+        self.stream.synchronize()
 
 
 def make_arena(nbytes: int, device: torch.device, what: str) -> Arena:

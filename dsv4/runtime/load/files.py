@@ -2,22 +2,24 @@
 
 `os.preadv` releases the interpreter's lock and copies straight into the memory of a tensor. Bytes
 that are in the page cache are copied from there; others come by O_DIRECT, which spares the copy and
-leaves the cache to those who need it. Which it is, is asked range by range (`cachestat`, Linux
-6.5); where the kernel does not say, or the file system has no O_DIRECT, reads are plain.
+leaves the cache to those who need it. The kernel says which is which (`cachestat`, Linux 6.5);
+where it does not, or the file system has no O_DIRECT, reads are plain.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
 import os
 import stat
+import threading
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from dsv4.formats.errors import StoreError
+from dsv4.formats.store import integrity
 from dsv4.formats.store.schema import FileSpec
 
 DIRECT_ALIGNMENT = 4096
@@ -54,18 +56,15 @@ def cached_share(descriptor: int, begin: int, nbytes: int) -> float | None:
 
 
 class OpenFile:
-    """A file of a store, open for reading at offsets; to be used by one thread.
-
-    direct: whether O_DIRECT may be used. direct_bytes, plain_bytes: what was read each way.
-    """
+    """A file of a store, open for reading at offsets by any thread."""
 
     def __init__(self, root: Path, file: FileSpec, *, direct: bool = True) -> None:
-        """Raises StoreError when it is missing, a symbolic link, or not `file.nbytes` long."""
-        self.file = file
+        """Raises StoreError when it is missing, a symbolic link, or not `file.nbytes` long.
+
+        direct: use O_DIRECT for what is not in the page cache.
+        """
         self._path = root / file.key
         self._direct: int | None = None
-        self._may_be_direct, self._directly = direct, False
-        self.direct_bytes = self.plain_bytes = 0
         try:
             self._plain = os.open(self._path, _OPEN)
         except OSError as error:
@@ -77,17 +76,11 @@ class OpenFile:
                 f"{self._path}: it has {status.st_size} bytes, expected a file of {file.nbytes}; "
                 "it changed since the store was opened"
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        if direct and file.nbytes >= SMALLEST_DIRECT:
+            share = cached_share(self._plain, 0, file.nbytes)
+            if share is not None and share < 1.0:
+                with contextlib.suppress(OSError):
+                    self._direct = os.open(self._path, _OPEN | os.O_DIRECT)
 
     def close(self) -> None:
         """Close it."""
@@ -95,63 +88,45 @@ class OpenFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def choose(self, begin: int, nbytes: int) -> None:
-        """Decide how bytes of this range are read from now on: past the page cache, or plainly."""
-        if not self._may_be_direct or nbytes < SMALLEST_DIRECT:
-            self._directly = False
-            return
-        share = cached_share(self._plain, begin, nbytes)
-        self._may_be_direct = share is not None
-        self._directly = share is not None and share < MOSTLY and self._open_direct()
-
-    def read(self, begin: int, memory: memoryview) -> None:
-        """Fill `memory` with the bytes from `begin` on.
+    def read(self, begin: int, memory: memoryview) -> int:
+        """Fill `memory` with the bytes from `begin` on; -> how many went past the page cache.
 
         memory: its address is a multiple of 4096 whenever `begin` is one. Raises StoreError when
         the file ends before, or the disk fails.
         """
         try:
-            if self._directly and begin % DIRECT_ALIGNMENT == 0:
-                self._read_direct(begin, memory)
-            else:
-                self._read_plain(begin, memory)
+            done = self._read_direct(begin, memory) if self._goes_direct(begin, memory) else 0
+            self._read_plain(begin + done, memory[done:])
         except OSError as error:
             raise StoreError(
                 f"{self._path}: reading bytes {begin} to {begin + len(memory)} failed: "
                 f"{error.strerror}"
             ) from None
+        return done
 
-    def _open_direct(self) -> bool:
-        if self._direct is None:
-            with contextlib.suppress(OSError):
-                self._direct = os.open(self._path, _OPEN | os.O_DIRECT)
-            self._may_be_direct = self._direct is not None
-        return self._may_be_direct
+    def _goes_direct(self, begin: int, memory: memoryview) -> bool:
+        if self._direct is None or begin % DIRECT_ALIGNMENT or len(memory) < SMALLEST_DIRECT:
+            return False
+        share = cached_share(self._plain, begin, len(memory))
+        return share is not None and share < MOSTLY
 
-    def _read_direct(self, begin: int, memory: memoryview) -> None:
-        """Whole blocks directly; the rest, and whatever the file system refuses, plainly."""
+    def _read_direct(self, begin: int, memory: memoryview) -> int:
+        """Whole blocks, as many as the file system gives; -> their bytes."""
         assert self._direct is not None
-        end = len(memory) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
-        done = 0
+        done, end = 0, len(memory) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
         while done < end:
             try:
                 count = os.preadv(self._direct, [memory[done:end]], begin + done)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._may_be_direct = self._directly = False
-                break
-            if not count:
-                break
+                break  # not this file system, or not these blocks
             done += count
-            if count % DIRECT_ALIGNMENT:
+            if not count or count % DIRECT_ALIGNMENT:
                 break
-        self.direct_bytes += done
-        if done < len(memory):
-            self._read_plain(begin + done, memory[done:])
+        return done
 
     def _read_plain(self, begin: int, memory: memoryview) -> None:
-        self.plain_bytes += len(memory)
         while len(memory):
             count = os.preadv(self._plain, [memory], begin)
             if not count:
@@ -160,3 +135,42 @@ class OpenFile:
                     "since the store was opened"
                 )
             memory, begin = memory[count:], begin + count
+
+
+class FileTable:
+    """Files that several threads read: each is opened once, and closed after its last use."""
+
+    def __init__(self, root: Path, uses: Iterable[FileSpec], *, direct: bool) -> None:
+        """uses: a file as often as it will be released."""
+        self._root, self._direct = root, direct
+        self._left = collections.Counter(file.key for file in uses)
+        self._open: dict[str, OpenFile] = {}
+        self._directories: set[str] = set()
+        self._lock = threading.Lock()
+
+    def get(self, file: FileSpec) -> OpenFile:
+        """The open file. Raises StoreError as `OpenFile`, or for a symbolic link on its way."""
+        found = self._open.get(file.key)
+        if found is not None:
+            return found
+        with self._lock:
+            if file.key not in self._open:
+                directory = file.key.rpartition("/")[0]
+                link = integrity.symbolic_link(self._root, directory, self._directories)
+                if link:
+                    raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
+                self._open[file.key] = OpenFile(self._root, file, direct=self._direct)
+            return self._open[file.key]
+
+    def release(self, file: FileSpec) -> None:
+        """One use less."""
+        with self._lock:
+            self._left[file.key] -= 1
+            if not self._left[file.key]:
+                self._open.pop(file.key).close()
+
+    def close(self) -> None:
+        """Close what is still open."""
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import ELEMENTS, FileSpec
 from dsv4.formats.store.weights import StoredWeights
 from dsv4.runtime.load.arena import Arena, make_arena
+from dsv4.runtime.load.check import DeviceCheck, find_hash, on_device
 from dsv4.runtime.load.jobs import make_jobs
 from dsv4.runtime.load.plan import ALONE, EVERYTHING, LoadPlan, Part, Placed, Share, plan_load
 from dsv4.runtime.load.readers import Readers
 from dsv4.runtime.load.report import LoadReport
 
-SLOTS_A_READER = 2
 MOST_READERS = 16
 
 
@@ -35,13 +36,14 @@ MOST_READERS = 16
 class Settings:
     """How bytes are moved. readers: threads, 0 for one a core; slot_nbytes: of ring memory, each.
 
-    verify: compare every chunk with its checksum. direct: O_DIRECT for what is not in memory.
+    verify: who compares every chunk with its checksum: the device, the readers, "auto" for the
+    device where its kernel is built, or "off". direct: O_DIRECT for what is not in memory.
     """
 
     readers: int = 0
-    slot_nbytes: int = 4 << 20
-    slots_a_reader: int = SLOTS_A_READER
-    verify: bool = True
+    slot_nbytes: int = 8 << 20
+    slots_a_reader: int = 2
+    verify: Literal["auto", "device", "readers", "off"] = "auto"
     direct: bool = True
 
     @property
@@ -209,19 +211,35 @@ def _fill(
     count, per_reader = settings.threads, settings.slots_a_reader
     slots = arena.slots(count * per_reader, settings.slot_nbytes)
     rings = [slots[i : i + per_reader] for i in range(0, len(slots), per_reader)]
+    verifies = settings.verify != "off"
+    kernel, note = find_hash(arena.bytes.device, settings.verify) if verifies else (None, "")
+
+    def hashes(file: FileSpec) -> bool:
+        return verifies and (kernel is None or not on_device(file))
+
+    jobs = make_jobs(plan.spans(), settings.slot_nbytes, hashes)
+    check = DeviceCheck(store, plan, arena, jobs, kernel) if kernel else None
     readers = Readers(
-        store, arena, verify=settings.verify, direct=settings.direct, progress=progress
+        store, arena, hashes=hashes, check=check, direct=settings.direct, progress=progress
     )
     placed = time.perf_counter()
-    readers.run(make_jobs(plan.spans(), settings.slot_nbytes), rings)
+    readers.run(jobs, rings)
+    copied = time.perf_counter()
+    if check is not None:
+        check.finish()
+        readers.spent.chunks += check.chunks
+        readers.spent.verified_bytes += check.nbytes
+    done = time.perf_counter()
     return LoadReport(
         nbytes=plan.payload_nbytes,
         arena_nbytes=plan.nbytes,
         device=str(arena.bytes.device),
         readers=count,
         ring_nbytes=len(slots) * settings.slot_nbytes,
-        verified=settings.verify,
+        verified="device" if check else "readers" if verifies else "off",
+        note=note,
         place=placed - begin,
-        move=time.perf_counter() - placed,
+        move=done - placed,
+        check=done - copied,
         spent=readers.spent,
     )

@@ -12,7 +12,9 @@ from dsv4.runtime.load.readers import Spent
 class LoadReport:
     """One load. nbytes: payload read. Seconds are of the wall clock, in `spent` of all readers.
 
-    place: seconds for the arena and the ring; move: from the first read to the last copy.
+    place: seconds for the arena and the ring; move: from the first read until all is checked.
+    verified: "device", "readers" or "off"; note: why not on the device, if that was wished for.
+    check: seconds from the last copy until the device's checksums were compared.
     """
 
     nbytes: int
@@ -20,9 +22,11 @@ class LoadReport:
     device: str
     readers: int
     ring_nbytes: int
-    verified: bool
+    verified: str
+    note: str
     place: float
     move: float
+    check: float
     spent: Spent
 
     @property
@@ -35,39 +39,37 @@ class LoadReport:
         """Bytes a second while bytes moved."""
         return self.nbytes / self.move
 
-    def phases(self) -> Iterator[tuple[str, float, float]]:
-        """(phase, its thread-seconds, bytes a second at which all readers would do it alone)."""
-        for phase in ("read", "verify"):
-            if seconds := getattr(self.spent, phase):
-                yield phase, seconds, self.nbytes * self.readers / seconds
-
     def lines(self, bus: float | None = None, disk: float | None = None) -> Iterator[str]:
         """For people. bus, disk: this machine's measured bytes a second, for the fractions."""
-        share = self.spent.direct_bytes / max(self.nbytes, 1)
+        spent, past = self.spent, self.spent.direct_bytes / max(self.nbytes, 1)
         yield (
-            f"load    {self.nbytes / 1e9:.2f} GB to {self.device} in {self.move:.3f} s, "
-            f"{self.rate / 1e9:.1f} GB/s{_of(self.rate, bus, 'bus')}{_of(self.rate, disk, 'disk')}"
+            f"load    {self.nbytes / 1e9:.2f} GB to {self.device} in {self.move:.3f} s: "
+            f"{_rate(self.rate, bus=bus, disk=disk)}"
         )
         yield (
             f"place   {self.place:.3f} s: arena {self.arena_nbytes / 1e9:.2f} GB, ring "
-            f"{self.ring_nbytes / 2**20:.0f} MiB, {self.readers} readers"
+            f"{self.ring_nbytes / 2**20:.0f} MiB"
         )
-        for phase, seconds, rate in self.phases():
-            detail = (
-                f"; {share:.0%} past the page cache"
-                if phase == "read"
-                else f"; {self.spent.chunks} chunks, XXH3"
-            )
-            yield (
-                f"{phase:<7} {seconds:.3f} thread-s, alone {rate / 1e9:.1f} GB/s"
-                f"{_of(rate, disk if phase == 'read' and share > 0.5 else bus, None)}{detail}"
-            )
-        if not self.verified:
-            yield "verify  off: what was loaded was not compared with its checksums"
-        yield f"copy    {self.spent.wait:.3f} thread-s waited for{_of(self.rate, bus, 'bus')}"
+        source = f"{past:.0%} past the page cache" if past else "page cache"
+        yield f"read    {self._alone(spent.read, disk=disk if past else None)}; {source}"
+        yield f"verify  {self._verify(bus)}"
+        yield f"copy    {spent.copy:.3f} thread-s started and waited for, {self.readers} readers"
+
+    def _verify(self, bus: float | None) -> str:
+        if self.verified == "off":
+            return "off: nothing was compared with its checksum"
+        chunks = f"{self.spent.chunks} chunks, XXH3"
+        if self.verified == "device":
+            return f"on the device, {self.check:.3f} s after the last copy; {chunks}"
+        note = f"; not on the device: {self.note}" if self.note else ""
+        return f"{self._alone(self.spent.verify, bus=bus)}; {chunks}{note}"
+
+    def _alone(self, seconds: float, **bounds: float | None) -> str:
+        """A phase's thread-seconds, and the rate if all readers did nothing else."""
+        rate = self.nbytes * self.readers / seconds if seconds else 0.0
+        return f"{seconds:.3f} thread-s, alone {_rate(rate, **bounds)}"
 
 
-def _of(rate: float, bound: float | None, what: str | None) -> str:
-    if not bound:
-        return ""
-    return f", {rate / bound:.2f} of {what} {bound / 1e9:.1f}" if what else ""
+def _rate(rate: float, **bounds: float | None) -> str:
+    of = [f", {rate / bound:.2f} of the {name}" for name, bound in bounds.items() if bound]
+    return f"{rate / 1e9:.2f} GB/s{''.join(of)}"

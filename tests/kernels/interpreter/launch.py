@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_CODES = {"uint8": (1, 8), "int32": (0, 32), "float32": (2, 32), "bfloat16": (4, 16)}
+_CODES = {
+    "int64": (0, 64),
+    "uint8": (1, 8),
+    "int32": (0, 32),
+    "float32": (2, 32),
+    "bfloat16": (4, 16),
+}
 _CUDA = 2
 
 
