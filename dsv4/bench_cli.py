@@ -182,8 +182,11 @@ def bench_store(
 @shape_options
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core.")
-@click.option("--slot", type=Size(), default="4MiB", show_default=True, help="Of the ring, each.")
+@click.option(
+    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 6."
+)
+@click.option("--slot", type=Size(), default="8MiB", show_default=True, help="Of the ring, each.")
+@click.option("--direct", is_flag=True, help="O_DIRECT for what is not in the page cache.")
 @click.option("--cold/--no-cold", default=True, help="Also from the disk.")
 @click.option("--peers/--no-peers", default=True, help="Also safetensors and fastsafetensors.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
@@ -194,6 +197,7 @@ def bench_load(
     rounds: int,
     readers: int,
     slot: int,
+    direct: bool,
     cold: bool,
     peers: bool,
     directory: Path,
@@ -215,7 +219,7 @@ def bench_load(
             store,
             Path(scratch),
             torch.device(device),
-            settings=Settings(readers=readers, slot_nbytes=slot),
+            settings=Settings(readers=readers, slot_nbytes=slot, direct=direct),
             rounds=rounds,
             cold=cold,
             peers=peers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -133,7 +134,7 @@ def test_a_progress_hook_that_fails_ends_the_load(sample: PackedStore) -> None:
 
 
 INTERRUPTED = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime.load import Settings, load_weights
 store = PackedStore.open(sys.argv[1])
@@ -145,6 +146,7 @@ hook.sent = False
 try:
     load_weights(store, "cpu", settings=Settings(readers=2, slot_nbytes=4096), progress=hook)
 except KeyboardInterrupt:
+    time.sleep(0.1)  # a thread that was just being started sees the stop and ends
     print("interrupted", threading.active_count())
 """
 
@@ -165,7 +167,7 @@ def test_files_that_do_not_say_what_is_cached_are_read_plainly(
 ) -> None:
     monkeypatch.setattr(reading, "SMALLEST_DIRECT", 4096)
     monkeypatch.setattr(reading, "_CACHESTAT", 100_000)  # no such system call
-    report = load_weights(sample, "cpu").reports[0]
+    report = load_weights(sample, "cpu", settings=Settings(direct=True)).reports[0]
     assert report.spent.direct_bytes == 0
 
 
@@ -182,5 +184,32 @@ def test_a_file_system_without_direct_reads(
         return real(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    report = load_weights(sample, "cpu").reports[0]
+    report = load_weights(sample, "cpu", settings=Settings(direct=True)).reports[0]
     assert report.spent.direct_bytes == 0 and report.spent.bytes == report.nbytes
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EFAULT])
+def test_memory_that_does_not_go_with_direct_reads(
+    sample: PackedStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(reading, "SMALLEST_DIRECT", 4096)
+    monkeypatch.setattr(reading, "cached_share", lambda *a: 0.0)
+    real_open, real_read = os.open, os.preadv
+    direct, refused = set(), []
+
+    def opened(path: Path, flags: int, *mode: int) -> int:
+        descriptor = real_open(path, flags & ~os.O_DIRECT, *mode)
+        (direct.add if flags & os.O_DIRECT else direct.discard)(descriptor)
+        return descriptor
+
+    def read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if descriptor in direct:
+            refused.append(offset)
+            raise OSError(code, "refused")
+        return real_read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", read)
+    report = load_weights(sample, "cpu", settings=Settings(direct=True)).reports[0]
+    assert refused
+    assert report.spent.direct_bytes == 0 and report.spent.verified_bytes == report.nbytes

@@ -226,6 +226,13 @@ def test_a_device_that_is_not_there_is_refused(sample: PackedStore) -> None:
     assert frozenset(Part) == EVERYTHING
 
 
+def test_settings_are_checked() -> None:
+    assert 1 <= Settings().threads <= 6 and Settings(readers=9).threads == 9
+    for wrong in ({"readers": -1}, {"slots_a_reader": 0}, {"slot_nbytes": 1000}):
+        with pytest.raises(RuntimeRefusal, match=r"expected a multiple|have to be"):
+            Settings(**wrong)  # type: ignore[arg-type]
+
+
 def test_the_report_names_every_phase(sample: PackedStore) -> None:
     report = loaded(sample).reports[0]
     text = "\n".join(report.lines(bus=55e9))

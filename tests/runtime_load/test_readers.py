@@ -175,7 +175,7 @@ def test_what_is_not_cached_goes_past_the_page_cache(on_disk: tuple[Path, FileSp
     root, file, raw = on_disk
     memory = memoryview(mmap.mmap(-1, 4 << 20))
     whole = memory[: len(raw)]
-    opened = OpenFile(root, file)
+    opened = OpenFile(root, file, direct=True)
     assert opened.read(0, whole) == len(raw) // 4096 * 4096
     assert whole == raw
     assert cached_share(opened._plain, 0, 3 << 20) == 0.0
@@ -184,7 +184,7 @@ def test_what_is_not_cached_goes_past_the_page_cache(on_disk: tuple[Path, FileSp
     assert opened.read(0, whole) == 0
     assert whole == raw
     opened.close()
-    opened = OpenFile(root, file)  # it is cached now
+    opened = OpenFile(root, file, direct=True)  # it is cached now
     assert opened.read(0, whole) == 0
     assert whole == raw
     opened.close()
@@ -201,6 +201,6 @@ def test_direct_reads_of_a_store_are_the_same(
         os.close(descriptor)
     for slot in (4096, 12 << 10, 1 << 20):
         report = load_weights(
-            sample, "cpu", settings=Settings(readers=2, slot_nbytes=slot)
+            sample, "cpu", settings=Settings(readers=2, slot_nbytes=slot, direct=True)
         ).reports[0]
         assert report.spent.verified_bytes == report.nbytes

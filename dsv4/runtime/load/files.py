@@ -1,9 +1,10 @@
-"""Reading a store's files at an offset into given memory, past the page cache where that is faster.
+"""Reading a store's files at an offset into given memory, past the page cache if that is wished.
 
-`os.preadv` releases the interpreter's lock and copies straight into the memory of a tensor. Bytes
-that are in the page cache are copied from there; others come by O_DIRECT, which spares the copy and
-leaves the cache to those who need it. The kernel says which is which (`cachestat`, Linux 6.5);
-where it does not, or the file system has no O_DIRECT, reads are plain.
+`os.preadv` releases the interpreter's lock and copies straight into the memory of a tensor. With
+`direct`, only bytes that are in the page cache are copied from there; others come by O_DIRECT,
+which spares the copy and leaves the cache to those who need it. The kernel says which is which
+(`cachestat`, Linux 6.5); where it does not, or the file system or the memory does not go with
+O_DIRECT, reads are plain.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SMALLEST_DIRECT = 1 << 20  # below, a plain read is as fast and needs no second 
 _CACHESTAT = 451  # the system call's number, the same on x86-64 and Arm
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_DIRECT = (errno.EINVAL, errno.EFAULT)  # not this file system, or not into this memory
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -58,7 +60,7 @@ def cached_share(descriptor: int, begin: int, nbytes: int) -> float | None:
 class OpenFile:
     """A file of a store, open for reading at offsets by any thread."""
 
-    def __init__(self, root: Path, file: FileSpec, *, direct: bool = True) -> None:
+    def __init__(self, root: Path, file: FileSpec, *, direct: bool = False) -> None:
         """Raises StoreError when it is missing, a symbolic link, or not `file.nbytes` long.
 
         direct: use O_DIRECT for what is not in the page cache.
@@ -118,9 +120,9 @@ class OpenFile:
             try:
                 count = os.preadv(self._direct, [memory[done:end]], begin + done)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _NOT_DIRECT:
                     raise
-                break  # not this file system, or not these blocks
+                break
             done += count
             if not count or count % DIRECT_ALIGNMENT:
                 break

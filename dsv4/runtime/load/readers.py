@@ -61,7 +61,7 @@ class Readers:
         *,
         hashes: Callable[[FileSpec], bool],
         check: DeviceCheck | None = None,
-        direct: bool = True,
+        direct: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.arena, self.hashes, self.check = arena, hashes, check
@@ -84,27 +84,30 @@ class Readers:
             direct=self._direct,
         )
         left = iter(jobs)  # `next` of an iterator over a list is atomic
-        threads = [
-            threading.Thread(target=self._work, args=(left, ring), name=f"dsv4-load-{n}")
-            for n, ring in enumerate(rings)
-        ]
-        started: list[threading.Thread] = []
+        threads: list[tuple[threading.Thread, threading.Event]] = []
         try:
-            for thread in threads:
+            for number, ring in enumerate(rings):
+                ended = threading.Event()
+                thread = threading.Thread(
+                    target=self._work, args=(left, ring, ended), name=f"dsv4-load-{number}"
+                )
+                threads.append((thread, ended))
                 thread.start()
-                started.append(thread)
-            for thread in threads:
-                thread.join()
+            # Not `join`: interrupted, it takes the thread for ended (Python 3.11 and 3.12).
+            for _, ended in threads:
+                ended.wait()
         finally:
             self._stop.set()
-            for thread in started:
-                thread.join()
+            for thread, ended in threads:
+                if thread.ident is not None:  # else it sees the stop before it does anything
+                    ended.wait()
+                    thread.join()
             self.files.close()
             self.arena.settle()
         if self._failure is not None:
             raise self._failure
 
-    def _work(self, left: Iterator[Job], ring: Sequence[Slot]) -> None:
+    def _work(self, left: Iterator[Job], ring: Sequence[Slot], ended: threading.Event) -> None:
         reader = _Reader(self, ring)
         try:
             with self.arena.thread():
@@ -121,6 +124,7 @@ class Readers:
         finally:
             with self._lock:
                 self.spent.add(reader.spent)
+            ended.set()
 
     def _tell(self, nbytes: int, progress: Callable[[int], None]) -> None:
         with self._lock:
