@@ -31,9 +31,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("load") / "store", SMALL).path
 
 
-def _measure(store: Path, scratch: Path, **options: bool) -> bench.Loading:
+def _measure(store: Path, scratch: Path, *, cold: bool = True, peers: bool = True) -> bench.Loading:
     settings = Settings(2, 1 << 20, direct=True)
-    return bench.measure(store, scratch, CPU, settings=settings, rounds=1, **options)
+    return bench.measure(store, scratch, CPU, settings=settings, rounds=1, cold=cold, peers=peers)
 
 
 def test_every_lane_gives_the_store_s_bytes(store: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import zarr
 from click.testing import CliRunner
 
 import dsv4
-from dsv4.bench import space
 from dsv4.bench.store import make_store, shaped
 from dsv4.cli import cli
 from dsv4.convert.tiny import TINY
@@ -88,7 +88,7 @@ def test_shapes_are_the_release_s() -> None:
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(space.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+        patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
         with pytest.raises(OutOfSpaceError, match="the bench needs"):
             make_store(tmp_path / "huge", SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -195,7 +195,8 @@ def test_memory_that_does_not_go_with_direct_reads(
     monkeypatch.setattr(reading, "SMALLEST_DIRECT", 4096)
     monkeypatch.setattr(reading, "cached_share", lambda *a: 0.0)
     real_open, real_read = os.open, os.preadv
-    direct, refused = set(), []
+    direct: set[int] = set()
+    refused: list[int] = []
 
     def opened(path: Path, flags: int, *mode: int) -> int:
         descriptor = real_open(path, flags & ~os.O_DIRECT, *mode)

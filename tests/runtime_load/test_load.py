@@ -36,8 +36,8 @@ def loaded(store: PackedStore, settings: Settings = FEW, **options: object) -> L
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype and shape hold the same bytes."""
-    raw = [np.ascontiguousarray(t.contiguous().view(-1).view(torch.uint8).numpy()) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(*raw)
+    first, second = (t.contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
