@@ -103,6 +103,7 @@ def bench_validate(
 @models_option
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
+@click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_kernels(
@@ -110,6 +111,7 @@ def bench_kernels(
     models: tuple[str, ...],
     rows: str,
     shape: str,
+    unusual: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
@@ -117,7 +119,7 @@ def bench_kernels(
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
-    from dsv4.kernels.operations import cases
+    from dsv4.kernels.operations import cases, checks
     from dsv4.render import kernel_line, kernels_table
 
     try:
@@ -130,11 +132,15 @@ def bench_kernels(
     chosen = [
         case
         for model in models
-        for case in cases(MODELS[model], model, counts, operations)
+        for case in (
+            checks(MODELS[model], model, operations)
+            if unusual
+            else cases(MODELS[model], model, counts, operations)
+        )
         if shape in case.shape
     ]
     lines = []
-    for line in measure(chosen, library, machine, device):
+    for line in measure(chosen, library, machine, device, timed=not unusual):
         lines.append(line)
         err.print(kernel_line(line), markup=False)
     if as_json:

@@ -20,12 +20,14 @@ def kernels() -> None:
 @operations_option
 @models_option
 @click.option("--out", "location", type=click.Path(path_type=Path), help="Default: a cache folder.")
+@click.option("--checks", "unusual", is_flag=True, help="Also for `bench kernels --checks`.")
 @click.option("--workers", type=click.IntRange(min=1), help="Compilers at once.")
 def build_kernels(
     archs: tuple[str, ...],
     operations: tuple[str, ...],
     models: tuple[str, ...],
     location: Path | None,
+    unusual: bool,
     workers: int | None,
 ) -> None:
     """Compile every kernel of the real models' shapes into shared objects.
@@ -36,12 +38,15 @@ def build_kernels(
     from dsv4.formats.releases import MODELS
     from dsv4.kernels.build import Built, build
     from dsv4.kernels.library import default_location
-    from dsv4.kernels.operations import cases
+    from dsv4.kernels.operations import cases, checks
 
     wanted = [
         kernel
         for model in models
-        for case in cases(MODELS[model], model, (1, 8), operations)
+        for case in (
+            *cases(MODELS[model], model, (1, 8), operations),
+            *(checks(MODELS[model], model, operations) if unusual else ()),
+        )
         for kernel in case.kernels
     ]
     target = location or default_location()

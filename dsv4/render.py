@@ -323,10 +323,10 @@ def passes_table(passes: Sequence[Pass]) -> Table:
 def kernel_line(line: Line) -> str:
     """One measured kernel as a line of progress."""
     verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
-    return (
-        f"{line.operation} {line.shape} {line.model} rows {line.rows}: "
-        f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, {verdict}"
-    )
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
+    return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
 
 
 def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
@@ -346,10 +346,10 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             escape(f"{line.shape} ({line.note})" if line.note else line.shape),
             line.model,
             str(line.rows),
-            f"{line.seconds * 1e6:.2f}",
+            f"{line.seconds * 1e6:.2f}" if line.seconds else "",
             f"{line.nbytes / 1e6:.2f}",
-            f"{line.nbytes / line.seconds / 1e9:.0f}",
-            f"{line.fraction:.3f}",
+            f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
+            f"{line.fraction:.3f}" if line.fraction else "",
             "WRONG" if line.faults else "right",
         )
     return table

@@ -17,8 +17,9 @@ import torch
 
 from dsv4.formats.errors import KernelError
 from dsv4.kernels.case import Buffers, Case
-from dsv4.kernels.check import check, launcher
+from dsv4.kernels.check import check, check_alone, launcher
 from dsv4.kernels.library import Library, architecture, default_location
+from dsv4.kernels.operations.gemv import MAX_ROWS
 
 L2_TIMES = 4  # of the L2's size that the copies of a case's cold buffers take together
 MOST_COPIES = 64
@@ -28,15 +29,17 @@ _STREAM_BYTES = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One case. seconds: median of a run; fraction: of the bandwidth (or matrix rate) bound."""
+    """One case. seconds: median of a run, None when it was not timed; fraction: of the bound, which
+    is bytes at the measured bandwidth or operations at the measured matrix rate.
+    """
 
     operation: str
     shape: str
     model: str
     rows: int
-    seconds: float
+    seconds: float | None
     nbytes: int
-    fraction: float
+    fraction: float | None
     faults: tuple[str, ...]
     note: str
 
@@ -81,15 +84,23 @@ def _matrix_rate(device: torch.device) -> float:
 
 
 def measure(
-    cases: Iterable[Case], library: Library, machine: Machine, device: torch.device
+    cases: Iterable[Case],
+    library: Library,
+    machine: Machine,
+    device: torch.device,
+    timed: bool = True,
 ) -> Iterator[Line]:
-    """Check and time each case. A case that fails is reported, not skipped."""
+    """Check and time each case, or only check it. A case that fails is reported, not skipped."""
     for case in cases:
+        seconds = None
         try:
             faults = check(case, library, device)
-            seconds = time_case(case, library, device)
+            if case.rows <= MAX_ROWS:
+                faults += check_alone(case, library, device)
+            if timed:
+                seconds = time_case(case, library, device)
         except KernelError as error:
-            faults, seconds = [str(error)], float("inf")
+            faults = [str(error)]
         bound = max(case.nbytes / machine.bandwidth, case.flops / machine.matrix_rate)
         yield Line(
             case.operation,
@@ -98,7 +109,7 @@ def measure(
             case.rows,
             seconds,
             case.nbytes,
-            bound / seconds,
+            bound / seconds if seconds else None,
             tuple(faults),
             case.note,
         )
@@ -122,6 +133,7 @@ def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:
     """Median seconds of one of `runs`, replayed one after another as one CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     repeats = max(1, 8 // len(runs))
+    stream.wait_stream(torch.cuda.current_stream())  # what made the buffers
     with torch.cuda.stream(stream):
         for run in runs:
             run()

@@ -84,7 +84,11 @@ def run_on_cluster(
 
 
 def _results(scheduler: str, job: Job, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Done]]:
-    """What the parts return, as they finish."""
+    """What the parts return, as they finish.
+
+    A result is let go once it is here: the death of the worker that held it would have the part
+    run again, into files that are whole by then.
+    """
     try:
         from distributed import Client, KilledWorker, as_completed
     except ImportError:
@@ -102,12 +106,14 @@ def _results(scheduler: str, job: Job, tasks: Mapping[str, Task]) -> Iterator[tu
         try:
             for future in as_completed(futures):
                 try:
-                    yield future.key, future.result()
+                    done = future.result()
                 except KilledWorker:
                     raise ClusterError(
                         f"{tasks[future.key].file} lost its worker again and again; what is "
                         "finished is kept: look at the workers, then run the same command again"
                     ) from None
+                future.release()
+                yield future.key, done
         finally:
             client.cancel(futures)
 

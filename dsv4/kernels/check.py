@@ -1,7 +1,8 @@
 """Does a kernel do what its reference does? Run a case and say what is wrong with it.
 
 Outputs are poisoned and stand between guard bytes; afterwards every element must be within its
-bound and every guard as it was. A launch recorded in a CUDA graph must give the same bytes.
+bound and every guard as it was. A launch recorded in a CUDA graph must give the same bytes, and
+so must a token that is computed alone.
 """
 
 from __future__ import annotations
@@ -53,6 +54,39 @@ def check(case: Case, library: Library, device: torch.device, seed: int = 0) -> 
             if not torch.equal(_bytes(once), _bytes(buffers[name]))
         ]
     return faults
+
+
+def check_alone(case: Case, library: Library, device: torch.device, seed: int = 0) -> list[str]:
+    """-> a sentence for every token whose results differ when it is computed alone.
+
+    A token's results are the outputs whose first dimension is "rows"; its inputs likewise.
+    """
+    made = case.make(torch.Generator(device).manual_seed(seed))
+    roles: dict[str, set[str]] = {}
+    for launch in case.launches:
+        for one in launch.kernel.leaves():
+            if one.shape[:1] == ("rows",):
+                roles.setdefault(launch.buffer(one), set()).add(one.role)
+    shared = {n for la in case.launches for n in la.written()} - roles.keys()
+    outputs = [name for name, found in roles.items() if found != {"in"}]
+    kept = {name: made[name].clone() for name in shared}
+    together = _run(case, library, dict(made))
+    faults = []
+    for row in range(case.rows):
+        own = made | {name: made[name][row : row + 1].clone() for name in roles}
+        alone = _run(case, library, own | {name: kept[name].clone() for name in shared})
+        faults += [
+            f"{name}: token {row} differs alone and beside the others"
+            for name in outputs
+            if not torch.equal(_bytes(together[name][row]), _bytes(alone[name][0]))
+        ]
+    return faults
+
+
+def _run(case: Case, library: Library, buffers: Buffers) -> Buffers:
+    guard_outputs(case, buffers)
+    launcher(case, library, buffers)()
+    return buffers
 
 
 def fault(name: str, found: Tensor, expected: Expected) -> str | None:

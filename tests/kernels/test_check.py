@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.case import Case, Expected, Launch
-from dsv4.kernels.check import GUARD_BYTES, check
+from dsv4.kernels.check import GUARD_BYTES, check, check_alone
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.library import Library
 
@@ -104,3 +104,42 @@ def test_a_wrong_kernel_is_caught(work: Work, said: str) -> None:
 
 def test_guards_are_wider_than_any_vector_store() -> None:
     assert GUARD_BYTES >= 32 * 16
+
+
+ROWS = kernel(
+    "rows",
+    "dsv4.kernels.sm90.gemv:Gemv",
+    {},
+    (
+        Argument("x", torch.float32, ("rows", 4)),
+        Argument("y", torch.float32, ("rows", 4), "out"),
+        Argument("count", torch.int32, (1,), "inout"),
+    ),
+)
+BATCH = Case(
+    "rows",
+    "test",
+    "none",
+    3,
+    (Launch(ROWS),),
+    nbytes=0,
+    make=lambda rng: {
+        "x": torch.randn(3, 4, generator=rng),
+        "y": torch.empty(3, 4),
+        "count": torch.zeros(1, dtype=torch.int32),
+    },
+    expect=_expect,
+)
+
+
+def _looks_at_the_others(x: Tensor, y: Tensor, count: Tensor) -> None:
+    _right(x, y, count)
+    y[1:, 2] += x[0, 0] * 2.0**-20
+
+
+def test_a_token_that_depends_on_those_beside_it_is_caught() -> None:
+    assert check_alone(BATCH, Fake(_right), torch.device("cpu")) == []
+    assert check_alone(BATCH, Fake(_looks_at_the_others), torch.device("cpu")) == [
+        "y: token 1 differs alone and beside the others",
+        "y: token 2 differs alone and beside the others",
+    ]

@@ -1,6 +1,7 @@
 """The operations: for each its contract, its reference on the same buffers, and real shapes.
 
-A module `operations/<name>.py` has `cases(config, model, rows)`; this package knows them all.
+A module `operations/<name>.py` has `cases(config, model, rows)`, which are timed, and may have
+`checks(config, model)`: inputs that real use seldom meets, checked only.
 """
 
 from __future__ import annotations
@@ -20,3 +21,12 @@ def cases(
     for name in operations:
         module = importlib.import_module(f"dsv4.kernels.operations.{name}")
         yield from module.cases(config, model, rows)
+
+
+def checks(
+    config: ModelConfig, model: str, operations: Sequence[str] = OPERATIONS
+) -> Iterator[Case]:
+    """The adversarial cases of `operations`, on shapes of `config`."""
+    for name in operations:
+        module = importlib.import_module(f"dsv4.kernels.operations.{name}")
+        yield from module.checks(config, model) if hasattr(module, "checks") else ()
