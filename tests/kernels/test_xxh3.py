@@ -6,7 +6,8 @@ import pytest
 import torch
 import xxhash
 
-from dsv4.kernels.operations.xxh3 import case
+from dsv4.formats.releases import FLASH
+from dsv4.kernels.operations.xxh3 import case, checks
 from dsv4.kernels.reference.xxh3 import accumulators, digests
 from tests.kernels.interpreter.run import faults
 
@@ -27,5 +28,11 @@ def test_other_lengths_are_refused() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_kernel(arch: str) -> None:
-    """Chunks of one block, of a turn, of a turn and one block, and of several turns."""
-    assert faults(case([1024, 65536, 66560, 3072, 140 * 1024], "turns", "none"), arch) == []
+    """On the chunks that the operation's own checks have."""
+    [one] = checks(FLASH, "none")
+    assert faults(one, arch) == []
+
+
+def test_cases_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples of 1024"):
+        case([1000], "odd", "none")

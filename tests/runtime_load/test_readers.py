@@ -16,11 +16,13 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv4.formats.errors import StoreError
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import FileSpec
 from dsv4.runtime.load import Settings, load_weights, plan_load
 from dsv4.runtime.load import files as reading
 from dsv4.runtime.load.arena import HostArena, Slot
+from dsv4.runtime.load.check import DeviceCheck, device_hash, on_device
 from dsv4.runtime.load.files import OpenFile, cached_share
 from dsv4.runtime.load.jobs import make_jobs
 from dsv4.runtime.load.plan import Span
@@ -65,6 +67,7 @@ class LateArena(HostArena):
 
     def __init__(self, nbytes: int) -> None:
         super().__init__(nbytes)
+        self.bytes.fill_(0xA5)  # or it may hold what the last test left there
         self._queued: list[tuple[Slot, int, int]] = []
         self._lock = threading.Lock()
 
@@ -111,6 +114,30 @@ def test_a_slot_is_filled_again_only_when_it_was_copied(
         for path, placed in plan.arrays.items()
     )
     assert equal is right
+
+
+@pytest.mark.parametrize("kind", [LateArena, HastyArena])
+def test_the_device_s_checksums_prove_the_copy_too(
+    sample: PackedStore, kind: type[LateArena]
+) -> None:
+    """All that was read is right; a slot that was filled again too soon is not."""
+    plan = plan_load(sample)
+    arena = kind(plan.nbytes)
+    slots = arena.slots(4, 16 << 10)
+    jobs = make_jobs(plan.spans(), 16 << 10, lambda file: not on_device(file))
+    check = DeviceCheck(sample, plan, arena, jobs, device_hash(torch.device("cpu")))
+    readers = Readers(sample, arena, hashes=lambda file: not on_device(file), check=check)
+    if kind is HastyArena:
+        arena.settle = lambda: None  # type: ignore[method-assign]  # hashing would deliver
+    readers.run(jobs, [slots[:2], slots[2:]])
+    LateArena.settle(arena)
+    if kind is LateArena:
+        check.finish()
+        hashed = plan.payload_nbytes - readers.spent.verified_bytes
+        assert check.nbytes == hashed > 0
+        return
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        check.finish()
 
 
 def _lock_is_free_during(work: Callable[[], object]) -> bool:

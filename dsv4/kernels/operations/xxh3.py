@@ -42,6 +42,11 @@ def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case
     yield case([codes // 8] * 8 * 64, "scales of 64 experts", model)
 
 
+def checks(config: ModelConfig, model: str) -> Iterator[Case]:
+    """Chunks of one block, of a turn of the kernel, of one block more, and of several turns."""
+    yield case([1024, 65536, 66560, 3072, 140 * 1024], "turns", model)
+
+
 def case(sizes: Sequence[int], shape: str, model: str) -> Case:
     """Chunks of `sizes` bytes, one behind the other in multiples of 1024."""
     begins = list(itertools.accumulate(sizes, initial=0))
