@@ -13,6 +13,7 @@ OPERATIONS = (
     "mhc",
     "router",
     "sampling",
+    "xxh3",
     "quantize_activations",
     "fp4_gemm",
     "fp4_gemm_grouped",

@@ -16,8 +16,8 @@ from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import path_of
 from dsv4.kernels.case import Buffers
-from dsv4.kernels.reference.experts import INTERLEAVE, SLABS
 from dsv4.kernels.operations.gemv import Weight
+from dsv4.kernels.reference.experts import INTERLEAVE, SLABS
 from dsv4.runtime.gpu.attention_plan import LayerWeights, first_products, second_products
 
 
