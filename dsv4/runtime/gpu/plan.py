@@ -16,6 +16,7 @@ from dsv4.kernels.case import Launch
 from dsv4.kernels.compiled import Kernel
 from dsv4.kernels.operations import experts, mhc, router, sampling
 from dsv4.kernels.operations.gemv import MAX_ROWS, Weight, gemv
+from dsv4.kernels.reference.experts import SLABS
 from dsv4.runtime.gpu.attention_plan import CAPACITIES, LayerWeights, attention_launches
 
 MATRIX = ("codes", "scales", "global_scale")
@@ -100,7 +101,7 @@ def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weig
             continue
         layer, _, name = rest.removesuffix(".weight").partition(".")
         kind = "fp8" if one.kind is Kind.LINEAR else "nvfp4" if name == "ffn.gate" else "bf16"
-        slabs = experts.SLABS if name in SLABBED else 1
+        slabs = SLABS if name in SLABBED else 1
         groups = config.o_groups if name == "attn.wo_a" else 1
         layers[int(layer)][name] = Weight(kind, *one.shape, slabs, groups)
     return dict(layers), Weight("nvfp4", config.vocab_size, config.hidden_size)
