@@ -27,7 +27,7 @@ from dsv4.kernels.operations.attention_rows import (
 )
 
 SOURCES = "dsv4.kernels.sm90.attention"
-DECODE_ROWS = 16  # up to here a token's rows are split over a cluster
+DECODE_ROWS = 16  # up to here a token's rows are cut into parts
 ARCHITECTURES = ("sm_90a",)  # warpgroup products
 TILE = 64  # rows that are multiplied at once
 HEADS = 64  # likewise
@@ -62,14 +62,7 @@ def attention(
         Argument("o", torch.bfloat16, vectors, "out"),
     )
     splits = parts(shape, int(cut["most_splits"]))
-    common = {
-        "mode": shape.mode,
-        "heads": shape.heads,
-        "window": shape.window,
-        "ratio": shape.ratio,
-        "topk": shape.topk,
-        "splits": splits,
-    }
+    common = _common(shape, splits)
     sizes = ("rows", splits, shape.heads)
 
     def scratch(role: Role) -> tuple[Argument, ...]:
@@ -81,13 +74,7 @@ def attention(
     first = kernel(
         "attention",
         f"{SOURCES}.attention:Attention",
-        {
-            **common,
-            "stages": cut["stages"],
-            "pdl": cut["pdl"],
-            "cuts": cut["cuts"],
-            "halves": cut["halves"],
-        },
+        {**common, **{name: cut[name] for name in ("stages", "cuts", "pdl")}},
         (
             Argument("q", torch.bfloat16, vectors),
             caches(shape),
@@ -103,6 +90,17 @@ def attention(
     join = (*scratch("in"), position, *end)
     last = kernel("attention_join", f"{SOURCES}.join:Join", config, join, ARCHITECTURES)
     return first, last
+
+
+def _common(shape: Shape, splits: int) -> dict[str, int | bool | str]:
+    return {
+        "mode": shape.mode,
+        "heads": shape.heads,
+        "window": shape.window,
+        "ratio": shape.ratio,
+        "topk": shape.topk,
+        "splits": splits,
+    }
 
 
 def caches(shape: Shape) -> tuple[Argument, ...]:
@@ -123,28 +121,22 @@ def caches(shape: Shape) -> tuple[Argument, ...]:
 
 
 def parts(shape: Shape, most: int) -> int:
-    """Parts that a token's rows are cut into at most."""
+    """Parts that a token's rows are cut into at most, whole tiles each."""
     if shape.mode == "all":
         return most
-    return min(most, -(-(shape.window + shape.topk) // TILE))
+    tiles = -(-(shape.window + shape.topk) // TILE)
+    return -(-tiles // -(-tiles // most))
 
 
 def tuned(shape: Shape, rows: int) -> dict[str, int | bool]:
-    """How the work is cut: measured on an H100.
+    """How the work is cut, by measurement: so that a wave of CTAs does it, and each soon ends.
 
     most_splits decides what is summed with what: it is the same for all `rows` up to DECODE_ROWS.
     """
-    splits = 18 if rows <= DECODE_ROWS else 1
+    splits = (16 if shape.mode == "all" else 10) if rows <= DECODE_ROWS else 1
     ctas = parts(shape, splits) * rows * shape.heads // HEADS
     cuts = max((cut for cut in (2, 4) if ctas * cut <= MULTIPROCESSORS), default=1)
-    return {
-        "most_splits": splits,
-        "cuts": cuts,
-        "halves": True,
-        "stages": 2,
-        "warps": 4,
-        "pdl": True,
-    }
+    return {"most_splits": splits, "cuts": cuts, "stages": 2, "warps": 4, "pdl": True}
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:

@@ -65,9 +65,9 @@ def make(config: ModelConfig, shape: Shape, plan: Plan, rng: torch.Generator) ->
         (config.compress_rope_theta, config.yarn) if shape.ratio else (config.rope_theta, None)
     )
     table = rope_table(inverse_frequencies(shape.rotary, theta, yarn).to(device), places)
-    for name, own in zip(("cos", "sin"), table, strict=True):
+    for name, rows in zip(("cos", "sin"), table, strict=True):
         whole = torch.full((max(plan.positions) + 1, shape.rotary // 2), torch.nan, device=device)
-        whole[places.to(torch.int64)] = own
+        whole[places.to(torch.int64)] = rows
         buffers[name] = whole
 
     ring = shape.window + count + SPARE

@@ -107,16 +107,17 @@ def expected(shape: Shape, buffers: Buffers) -> Expected:
         share = share + 2.0**-22 * (len(rows) / 8 + 32)
         bounds.append((weights @ rows.abs() * share)[None])
     places = buffers["position"].to(torch.int64)
-    tables = [buffers[name][places].to(WIDE)[:, None] for name in ("cos", "sin")]
-    value = _turned_back(torch.cat(values), *tables, -1)
+    cos, sin = (buffers[name][places].to(WIDE)[:, None] for name in ("cos", "sin"))
+    value = _turned_back(torch.cat(values), cos, sin, -1)
     # 2^-20 for the rotation's own error.
-    bound = _turned_back(torch.cat(bounds), *(table.abs() + 2.0**-20 for table in tables), 1)
+    wide = cos.abs() + 2.0**-20, sin.abs() + 2.0**-20
+    bound = _turned_back(torch.cat(bounds), wide[0], wide[1], 1)
     return Expected(value, bound * (1 + ROUNDOFF) + value.abs() * ROUNDOFF)
 
 
 def _turned_back(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """The last dimensions in pairs: even, odd -> even cos + odd sin, odd cos + sign even sin."""
     rotary = 2 * cos.shape[-1]
-    even, odd = x[..., -rotary:].unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x[..., -rotary:], -1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos + odd * sin, odd * cos + sign * even * sin), -1)
     return torch.cat((x[..., :-rotary], turned.flatten(-2)), -1)

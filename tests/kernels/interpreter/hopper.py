@@ -133,7 +133,8 @@ def rows_of(a: Sequence[Bits]) -> NDArray[np.float64]:
 def add_product(acc: Sequence[Bits], a: NDArray[np.float64], b: NDArray[np.float64]) -> list[Bits]:
     """A warp's rows of a warpgroup's sums. a: `[16, 16]`; b: `[n, 16]`."""
     group, t = np.arange(32) // 4, np.arange(32) % 4
-    product = a @ b.T
+    with np.errstate(all="ignore"):
+        product = a @ b.T
     results = []
     for index, old in enumerate(acc):
         at = product[group + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * t + index % 2]

@@ -1,12 +1,13 @@
 """Sparse attention of 64 heads at a time over one FP8 row per position, with warpgroup products.
 
 A CTA takes a contiguous part of the rows that a token sees, 64 at a time, for 64 of the heads. They
-become bfloat16 once, in shared memory, as tiles of 64 rows by 64 dimensions. Both warpgroups
-multiply them with the queries, each for itself, and keep their probabilities in registers; each
-multiplies these with the same tiles, transposed, for its half of the dimensions.
+become bfloat16 once, in shared memory, as tiles of 64 rows by 64 dimensions: half of the dimensions
+while the other half is multiplied with the queries, by each warpgroup for its half of the rows.
+Maxima and probabilities meet in shared memory; each warpgroup multiplies these with the same tiles,
+transposed, for its own dimensions: half of all, or of the CTA's cut of them.
 
 A thread `4g + t` of warp w of a warpgroup has heads `16w + g` and `16w + g + 8`; of these scores at
-rows `8j + 2t` and the next, and sums at such dimensions of its half.
+rows `8j + 2t` and the next, and sums at such dimensions of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Attention:
 
     mode: "none" for the window alone, "all" for it and every complete block of `ratio` tokens,
     "list" for it and `topk` listed blocks. splits: parts at most; with 1, `out` is (sinks, cos,
-    sin, o), else (sums, statistics) as `Join` takes them. stages: tiles on their way.
+    sin, o), else (sums, statistics) as `Join` takes them. stages: tiles on their way; cuts: CTAs
+    that share the dimensions of the same heads and rows, each with all scores.
     """
 
     def __init__(
@@ -48,11 +50,10 @@ class Attention:
         topk: int,
         splits: int,
         stages: int,
+        cuts: int,
         pdl: bool,
-        cuts: int = 1,
-        halves: bool = False,
     ) -> None:
-        self.halves, self.cuts = halves, cuts
+        self.cuts = cuts
         self.own = HEAD_DIM // 2 // cuts
         assert heads % HEADS == 0
         self.heads, self.splits, self.stages, self.pdl = heads, splits, stages, pdl
@@ -62,17 +63,16 @@ class Attention:
         sizes = {
             "q": SLICES * HEADS * wgmma.TILE_ROW_BYTES,
             "tiles": SLICES * SLICE_BYTES,
+            "probabilities": HEADS * wgmma.TILE_ROW_BYTES,
             "rows": stages * TILE * ROW_BYTES,
             "scales": stages * TILE * SCALE_BYTES,
             "live": (stages + 1) * LIVE_BYTES,
             "barriers": stages * 8,
-            "probabilities": halves * SLICE_BYTES + 1024,
             "tops": 2 * HEADS * 4,
         }
         self.at: dict[str, int] = {}
         end = 0
         for name, size in sizes.items():
-            end = -(-end // 1024) * 1024 if name == "probabilities" else end
             self.at[name], end = end, end + -(-size // 128) * 128
         self.shared_bytes = end
 
@@ -182,7 +182,7 @@ class Attention:
             ahead = first + (turn + self.stages) * TILE
             then = self.rows.listed(find[0], token, ahead)
             barriers.wait(base + self.at["barriers"] + stage * 8, parity)
-            scores = [Float32(0.0) for _ in range(TILE // (4 if self.halves else 2))]
+            scores = [Float32(0.0) for _ in range(TILE // 4)]
             for phase in range_constexpr(PHASES):
                 self._widen(base, stage, phase)
                 cute.arch.fence_view_async_shared()
@@ -192,12 +192,8 @@ class Attention:
             if ahead < find[4]:
                 self.rows.fetch(find, then, ahead, self._stage(base, stage, before))
             scores = wgmma.wait_for(scores)
-            if cutlass.const_expr(self.halves):
-                self._soften_half(scores, base, slot, acc, largest, weight)
-                self._add_values(base, None, acc, cut)
-            else:
-                words = self._soften(scores, base, slot, acc, largest, weight)
-                self._add_values(base, words, acc, cut)
+            self._soften(scores, base, slot, acc, largest, weight)
+            self._add_values(base, acc, cut)
             cute.arch.sync_threads()
             slot = slot + 1 if slot < self.stages else Int32(0)
             stage = stage + 1 if stage < self.stages - 1 else Int32(0)
@@ -232,25 +228,29 @@ class Attention:
         places = target + ((2 * t) ^ g) * 16, target + ((2 * t + 1) ^ g) * 16
         if piece == SLICES - 1:
             for group in range_constexpr(TILE // 16):
+                here = source + group * (8 * ROW_BYTES) + t * 32
+                words = [ring.read(here + half * 16) for half in range(2)]
                 for half in range_constexpr(2):
-                    here = source + group * (8 * ROW_BYTES) + t * 32 + half * 16
-                    shared.store_words(places[half] + group * 1024, ring.read(here))
+                    shared.store_words(places[half] + group * 1024, words[half])
         else:
-            for group in range_constexpr(TILE // 16):
-                words = ring.read(source + group * (8 * ROW_BYTES) + t * 16)
-                code = shared.load_byte(scales + group * (8 * SCALE_BYTES))
-                factor = fragments.e4m3_factor(code)
-                for half in range_constexpr(2):
-                    low = fragments.e4m3_words(words[2 * half], factor)
-                    high = fragments.e4m3_words(words[2 * half + 1], factor)
-                    shared.store_words(places[half] + group * 1024, (*low, *high))
+            # Loads keep their order with stores, so those of two groups come first.
+            for pair in range_constexpr(TILE // 32):
+                found = []
+                for group in (2 * pair, 2 * pair + 1):
+                    words = ring.read(source + group * (8 * ROW_BYTES) + t * 16)
+                    code = shared.load_byte(scales + group * (8 * SCALE_BYTES))
+                    found.append((group, words, code))
+                for group, words, code in found:
+                    factor = fragments.e4m3_factor(code)
+                    for half in range_constexpr(2):
+                        low = fragments.e4m3_words(words[2 * half], factor)
+                        high = fragments.e4m3_words(words[2 * half + 1], factor)
+                        shared.store_words(places[half] + group * 1024, (*low, *high))
 
     @cute.jit
     def _score(self, base: Int32, scores: Any, phase: int) -> Any:
         """Products of all heads with the tile's rows, over half of the dimensions."""
-        tiles = base + self.at["tiles"]
-        if cutlass.const_expr(self.halves):
-            tiles += cute.arch.warp_idx() // 4 * (SLICE_BYTES // 2)
+        tiles = base + self.at["tiles"] + cute.arch.warp_idx() // 4 * (SLICE_BYTES // 2)
         if cutlass.const_expr(phase == 0):
             wgmma.fence()
         for index in range_constexpr(SLICES // PHASES):
@@ -266,39 +266,6 @@ class Attention:
 
     @cute.jit
     def _soften(
-        self, scores: Any, base: Int32, slot: Int32, acc: Any, largest: Any, weight: Any
-    ) -> Any:
-        """-> probabilities as operands of four products; what was summed so far shrinks."""
-        lane = cute.arch.lane_idx()
-        live = base + self.at["live"] + slot * LIVE_BYTES
-        masks = [shared.load_word(live + 4 * i) >> Uint32(2 * (lane % 4)) for i in range(2)]
-        kept = []
-        for index in range_constexpr(TILE // 2):
-            bit = 8 * (index // 4) + index % 2
-            present = (masks[bit // 32] >> Uint32(bit % 32)) & 1 != 0
-            kept.append(scores[index] if present else -Float32.inf)
-        for head in range_constexpr(2):
-            own = [index for index in range(TILE // 2) if index // 2 % 2 == head]
-            top = kept[own[0]]
-            for index in own[1:]:
-                top = cute.arch.fmax(top, kept[index])
-            for distance in (1, 2):
-                top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
-            top = cute.arch.fmax(top * self.scale, largest[head])
-            fade = fragments.exp2(largest[head] - top)
-            largest[head] = top
-            total = weight[head] * fade
-            for index in own:
-                kept[index] = fragments.exp2(kept[index] * self.scale - top)
-                total += kept[index]
-            weight[head] = total
-            for j in range_constexpr(self.own // 8):
-                for c in range_constexpr(2):
-                    acc[4 * j + 2 * head + c] *= fade
-        return [fragments.pack_bf16x2(kept[2 * i], kept[2 * i + 1]) for i in range(TILE // 4)]
-
-    @cute.jit
-    def _soften_half(
         self, scores: Any, base: Int32, slot: Int32, acc: Any, largest: Any, weight: Any
     ) -> None:
         """Probabilities `[head][row]`; what was summed so far shrinks. weight: of the own rows."""
@@ -348,22 +315,17 @@ class Attention:
         cute.arch.sync_threads()
 
     @cute.jit
-    def _add_values(self, base: Int32, words: Any, acc: Any, cut: Int32) -> None:
+    def _add_values(self, base: Int32, acc: Any, cut: Int32) -> None:
         """The warpgroup's own dimensions."""
         group = 2 * cut + cute.arch.warp_idx() // 4
         tiles = base + self.at["tiles"] + group * (self.own // SLICE * SLICE_BYTES)
         values = wgmma.transposed(tiles, SLICE_BYTES)
+        probabilities = wgmma.descriptor(base + self.at["probabilities"])
         sums = [acc[index] for index in range(self.own // 2)]
         wgmma.fence()
         for step in range_constexpr(TILE // wgmma.MMA_COLS):
-            if cutlass.const_expr(self.halves):
-                p = wgmma.descriptor(base + self.at["probabilities"])
-                sums = wgmma.multiply(
-                    sums, wgmma.advance(p, step), values + Int64(step * 128), True
-                )
-            else:
-                a = [words[4 * step + i] for i in range(4)]
-                sums = wgmma.multiply(sums, a, values + Int64(step * 128), True)
+            a = wgmma.advance(probabilities, step)
+            sums = wgmma.multiply(sums, a, values + Int64(step * 128), True)
         wgmma.commit()
         sums = wgmma.wait_for(sums)
         for j in range_constexpr(self.own // 8):
@@ -388,34 +350,24 @@ class Attention:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         first = block * HEADS + warp % 4 * 16 + lane // 4
         column = (2 * cut + warp // 4) * self.own + 2 * (lane % 4)
-        totals = []
+        tops = base + self.at["tops"] + (warp % 4 * 16 + lane // 4) * 4
         for head in range_constexpr(2):
             total = weight[head]
             for distance in (1, 2):
                 total += cute.arch.shuffle_sync_bfly(total, distance)
-            totals.append(total)
-        if cutlass.const_expr(self.halves):
-            tops = base + self.at["tops"] + (warp % 4 * 16 + lane // 4) * 4
-            for head in range_constexpr(2):
-                if lane % 4 == 0:
-                    shared.store_float(tops + warp // 4 * (HEADS * 4) + head * 32, totals[head])
-            cute.arch.sync_threads()
-            for head in range_constexpr(2):
-                both = [
-                    shared.load_float(tops + half * (HEADS * 4) + head * 32) for half in range(2)
-                ]
-                totals[head] = both[0] + both[1]
+            if lane % 4 == 0:
+                shared.store_float(tops + warp // 4 * (HEADS * 4) + head * 32, total)
+        cute.arch.sync_threads()
         for head in range_constexpr(2):
-            total = totals[head]
+            both = [shared.load_float(tops + half * (HEADS * 4) + head * 32) for half in range(2)]
+            pair = (largest[head], both[0] + both[1])
             own = [(acc[4 * j + 2 * head], acc[4 * j + 2 * head + 1]) for j in range(self.own // 8)]
             if cutlass.const_expr(self.splits > 1):
                 row = Int64(token * self.splits + part) * self.heads + first + 8 * head
                 if column == 0:
-                    shared.store_global(out[1].iterator.toint() + row * 8, (largest[head], total))
+                    shared.store_global(out[1].iterator.toint() + row * 8, pair)
                 sums = out[0].iterator.toint() + (row * HEAD_DIM + column) * 4
                 for j in range_constexpr(self.own // 8):
                     shared.store_global(sums + j * 32, own[j])
             else:
-                self.output.whole(
-                    own, (largest[head], total), token, place, first + 8 * head, column, out
-                )
+                self.output.whole(own, pair, token, place, first + 8 * head, column, out)
