@@ -14,6 +14,7 @@ from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import step_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
+from dsv4.runtime.load.report import LoadReport
 
 
 class GpuModel:
@@ -25,6 +26,7 @@ class GpuModel:
         """
         self.config: ModelConfig = weights.config
         self.device, self.library = device, library
+        self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
         for launch in self.launches(1, 1):
             library.function(launch.kernel)

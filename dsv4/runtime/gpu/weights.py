@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal, StoreError
-from dsv4.formats.matrices import Fp8Matrix, Matrix, Nvfp4Matrix
-from dsv4.formats.store.contents import QuantizedGroup
-from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.matrices import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
 from dsv4.formats.store.schema import path_of
 from dsv4.kernels.case import Buffers
 from dsv4.kernels.operations.gemv import Weight
 from dsv4.kernels.reference.experts import INTERLEAVE, SLABS
 from dsv4.runtime.gpu.attention_plan import LayerWeights, first_products, second_products
+from dsv4.runtime.load import LoadedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,31 +161,23 @@ class Operands:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoreOnDevice:
-    """A packed store, its arrays brought to a device by `place`: path -> array as it lies there."""
+class Loaded:
+    """A loaded store as `DeviceWeights`: nothing is copied."""
 
-    store: PackedStore
-    place: Callable[[str], Tensor]
+    weights: LoadedWeights
 
     @property
     def config(self) -> ModelConfig:
         """Of the model."""
-        return self.store.config
+        return self.weights.config
 
     def tensor(self, name: str) -> Tensor:
         """See `DeviceWeights`."""
-        return self.place(self.store.contents.plain[name])
+        return self.weights.tensor(name)
 
     def matrix(self, name: str) -> Matrix:
         """See `DeviceWeights`."""
-        group = self.store.contents.matrices.get(name)
-        if group is None:
-            return self.tensor(name)
-        codes, scales = (self.place(f"{group.path}/{part}") for part in ("codes", "scales"))
-        if group.format == "fp8":
-            return Fp8Matrix(codes, scales, group.rows, group.cols)
-        scale = self.place(f"{group.path}/global_scale")
-        return Nvfp4Matrix(codes, scales, scale, group.rows, group.cols, group.interleave)
+        return self.weights.matrix(name)
 
     def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
         """See `DeviceWeights`. Raises RuntimeRefusal when the experts are not NVFP4."""
@@ -196,30 +186,21 @@ class StoreOnDevice:
         return w13, w2
 
     def _stack(self, path: str) -> Nvfp4Stack:
-        group: QuantizedGroup | None = self.store.contents.stacks.get(path)
+        group = self.weights.contents.stacks.get(path)
         if group is None or group.format != "nvfp4":
             found = "absent" if group is None else group.format
             raise RuntimeRefusal(
                 f"{path} is {found}, kernels read NVFP4; convert with --recipe standard"
             )
-        codes, scales, scale = (
-            self.place(f"{path}/{part}") for part in ("codes", "scales", "global_scale")
+        experts, slabs, rows = group.experts or 0, group.slabs, group.packed_rows
+        codes = self.weights.share_of(f"{path}/codes").view(experts, slabs, rows, -1)
+        tiles = -(-rows // SF_ROWS)
+        scales = self.weights.share_of(f"{path}/scales").view(torch.uint8)
+        return Nvfp4Stack(
+            codes,
+            scales.view(experts, slabs, tiles, -1, SF_TILE_BYTES),
+            self.weights.array(f"{path}/global_scale").tensor(),
+            rows,
+            group.cols,
+            group.interleave,
         )
-        return Nvfp4Stack(codes, scales, scale, group.packed_rows, group.cols, group.interleave)
-
-
-def from_files(store: PackedStore, device: torch.device) -> StoreOnDevice:
-    """Every array copied from its mapped files; slow, and simple."""
-    grouped = store.contents.matrices.values()
-    slabbed = {f"{g.path}/codes" for g in grouped}
-    slabbed |= {f"{g.path}/scales" for g in grouped if g.format == "nvfp4"}
-    stacks = {group.path for group in store.contents.stacks.values()}
-
-    def place(path: str) -> Tensor:
-        array, (group, _, member) = store.array(path), path.rpartition("/")
-        if group in stacks and member != "global_scale":
-            rows = [array.row(index) for index in range(array.spec.shape[0])]
-            return torch.stack(rows).to(device)
-        return (array.slabs() if path in slabbed else array.tensor()).to(device)
-
-    return StoreOnDevice(store, place)

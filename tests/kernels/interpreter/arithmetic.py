@@ -87,6 +87,7 @@ _INTEGER: dict[str, Callable[..., NDArray[np.int64]]] = {
     "xor": lambda a, b: a ^ b,
     "not": lambda a: ~a,
     "neg": lambda a: -a,
+    "abs": np.abs,
     "div": _divide,
     "rem": lambda a, b: a - _divide(a, b) * b,
 }

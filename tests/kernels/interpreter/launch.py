@@ -38,7 +38,7 @@ class Launched:
 
 
 def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launched:
-    """arguments: (address, dtype's name, shape), or lists of these. sizes: of the parameters."""
+    """arguments: (address, dtype's name, shape), numbers, or lists. sizes: of the parameters."""
     driver = shared_object.parent / "driver.so"
     source = Path(__file__).with_name("driver.c")
     soname = "-Wl,-soname,libcute_dsl_runtime.so"
@@ -144,6 +144,8 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
     target.value = ctypes.cast(callback, ctypes.c_void_p).value
 
     def tensor(argument: Any) -> Any:
+        if isinstance(argument, int | float):
+            return argument
         if isinstance(argument[0], list):
             return tuple(tensor(one) for one in argument)
         return tvm_ffi.from_dlpack(_Tensor(*argument))

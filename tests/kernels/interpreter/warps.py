@@ -175,6 +175,15 @@ class Warp(Lanes):
             assert receiver.alive, "shared memory of a CTA that has ended"
             receiver.device.receive(place, number.to_bytes(width, "little"), bar)
 
+    def _atom(self, one: Instruction, active: Any) -> None:
+        assert one.op[1] == "global" and one.op[-2:] == ("add", "u32"), one.text
+        old = np.zeros(LANES, dtype=np.uint64)
+        for lane in map(int, np.flatnonzero(active)):
+            place = self.cta.memory.view(self._address(one.operands[1], lane), 4).view(np.uint32)
+            old[lane] = place[0]
+            place[0] += np.uint32(self.value(one.operands[2])[lane])
+        self.assign(one.operands[0], old, active)
+
     def _red(self, one: Instruction, active: Any) -> None:
         assert one.op == ("red", "shared", "add", "u32"), one.text
         for lane in map(int, np.flatnonzero(active)):
