@@ -97,7 +97,8 @@ def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weig
     layers: dict[int, dict[str, Weight]] = {n: {} for n in range(config.num_hidden_layers)}
     for one in parameters(config):
         prefix, _, rest = one.name.partition(".")
-        if prefix != "layers" or ".experts." in one.name or len(one.shape) != 2:
+        matrix = one.kind in (Kind.LINEAR, Kind.PLAIN) and len(one.shape) == 2
+        if prefix != "layers" or not matrix:
             continue
         layer, _, name = rest.removesuffix(".weight").partition(".")
         kind = "fp8" if one.kind is Kind.LINEAR else "nvfp4" if name == "ffn.gate" else "bf16"

@@ -1,4 +1,4 @@
-"""A loaded store's arrays are the kernels' operands, and what no kernel reads is refused by name."""
+"""A loaded store's arrays are the kernels' operands; what no kernel reads is refused by name."""
 
 from __future__ import annotations
 
