@@ -104,5 +104,6 @@ def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weig
         kind = "fp8" if one.kind is Kind.LINEAR else "nvfp4" if name == "ffn.gate" else "bf16"
         slabs = SLABS if name in SLABBED else 1
         groups = config.o_groups if name == "attn.wo_a" else 1
-        layers[int(layer)][name] = Weight(kind, *one.shape, slabs, groups)
+        rows, cols = one.shape
+        layers[int(layer)][name] = Weight(kind, rows, cols, slabs, groups)
     return dict(layers), Weight("nvfp4", config.vocab_size, config.hidden_size)
