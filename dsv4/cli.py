@@ -289,6 +289,8 @@ def run(
         raise click.UsageError("--prompt and --tokens exclude each other")
     packed = dsv4.open(directory)
     model = dsv4.load(packed, device=_device(device))
+    for line in model.load_lines():
+        err.print(line, markup=False, highlight=False)
     assets = packed.store.assets
     text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
     defaults = sampling_defaults(assets.get("generation_config.json"))

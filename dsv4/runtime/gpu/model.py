@@ -31,6 +31,11 @@ class GpuModel:
         for launch in self.launches(1, 1):
             library.function(launch.kernel)
 
+    def load_lines(self) -> Iterator[str]:
+        """What loading took, phase by phase, for people."""
+        if self.load_report is not None:
+            yield from self.load_report.lines()
+
     def launches(self, rows: int, capacity: int) -> Iterator[Launch]:
         """A step of `rows` tokens, with caches for `capacity`."""
         own = self.operands
