@@ -12,10 +12,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from dsv4.convert.engine import convert
-from dsv4.convert.tiny import TINY, write_tiny
 from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal, StoreError
-from dsv4.formats.inventory import DraftKind
 from dsv4.formats.matrices import Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.formats.slices import expert_slice, tensor_slice
 from dsv4.formats.store.reader import PackedStore
@@ -145,23 +142,8 @@ def test_parts_are_left_out_loaded_later_and_given_back(standard_store: Path) ->
 
 
 @pytest.fixture(scope="module")
-def wide_store(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
-    """One layer wide enough to be cut in eight, by rows and into slabs."""
-    import dataclasses
-
-    config = dataclasses.replace(
-        TINY,
-        num_hidden_layers=1,
-        compress_ratios=(0,),
-        num_hash_layers=0,
-        hidden_size=1024,
-        moe_intermediate_size=1024,
-        num_draft_layers=0,
-    )
-    folder = tmp_path_factory.mktemp("wide")
-    write_tiny(folder / "hub", config, draft=DraftKind.NONE)
-    convert(folder / "hub", folder / "packed", recipe="native")
-    return PackedStore.open(folder / "packed")
+def wide_store(wide_path: Path) -> PackedStore:
+    return PackedStore.open(wide_path)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
