@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import NamedTuple
 from dsv4.kernels.build import compile_kernel
 from dsv4.kernels.compiled import Kernel
 
+_EXECUTABLE = 4  # SHF_EXECINSTR
+
 
 class MachineCode(NamedTuple):
-    """ptx: the text; resources: REG, STACK, LOCAL, … of the one function, by cuobjdump."""
+    """ptx: the text; resources: REG, STACK, LOCAL, … of the one function, by cuobjdump; nbytes: of
+    its instructions.
+    """
 
     ptx: str
     resources: dict[str, int]
+    nbytes: int
 
     @property
     def spilled(self) -> int:
@@ -32,7 +38,8 @@ def machine_code(kernel: Kernel, arch: str) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         options = f"--keep-ptx --keep-cubin --dump-dir {folder}"
         artifacts = compile_kernel(kernel, arch, options).artifacts
-        return MachineCode(artifacts.PTX, resources(artifacts.CUBIN))
+        cubin: bytes = artifacts.CUBIN
+        return MachineCode(artifacts.PTX, resources(cubin), instruction_bytes(cubin))
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -43,6 +50,14 @@ def resources(cubin: bytes) -> dict[str, int]:
         command = [_cuobjdump(), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def instruction_bytes(cubin: bytes) -> int:
+    """Size of the executable sections of `cubin`, an ELF file of 64 bits."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    headers = (struct.unpack_from("<IIQQQQ", cubin, sections + size * i) for i in range(count))
+    return sum(header[5] for header in headers if header[2] & _EXECUTABLE)
 
 
 @functools.cache

@@ -15,22 +15,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_CODES = {"uint8": (1, 8), "int32": (0, 32), "float32": (2, 32), "bfloat16": (4, 16)}
+_CODES = {
+    "uint8": (1, 8),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "float32": (2, 32),
+    "bfloat16": (4, 16),
+}
 _CUDA = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """grid; threads of a CTA; bytes of dynamic shared memory; each parameter's bytes."""
+    """grid; threads of a CTA; bytes of dynamic shared memory; each parameter's bytes; CTAs along
+    x of a cluster."""
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     parameters: tuple[bytes, ...]
+    cluster: int = 1
 
 
 def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launched:
-    """arguments: (address, dtype's name, shape), or lists of these. sizes: of the parameters."""
+    """arguments: (address, dtype's name, shape), numbers, or lists. sizes: of the parameters."""
     driver = shared_object.parent / "driver.so"
     source = Path(__file__).with_name("driver.c")
     soname = "-Wl,-soname,libcute_dsl_runtime.so"
@@ -51,6 +59,7 @@ def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launc
         config[3],
         config[6],
         tuple(bytes.fromhex(raw) for raw in found["parameters"]),
+        found["cluster"],
     )
 
 
@@ -104,6 +113,16 @@ class _Tensor:
         return new(ctypes.addressof(self.managed), b"dltensor", None)
 
 
+def _cluster(config: int) -> int:
+    """The size along x among a launch configuration's attributes."""
+    attributes = ctypes.c_uint64.from_address(config + 40).value
+    for i in range(ctypes.c_uint32.from_address(config + 48).value):
+        number, _, size = (ctypes.c_uint32 * 3).from_address(attributes + 72 * i)
+        if number == 4:
+            return int(size)
+    return 1
+
+
 def _main(driver_path: str, shared_object: str, name: str) -> None:
     import tvm_ffi
 
@@ -113,6 +132,7 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
 
     def handed_over(config: int, _: int, arguments: Any) -> int:
         found["config"] = list((ctypes.c_uint32 * 7).from_address(config))
+        found["cluster"] = _cluster(config)
         found["parameters"] = [
             ctypes.string_at(arguments[i], size).hex() for i, size in enumerate(asked["sizes"])
         ]
@@ -124,6 +144,8 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
     target.value = ctypes.cast(callback, ctypes.c_void_p).value
 
     def tensor(argument: Any) -> Any:
+        if isinstance(argument, int | float):
+            return argument
         if isinstance(argument[0], list):
             return tuple(tensor(one) for one in argument)
         return tvm_ffi.from_dlpack(_Tensor(*argument))

@@ -16,10 +16,10 @@ from dsv4.kernels.build import build
 from dsv4.kernels.case import Buffers, Case
 from dsv4.kernels.check import fault, guard_outputs
 from dsv4.kernels.compiled import Argument, Kernel
+from tests.kernels.interpreter.ctas import Cta, run
 from tests.kernels.interpreter.launch import record
 from tests.kernels.interpreter.memory import GlobalMemory
 from tests.kernels.interpreter.source import parse
-from tests.kernels.interpreter.warps import Cta
 from tests.kernels.machine_code import machine_code
 
 Alteration = Callable[[str], str]
@@ -32,32 +32,44 @@ def interpret(
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
     arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
-    raw = {name: tensor.view(torch.uint8).view(-1).numpy() for name, tensor in arguments.items()}
+    raw = {
+        name: one.view(torch.uint8).view(-1).numpy()
+        for name, one in arguments.items()
+        if isinstance(one, Tensor)
+    }
     memory = GlobalMemory(raw)
 
     def describe(argument: Argument | tuple[Argument, ...]) -> Any:
         if isinstance(argument, tuple):
             return [describe(one) for one in argument]
-        tensor: Tensor = arguments[argument.name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return memory.address[argument.name], dtype, list(tensor.shape)
+        given = arguments[argument.name]
+        if not isinstance(given, Tensor):
+            return given
+        dtype = str(given.dtype).removeprefix("torch.")
+        return memory.address[argument.name], dtype, list(given.shape)
 
     launched = record(
         _shared_object(kernel, arch),
         list(program.parameters.values()),
         [describe(argument) for argument in kernel.arguments],
     )
-    width, height, _ = launched.grid
-    for block in range(width * height):
-        Cta(
-            program,
-            launched.parameters,
-            memory,
-            (block % width, block // width, 0),
-            launched.threads,
-            launched.shared_bytes,
-            seed + block,
-        ).run()
+    width, height, depth = launched.grid
+    for first in range(0, width * height * depth, launched.cluster):
+        run(
+            [
+                Cta(
+                    program,
+                    launched.parameters,
+                    memory,
+                    (block % width, block // width % height, block // (width * height)),
+                    launched.threads,
+                    launched.shared_bytes,
+                    seed + block,
+                    launched.grid,
+                )
+                for block in range(first, first + launched.cluster)
+            ]
+        )
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""The experts of a layer for few tokens, in one launch."""

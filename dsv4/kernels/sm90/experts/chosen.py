@@ -1,0 +1,79 @@
+"""The distinct experts that up to eight tokens chose, in shared memory.
+
+Work is shared out by expert, not by choice: an expert that several tokens chose is read once. The
+experts are in ascending order, so that a token meets its own in the same order whatever the other
+tokens chose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+MAX_ROWS = 8
+MAX_CHOICES = 64  # of all tokens together
+_NONE = 0x7FFFFFFF
+
+
+class Chosen:
+    """experts: `[64]`, ascending; count: `[1]` how many; entry: `[64 * 8]`, for (expert, token)
+    the place in topk_idx, or -1; weights: `[64]` of the places.
+    """
+
+    def __init__(self, smem: Any) -> None:
+        def table(kind: Any, size: int) -> Any:
+            return smem.allocate_tensor(kind, cute.make_layout(size), 16)
+
+        self.experts, self.count = table(Int32, MAX_CHOICES), table(Int32, 4)
+        self.entry = table(Int32, MAX_CHOICES * MAX_ROWS)
+        self.weights = table(Float32, MAX_CHOICES)
+        self.ids, self.keys = table(Int32, MAX_CHOICES), table(Int32, MAX_CHOICES)
+
+
+@cute.jit
+def choose(
+    chosen: Any, topk_idx: cute.Tensor, topk_weights: cute.Tensor, experts: Int32, threads: int
+) -> None:
+    """By all threads of a CTA; ends with a barrier. experts: how many there are; any other number
+    in topk_idx chooses nothing.
+    """
+    thread, _, _ = cute.arch.thread_idx()
+    top_k = topk_idx.shape[1]
+    weights, ids, keys, entry = chosen.weights, chosen.ids, chosen.keys, chosen.entry
+    firsts, total = chosen.experts, chosen.count
+    choices = Int32(topk_idx.shape[0]) * top_k
+    own = Int32(-1)
+    if thread < choices:
+        own = topk_idx[thread // top_k, thread % top_k]
+        if (own < 0) | (own >= experts):
+            own = Int32(-1)
+        weights[thread] = topk_weights[thread // top_k, thread % top_k]
+    if thread < MAX_CHOICES:
+        ids[thread] = own
+    for turn in cutlass.range_constexpr(MAX_CHOICES * MAX_ROWS // threads):
+        entry[turn * threads + thread] = Int32(-1)
+    cute.arch.sync_threads()
+    first = Int32(own >= 0)
+    if thread < choices:
+        for other in cutlass.range(thread, unroll=8):
+            if ids[other] == own:
+                first = Int32(0)
+    if thread < MAX_CHOICES:
+        keys[thread] = own if first != 0 else Int32(_NONE)
+    cute.arch.sync_threads()
+    if thread < MAX_CHOICES:
+        rank, count = Int32(0), Int32(0)
+        for other in cutlass.range(choices, unroll=8):
+            key = keys[other]
+            rank += Int32(key < own)
+            count += Int32(key < _NONE)
+        if own >= 0:
+            entry[rank * MAX_ROWS + thread // top_k] = thread
+        if first != 0:
+            firsts[rank] = own
+        if thread == 0:
+            total[0] = count
+    cute.arch.sync_threads()
