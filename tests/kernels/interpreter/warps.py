@@ -25,7 +25,7 @@ from tests.kernels.interpreter.memory import (
 )
 from tests.kernels.interpreter.source import Instruction
 
-_IGNORED = {"griddepcontrol", "fence", "prefetch"}
+_IGNORED = {"griddepcontrol", "fence", "prefetch", "setmaxnreg"}
 
 
 class Warp(Lanes):
@@ -260,6 +260,16 @@ class Warp(Lanes):
     def _movmatrix(self, one: Instruction, active: Any) -> None:
         self._all(active)
         self.assign(one.operands[0], transpose(self.value(one.operands[1])), active)
+
+    def _stmatrix(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op[3:] == ("m8n8", "x4", "trans", "shared", "b16"), one.text
+        for matrix, part in enumerate(one.operands[1][1]):
+            columns = transpose(self.value(part)).astype(np.uint32).reshape(8, 4)
+            for column, words in enumerate(columns):
+                address = self._address(one.operands[0], 8 * matrix + column)
+                assert address % 16 == 0, one.text
+                self.cta.shared.view(address, 16)[:] = words.view(np.uint8)
 
     def _mma(self, one: Instruction, active: Any) -> None:
         self._all(active)
