@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tests.kernels.interpreter.memory import GlobalMemory, SharedMemory
 
 COLUMNS, LANES = 512, 128
-_WIDTHS = {0: 8, 10: 16, 13: 4, 14: 4, 15: 4}
+_WIDTHS = {0: 8, 10: 16, 11: 4}  # of tensor maps: bits of an element
 _SWIZZLES = {0: 0, 6: 1, 4: 2, 2: 3}  # of matrix descriptors: bits of the row mixed in
 
 

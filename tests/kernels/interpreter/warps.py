@@ -19,11 +19,8 @@ from tests.kernels.interpreter.hopper import (
     transpose,
 )
 from tests.kernels.interpreter.lanes import Lanes
-from tests.kernels.interpreter.memory import (
-    RANK,
-    Barrier,
-)
-from tests.kernels.interpreter.source import Instruction
+from tests.kernels.interpreter.memory import RANK, Barrier, Memory, Places
+from tests.kernels.interpreter.source import Instruction, Operand
 
 _IGNORED = {"griddepcontrol", "fence", "prefetch", "setmaxnreg"}
 
@@ -118,13 +115,18 @@ class Warp(Lanes):
     def _cvta(self, one: Instruction, active: Any) -> None:
         self.assign(one.operands[0], self.value(one.operands[1]), active)
 
-    def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
+    def _transfer(self, one: Instruction, place: Operand, active: Any) -> tuple[int, int, Places]:
+        """Bytes of an element, elements, and the addresses of the active lanes."""
         width = int(one.op[-1][1:]) // 8
         count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        addresses = self.value(place[1])[active].astype(np.int64) + place[2]
+        assert not (addresses % (width * count)).any(), f"{one.text} at {addresses}"
+        return width, count, addresses
+
+    def _space(self, one: Instruction) -> Memory:
         if one.op[1] == "shared::cluster":
-            return width, count, self.cta.remote
-        space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
-        return width, count, space.view
+            return self.cta.others
+        return self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
 
     def _ld(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
@@ -136,16 +138,13 @@ class Warp(Lanes):
                 number = int.from_bytes(raw[at : at + width], "little")
                 self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
-        width, count, view = self._transfer(one)
-        parts = target[1] if target[0] == "v" else [target]
+        width, count, addresses = self._transfer(one, source, active)
+        raw = np.zeros((len(addresses), count, 8), dtype=np.uint8)
+        read = self._space(one).read(addresses, width * count)
+        raw[:, :, :width] = read.reshape(-1, count, width)
         found = np.zeros((count, LANES), dtype=np.uint64)
-        for lane in np.flatnonzero(active):
-            address = self._address(source, int(lane))
-            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            raw = view(address, width * count).tobytes()
-            for i in range(count):
-                found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
-        for part, value in zip(parts, found, strict=True):
+        found[:, active] = raw.view(np.uint64)[:, :, 0].T
+        for part, value in zip(target[1] if target[0] == "v" else [target], found, strict=True):
             self.assign(part, value, active)
 
     def _st(self, one: Instruction, active: Any) -> None:
@@ -153,14 +152,11 @@ class Warp(Lanes):
             self._st_async(one, active)
             return
         target, source = one.operands
-        width, count, view = self._transfer(one)
+        width, count, addresses = self._transfer(one, target, active)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
-        for lane in np.flatnonzero(active):
-            address = self._address(target, int(lane))
-            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            mask = (1 << (8 * width)) - 1
-            raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
-            view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+        raw = np.stack([value[active] for value in values], 1)[:, :, None].view(np.uint8)
+        data = raw[:, :, :width].reshape(-1, width * count)
+        self._space(one).write(addresses, data)
 
     def _st_async(self, one: Instruction, active: Any) -> None:
         """A number to a CTA of the cluster, some time."""
