@@ -234,9 +234,7 @@ def _csa_layers(model: Any) -> Iterator[tuple[int, Any]]:
 def score_routers(model: Any) -> list[tuple[Any, Any]]:
     """(router, experts) of every layer that chooses by score."""
     return [
-        (layer.mlp.gate, layer.mlp.experts)
-        for layer in model.model.layers
-        if not layer.mlp.is_hash
+        (layer.mlp.gate, layer.mlp.experts) for layer in model.model.layers if not layer.mlp.is_hash
     ]
 
 

@@ -178,7 +178,9 @@ def learning_rate(step: int, steps: int) -> float:
     return LEARNING_RATE * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def train(work: Path, steps: int | None, seconds: float, seed: int, batch: int, length: int) -> None:
+def train(
+    work: Path, steps: int | None, seconds: float, seed: int, batch: int, length: int
+) -> None:
     """Train on `work/tokens.npz`, for `steps` or as many as fit into `seconds`; -> work/master."""
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
