@@ -10,6 +10,7 @@ Standard errors are taken over windows, because the tokens of one window are not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -157,15 +158,36 @@ def quality(
     directory = Path(directory)
     tell = progress or (lambda _: None)
     windows = read_windows(directory, Path(text_file or directory / HELD_OUT), tokens)
+    with _one_thread():
+        return _measure(directory, windows, VARIANTS if variants is None else variants, tell)
+
+
+def _measure(
+    directory: Path,
+    windows: Tensor,
+    variants: dict[str, MakeWeights],
+    tell: Callable[[str], None],
+) -> Quality:
     tell("source")
     source = [_keep(one) for one in _run(load(SourceWeights.read(directory)), windows)]
     lines = [_line("source", windows, source, iter(source))]
-    for name, make in (VARIANTS if variants is None else variants).items():
+    for name, make in variants.items():
         tell(name)
         with tempfile.TemporaryDirectory(prefix="dsv4-quality-") as place:
             model = load(make(directory, Path(place) / "packed"))
             lines.append(_line(name, windows, source, _run(model, windows)))
     return Quality(len(windows), len(windows) * SCORED, tuple(lines))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices: a second thread only waits, and on a shared machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read_windows(directory: Path, text_file: Path, tokens: int) -> Tensor:
