@@ -4,11 +4,11 @@
     python examples/train_tiny.py train work            minutes on one GPU -> work/master
     python examples/train_tiny.py export work DIR       the official on-disk format
 
-`train` is transformers' DeepseekV4 in BF16 with FP32 masters (on a CPU all FP32): AdamW, a cosine schedule, a step as
-one CUDA graph. For the last part of the run the experts see themselves in MXFP4 and the dense
-matrices in FP8, as the released models did, and the indexers, which learn from the attention where
-to look, choose for real. A seed and a number of steps give the same model on the same machine;
-`--seconds` measures how many steps fit and prints the number.
+`train` is transformers' DeepseekV4 in BF16 with FP32 masters (on a CPU all FP32): AdamW, a cosine
+schedule, a step as one CUDA graph. For the last part of the run the experts see themselves in MXFP4
+and the dense matrices in FP8, as the released models did, and the indexers, which learn from the
+attention where to look, choose for real. A seed and a number of steps give the same model on the
+same machine; `--seconds` measures how many steps fit and prints the number.
 """
 
 from __future__ import annotations
