@@ -15,8 +15,8 @@ demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
 	$(BIN)/dsv4 convert --hf examples/tiny-dsv4 --out demo/packed
 	$(BIN)/dsv4 validate demo/packed --source examples/tiny-dsv4
-	$(BIN)/dsv4 run demo/packed --raw --prompt "$$(printf 'class Stack:\n    """')" \
-		--max-new-tokens 80 --temperature 0.7 --top-p 0.9 --seed 3
+	$(BIN)/dsv4 run demo/packed --raw --prompt "$$(printf 'class Stack:\n    def __init__(self):')" \
+		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 2
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not long"
