@@ -16,7 +16,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dsv4 convert --hf examples/tiny-dsv4 --out demo/packed
 	$(BIN)/dsv4 validate demo/packed --source examples/tiny-dsv4
 	$(BIN)/dsv4 run demo/packed --raw --prompt "$$(printf 'class Stack:\n    def __init__(self):')" \
-		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 2
+		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 1
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not long"
