@@ -10,7 +10,6 @@ Standard errors are taken over windows, because the tokens of one window are not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import statistics
@@ -26,6 +25,7 @@ from dsv4.convert.engine import convert
 from dsv4.convert.recipes import make_recipe
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.threads import one_torch_thread
 from dsv4.runtime.model import Model, load
 from dsv4.runtime.moe import ScoreRouter
 from dsv4.runtime.text import Text
@@ -158,7 +158,7 @@ def quality(
     directory = Path(directory)
     tell = progress or (lambda _: None)
     windows = read_windows(directory, Path(text_file or directory / HELD_OUT), tokens)
-    with _one_thread():
+    with one_torch_thread():
         return _measure(directory, windows, VARIANTS if variants is None else variants, tell)
 
 
@@ -177,17 +177,6 @@ def _measure(
             model = load(make(directory, Path(place) / "packed"))
             lines.append(_line(name, windows, source, _run(model, windows)))
     return Quality(len(windows), len(windows) * SCORED, tuple(lines))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small matrices: a second thread only waits, and on a shared machine for long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def read_windows(directory: Path, text_file: Path, tokens: int) -> Tensor:
