@@ -286,3 +286,28 @@ def bench_load(
             out.print(table)
     if not all(line.correct for line in found.lines):
         raise SystemExit(1)
+
+
+@bench.command("quality")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--tokens", type=click.IntRange(min=512), default=8192, show_default=True)
+@click.option("--text", type=click.Path(path_type=Path), help="Held-out text; DIR/heldout.txt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG here.")
+def bench_quality(
+    directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
+) -> None:
+    """What each recipe costs the trained checkpoint DIRECTORY, on text it has not seen."""
+    from dsv4.bench.quality import quality
+    from dsv4.bench.quality_table import cost_plot, cost_table
+
+    found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
+    if plot is not None:
+        plot.write_text(cost_plot(found), encoding="utf-8")
+    if as_json:
+        print_json({"native_holds": found.native_holds, **dataclasses.asdict(found)})
+    else:
+        out.print(cost_table(found))
+    if not found.native_holds:
+        err.print("native differs from the source by more than 1e-4 of perplexity")
+        raise SystemExit(1)

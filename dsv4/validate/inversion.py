@@ -8,11 +8,9 @@ with the model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from dsv4.formats.nvfp4 import NVFP4Tensor
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.source_inventory import check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.formats.threads import one_torch_thread
 from dsv4.validate.claims import check_claims, check_origin, check_stack_loss
 from dsv4.validate.content import in_parallel
 from dsv4.validate.report import Report, TensorVerdict
@@ -69,7 +68,7 @@ def invert(
 
     losses: dict[str, float] = {}
     common = [tensor for name, tensor in tensors.items() if name in names]
-    with _one_thread_each():
+    with one_torch_thread():
         for begin in range(0, len(common), BATCH):
             for part in in_parallel(compare, common[begin : begin + BATCH], workers):
                 report.absorb(part)
@@ -88,17 +87,6 @@ def invert(
     for path, rel_mse in worst.items():
         check_stack_loss(packed.store.contents.stacks[path], rel_mse, report)
     check_claims(packed, source, report)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Tensors are compared side by side; torch's own threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +12,8 @@ from dsv4.kernels.check import fault
 from dsv4.kernels.operations.attention import DECODE_ROWS, attention, case, cases, checks
 from dsv4.kernels.operations.attention_inputs import Plan
 from dsv4.kernels.operations.attention_rows import Shape, expected, seen_rows, shapes_of
-from tests.kernels.interpreter.run import Alteration, faults
+from tests.kernels.interpreter.alterations import without
+from tests.kernels.interpreter.run import faults
 from tests.kernels.machine_code import machine_code
 
 # The kernels' dimensions, on few rows.
@@ -130,19 +129,11 @@ def test_interpreted(name: str) -> None:
     assert faults(_case(kind, plan, **({"cuts": 1} | tuning)), "sm_90a") == []
 
 
-def _without(pattern: str, which: int) -> Alteration:
-    def alter(ptx: str) -> str:
-        found = list(re.finditer(pattern, ptx, re.DOTALL))[which]
-        return ptx[: found.start()] + ptx[found.end() :]
-
-    return alter
-
-
 ALTERATIONS = {
-    "rows are not waited for": _without(r"\{ \.reg \.pred p; WAIT_\d+:.*?\}", 0),
-    "one product is missing": _without(r"wgmma\.mma_async[^;]*;", 7),
-    "sums are not waited for": _without(r"wgmma\.wait_group[^;]*;", 1),
-    "probabilities are not awaited": _without(r"bar\.sync[^;]*;", 4),
+    "rows are not waited for": without(r"\{ \.reg \.pred p; WAIT_\d+:.*?\}", 0),
+    "one product is missing": without(r"wgmma\.mma_async[^;]*;", 7),
+    "sums are not waited for": without(r"wgmma\.wait_group[^;]*;", 1),
+    "probabilities are not awaited": without(r"bar\.sync[^;]*;", 4),
 }
 
 

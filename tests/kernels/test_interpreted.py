@@ -5,14 +5,13 @@ On few CTAs, so that each has several tiles: rings wrap, accumulators alternate.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from dsv4.kernels.operations import fp4_gemm, fp4_gemm_grouped, quantize_activations
 from dsv4.kernels.operations.fp4_gemm import Product
 from dsv4.kernels.operations.fp4_gemm_grouped import Experts
 from dsv4.kernels.operations.quantize_activations import Form
+from tests.kernels.interpreter.alterations import WAIT, instead, without
 from tests.kernels.interpreter.run import Alteration, configured, faults
 
 DENSE = {
@@ -57,38 +56,18 @@ def test_quantizer(name: str, arch: str) -> None:
     assert faults(case, arch) == []
 
 
-def _without(pattern: str, which: int) -> Alteration:
-    """Remove an instruction."""
-
-    def alter(ptx: str) -> str:
-        found = list(re.finditer(pattern, ptx, re.DOTALL))[which]
-        return ptx[: found.start()] + ptx[found.end() :]
-
-    return alter
-
-
-def _instead(pattern: str, other: str) -> Alteration:
-    def alter(ptx: str) -> str:
-        altered, count = re.subn(pattern, other, ptx)
-        assert count
-        return altered
-
-    return alter
-
-
-WAIT = r"\{\s*\.reg \.pred\s+P1;.*?DONE:\s*\}"
 # The waits, in the order of the text: copying (empty), multiplying (acc_empty, full), storing.
 ALTERATIONS = {
-    "copies do not wait for room": _without(WAIT, 0),
-    "the accumulator is not waited for": _without(WAIT, 1),
-    "copies are not waited for": _without(WAIT, 2),
-    "sums are not waited for": _without(WAIT, 3),
-    "stages are not given back": _without(r"tcgen05\.commit[^;]*;", 0),
-    "sums are not announced": _without(r"tcgen05\.commit[^;]*;", 1),
-    "scales of w are not moved": _without(r"tcgen05\.cp[^;]*;", 5),
-    "one multiplication is missing": _without(r"tcgen05\.mma[^;]*;", 3),
-    "bytes are announced wrongly": _instead(r"mov\.b32 \t(%r\d+), 36864;", r"mov.b32 \1, 36848;"),
-    "tensor memory is kept": _without(r"tcgen05\.dealloc[^;]*;", 0),
+    "copies do not wait for room": without(WAIT, 0),
+    "the accumulator is not waited for": without(WAIT, 1),
+    "copies are not waited for": without(WAIT, 2),
+    "sums are not waited for": without(WAIT, 3),
+    "stages are not given back": without(r"tcgen05\.commit[^;]*;", 0),
+    "sums are not announced": without(r"tcgen05\.commit[^;]*;", 1),
+    "scales of w are not moved": without(r"tcgen05\.cp[^;]*;", 5),
+    "one multiplication is missing": without(r"tcgen05\.mma[^;]*;", 3),
+    "bytes are announced wrongly": instead(r"mov\.b32 \t(%r\d+), 36864;", r"mov.b32 \1, 36848;"),
+    "tensor memory is kept": without(r"tcgen05\.dealloc[^;]*;", 0),
 }
 
 

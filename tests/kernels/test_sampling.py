@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Callable
 
 import pytest
@@ -27,7 +26,8 @@ from dsv4.kernels.reference.sampling import (
     scale,
     weights,
 )
-from tests.kernels.interpreter.run import Alteration, faults
+from tests.kernels.interpreter.alterations import WAIT, instead, without
+from tests.kernels.interpreter.run import faults
 from tests.kernels.machine_code import machine_code
 
 VOCAB = 520  # two vectors of a lane
@@ -233,30 +233,12 @@ def test_the_kernel_draws_the_same_tokens(name: str) -> None:
     assert faults(case(VOCAB, name, "none", rows, fill, SMALL), arch, seed=3) == []
 
 
-def _without(pattern: str, which: int) -> Alteration:
-    def alter(ptx: str) -> str:
-        found = list(re.finditer(pattern, ptx, re.DOTALL))[which]
-        return ptx[: found.start()] + ptx[found.end() :]
-
-    return alter
-
-
-def _instead(pattern: str, other: str) -> Alteration:
-    def alter(ptx: str) -> str:
-        altered, count = re.subn(pattern, other, ptx)
-        assert count
-        return altered
-
-    return alter
-
-
-WAIT = r"\{\s*\.reg \.pred\s+P1;.*?DONE:\s*\}"
 ALTERATIONS: dict[str, Callable[[str], str]] = {
-    "the largest logit is not waited for": _without(WAIT, 0),
-    "sums are not waited for": _without(WAIT, 1),
-    "the token is not waited for": _without(WAIT, 2),
-    "a number is not sent": _without(r"st\.async[^;]*;", 1),
-    "a coefficient is off": _instead(str(POLYNOMIAL[0]), str(POLYNOMIAL[0] - 9999999)),
+    "the largest logit is not waited for": without(WAIT, 0),
+    "sums are not waited for": without(WAIT, 1),
+    "the token is not waited for": without(WAIT, 2),
+    "a number is not sent": without(r"st\.async[^;]*;", 1),
+    "a coefficient is off": instead(str(POLYNOMIAL[0]), str(POLYNOMIAL[0] - 9999999)),
 }
 
 
