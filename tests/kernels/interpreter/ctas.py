@@ -82,7 +82,7 @@ def run(ctas: Sequence[Cta]) -> None:
                 if not warp.step():
                     break
         elif not any(cta.device.progress() for cta in draw.sample(ctas, len(ctas))) and not ready:
-            where = [warp.program[int(warp.pcs.min())].text for warp in alive]
+            where = [warp.program[warp.next].text for warp in alive]
             raise RuntimeError(f"all warps wait for ever: {where}")
     raise RuntimeError("the kernel does not end")
 
@@ -95,4 +95,4 @@ def _meet(alive: Sequence[Warp]) -> None:
         if wanted == {LANES * len(there)}:
             for warp in there:
                 warp.at_barrier = False
-                warp.pcs += 1
+                warp.go_to(warp.next + 1, warp.live)

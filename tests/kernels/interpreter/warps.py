@@ -30,7 +30,9 @@ class Warp(Lanes):
 
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
-        one = self.program[int(self.pcs[self.live].min())]
+        one = self.program[self.next]
+        if one.op[0] not in ("mbarrier", "barrier"):
+            return False
         if one.op[:3] == ("barrier", "cluster", "wait"):
             others = [warp for cta in self.cta.cluster for warp in cta.alive]
             return any(warp.arrivals < self.arrivals for warp in others)
@@ -40,39 +42,38 @@ class Warp(Lanes):
         return self.cta.shared.barriers[address].phase == parity
 
     def _wait_of(self, one: Instruction) -> tuple[int, int]:
-        return self._address(one.operands[1], self._first()), int(
-            self.value(one.operands[2])[self._first()]
-        )
-
-    def _first(self) -> int:
-        return int(np.flatnonzero(self.live & (self.pcs == self.pcs[self.live].min()))[0])
+        lane = int(np.argmax(self.furthest_behind))
+        return self._address(one.operands[1], lane), int(self.value(one.operands[2])[lane])
 
     def step(self) -> bool:
         """One instruction, of the lanes that are furthest behind; False when it has to wait."""
         if self.done or self.at_barrier or self.waits():
             return False
-        pc = int(self.pcs[self.live].min())
-        lanes = self.live & (self.pcs == pc)
+        pc, lanes = self.next, self.furthest_behind
         one = self.program[pc]
         active = lanes
         if one.guard:
             name, negated = one.guard
             active = lanes & ((self.registers[name] != 0) ^ negated)
         if one.op[0] == "bra":
-            self.pcs[lanes] = pc + 1
             self.pcs[active] = one.target
+            self.pcs[lanes & ~active] = pc + 1
+            self.find()
             return True
         if one.op[0] == "ret":
             self.live[active] = False
-        elif one.op == ("bar", "sync"):
+            self.pcs[lanes] = pc + 1
+            self.find()
+            return True
+        if one.op == ("bar", "sync"):
             assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
             numbers = [int(self.value(operand)[0]) for operand in one.operands]
             self.barrier, self.wanted = (*numbers, 0)[:2]
             self.at_barrier = True
             return False
-        elif active.any():
+        if active is lanes or active.any():
             self._execute(one, active)
-        self.pcs[lanes] = pc + 1
+        self.go_to(pc + 1, lanes)
         return True
 
     def _execute(self, one: Instruction, active: Any) -> None:
