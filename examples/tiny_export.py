@@ -7,6 +7,7 @@ rounded to MXFP4 (experts) and FP8 (dense matrices), and written file by file as
 from __future__ import annotations
 
 import json
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from dsv4.formats.inventory import Kind, Parameter
 HELD_OUT_BYTES = 96 << 10  # of held-out text that travel with the checkpoint
 
 _LICENSE = """\
-The weights in this directory were trained by examples/train_tiny.py on the sources and docstrings
-of the Python standard library and on nothing else. That text is (c) Python Software Foundation,
-licensed under the PSF License Version 2 (https://docs.python.org/3/license.html), and so is
-heldout.txt. The weights may be used for any purpose.
+The weights in this directory were trained by examples/train_tiny.py of dsv4 and are under dsv4's
+MIT licence. The text they were trained on, of which heldout.txt and the tokenizer's merges are
+derived, is the Python standard library, Copyright (c) 2001 Python Software Foundation; All Rights
+Reserved. Its licence follows.
+
 """
 
 
@@ -44,7 +46,8 @@ def export(work: Path, out: Path) -> None:
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     for name, text in files_of(tokenizer, tiny_model.CONFIG.max_position_embeddings).items():
         (out / name).write_text(text, encoding="utf-8")
-    (out / "LICENSE").write_text(_LICENSE, encoding="utf-8")
+    theirs = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    (out / "LICENSE").write_text(_LICENSE + theirs.read_text(), encoding="utf-8")
     held = (work / "heldout.txt").read_text(encoding="utf-8")
     (out / "heldout.txt").write_text(held[:HELD_OUT_BYTES], encoding="utf-8")
     report = json.loads((work / "report.json").read_text())

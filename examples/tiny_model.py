@@ -85,10 +85,8 @@ def _hash_table(rank: Tensor, config: ModelConfig, layer: int) -> Tensor:
 
 
 def to_bfloat16(model: Any) -> None:
-    """BF16 to compute in, but for what DeepSeek-V4 computes in FP32, routers included."""
-    strict = [*model._keep_in_fp32_modules_strict, "gate"]
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_pre_hook(lambda _m, args: (args[0].float(), *args[1:]))
+    """What the released files hold in BF16 computes in it; the rest stays float32."""
+    strict = model._keep_in_fp32_modules_strict
     for name, parameter in model.named_parameters():
         if not any(part in strict for part in name.split(".")):
             parameter.data = parameter.data.bfloat16()
@@ -172,11 +170,6 @@ class Watch:
 
     scores: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     attention: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Let go of the pass, and of the graph of its derivatives."""
-        self.scores.clear()
-        self.attention.clear()
 
     def indexer_loss(self, ratio: int) -> Tensor:
         """How far the indexers' choice is from where the attention looks: KL, mean over layers.
