@@ -12,13 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from dsv4.formats.config import ModelConfig
+from dsv4.kernels.bounds import blocked
 from dsv4.kernels.case import Buffers, Case, Expected, Launch
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.operations import gemv
 from dsv4.kernels.operations.gemv import MAX_ROWS, Weight
+from dsv4.kernels.reference.linear import dequantize_rows
 
 MODULE = "dsv4.kernels.sm90.prefill"
 ARCHITECTURES = ("sm_90a",)
+ROWS_AT_ONCE = 8192  # of a weight, for the reference
 RAGGED = (1, 8, 17, 300)
 
 
@@ -158,13 +161,24 @@ def harden(weight: Weight, buffers: Buffers, rng: torch.Generator) -> None:
 def expected(weight: Weight, buffers: Buffers) -> Expected:
     """The correctly rounded product, and how far the kernel's may be from it.
 
-    As for `gemv`: a chain of K/16 products in float32. FP8 values below 2^-126 lose at most 2^-134
-    each when they become bfloat16. A bfloat16 result is rounded once more, by half a unit of 8
-    bits: 2^-8 of its magnitude, or 2^-134 where it is subnormal.
+    One chain of sums in float32 (`blocked`), then the global scale. FP8 values below 2^-126 lose at
+    most 2^-134 each when they become bfloat16. A bfloat16 result is rounded once more, by half a
+    unit of 8 bits: 2^-8 of its magnitude, or 2^-134 where it is subnormal.
     """
-    value, tolerance = gemv.expected(weight, buffers, "")
+    x = buffers["x"].to(torch.float64)
+    factor = torch.ones((), dtype=torch.float64, device=x.device)
+    if weight.kind == "nvfp4":
+        factor = buffers["global_scale"].to(torch.float64)
+        buffers = buffers | {"global_scale": torch.ones_like(buffers["global_scale"])}
+    matrix, per_group = gemv.matrix_of(weight, buffers, ""), weight.n // weight.groups
+    sums = []
+    for start in range(0, weight.n, per := min(per_group, ROWS_AT_ONCE)):
+        rows = dequantize_rows(matrix, start, min(start + per, weight.n)).to(torch.float64)
+        sums.append(blocked(x[:, start // per_group], rows))
+    value, tolerance = (torch.cat(parts, 1) * factor for parts in zip(*sums, strict=True))
+    tolerance += value.abs() * 2.0**-23
     if weight.kind == "fp8":
-        lost = buffers["x"].to(torch.float64).abs().sum(-1) * 2.0**-134
+        lost = x.abs().sum(-1) * 2.0**-134
         tolerance = tolerance + lost.repeat_interleave(weight.n // weight.groups, 1)
     tolerance = tolerance + weight.k * 2.0**-148  # subnormal sums
     if buffers["y"].dtype is torch.bfloat16:

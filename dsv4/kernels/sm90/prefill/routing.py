@@ -19,8 +19,8 @@ LINE = 8  # bfloat16 numbers of 16 bytes
 class Route:
     """Which tokens visit an expert, for all experts: one CTA each, none waits for another.
 
-    topk_idx: int32 `[T, k]`; topk_weights: float32 `[T, k]`. The list has the choices of expert 0
-    first, then those of 1, …: entries: int32, token times k plus choice; places: int32, token times
+    topk_idx: int32 `[T, k]`, not from 0 to E - 1 where an expert is not here; topk_weights: float32
+    `[T, k]`. The list has the choices of expert 0 first, then those of 1, …: entries: int32, token times k plus choice; places: int32, token times
     k plus how many of the token's experts come before this one; weights: float32; all three with
     room for T k or more; offsets: int32 `[E + 1]`, where an expert's part begins.
     """
@@ -59,7 +59,7 @@ class Route:
         before, own = Int32(0), Int32(0)
         for at in cutlass.range(thread, total, ROUTE_THREADS, unroll=4):
             found = topk_idx.iterator[at]
-            before += Int32(found < expert)
+            before += Int32(_precedes(found, expert))
             own += Int32(found == expert)
         base, place, count = self._scan(before, own, thread)
         if thread == 0:
@@ -73,7 +73,7 @@ class Route:
                 rank = Int32(0)
                 for choice in range_constexpr(self.top_k):
                     other, own_choice = topk_idx[token, choice], at % self.top_k
-                    rank += Int32(other < expert)
+                    rank += Int32(_precedes(other, expert))
                     rank += Int32(other == expert) * Int32(choice < own_choice)
                 entries.iterator[place] = at
                 places.iterator[place] = token * self.top_k + rank
@@ -104,25 +104,34 @@ class Route:
         return base, place, count
 
 
+def _precedes(other: Int32, expert: Int32) -> Any:
+    """Whether `other` is an expert before `expert`."""
+    return (other >= 0) & (other < expert)
+
+
 class Combine:
     """A token's rows, summed in float32 in ascending order of expert.
 
-    partial: bfloat16 `[T k or more, D]`; y: float32 or bfloat16 `[T, D]`.
+    partial: bfloat16 `[T k or more, D]`; topk_idx: int32 `[T, k]`, which says how many rows a token
+    has; y: float32 or bfloat16 `[T, D]`.
     """
 
-    def __init__(self, hidden: int, top_k: int, out: str) -> None:
-        self.hidden, self.top_k, self.rounded = hidden, top_k, out == "bfloat16"
+    def __init__(self, experts: int, hidden: int, top_k: int, out: str) -> None:
+        self.experts, self.hidden, self.top_k = experts, hidden, top_k
+        self.rounded = out == "bfloat16"
 
     @cute.jit
-    def __call__(self, partial: cute.Tensor, y: cute.Tensor, stream: cuda.CUstream) -> None:
-        self.kernel(partial, y).launch(
+    def __call__(
+        self, partial: cute.Tensor, topk_idx: cute.Tensor, y: cute.Tensor, stream: cuda.CUstream
+    ) -> None:
+        self.kernel(partial, topk_idx, y).launch(
             grid=[y.shape[0], -(-self.hidden // (THREADS * LINE)), 1],
             block=[THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, partial: cute.Tensor, y: cute.Tensor) -> None:
+    def kernel(self, partial: cute.Tensor, topk_idx: cute.Tensor, y: cute.Tensor) -> None:
         thread, _, _ = cute.arch.thread_idx()
         token, part, _ = cute.arch.block_idx()
         column = (part * THREADS + thread) * LINE
@@ -132,11 +141,15 @@ class Combine:
                 shared.load_global_b128(first + Int64(column * 2 + i * self.hidden * 2))
                 for i in range(self.top_k)
             ]
+            count = Int32(0)
+            for choice in range_constexpr(self.top_k):
+                count += Int32(_precedes(topk_idx[token, choice], Int32(self.experts)))
             sums = []
             for i in range_constexpr(LINE):
                 total = Float32(0.0)
                 for row in range_constexpr(self.top_k):
-                    total += shared.bf16_to_f32(rows[row][i // 2], i % 2)
+                    value = shared.bf16_to_f32(rows[row][i // 2], i % 2)
+                    total += value if row < count else Float32(0.0)
                 sums.append(total)
             to = y.iterator.toint()
             if cutlass.const_expr(self.rounded):
