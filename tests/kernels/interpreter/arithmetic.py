@@ -78,6 +78,7 @@ _INTEGER: dict[str, Callable[..., NDArray[np.int64]]] = {
     "xor": lambda a, b: a ^ b,
     "not": lambda a: ~a,
     "neg": lambda a: -a,
+    "abs": np.abs,
     "div": _divide,
     "rem": lambda a, b: a - _divide(a, b) * b,
 }
@@ -157,6 +158,12 @@ def _floats(op: tuple[str, ...], args: Sequence[NDArray[np.float32]]) -> Bits | 
                 return bits(np.float32(1) / args[0])
             case "neg":
                 return bits(-args[0])
+            case "abs":
+                return bits(np.abs(args[0]))
+            case "sqrt":
+                return bits(np.sqrt(args[0]))
+            case "rsqrt":
+                return bits((1 / np.sqrt(args[0].astype(np.float64))).astype(np.float32))
             case "min":
                 return bits(np.fmin(args[0], args[1]))
             case "max":
@@ -206,6 +213,10 @@ def convert(op: tuple[str, ...], args: Sequence[Bits]) -> Bits:
                     for s in (0, 8)
                 ]
                 return halves[0] | (halves[1] << np.uint64(16))
+            case "bf16", "f32":
+                return _round(args[0], ml_dtypes.bfloat16, np.uint16)
+            case "f32", "bf16":
+                return (args[0] & np.uint64(0xFFFF)) << np.uint64(16)
             case "f32", "f16":
                 return bits(args[0].astype(np.uint16).view(np.float16).astype(np.float32))
             case "f32", "f32":

@@ -15,7 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_CODES = {"uint8": (1, 8), "int32": (0, 32), "float32": (2, 32), "bfloat16": (4, 16)}
+_CODES = {
+    "uint8": (1, 8),
+    "int32": (0, 32),
+    "int64": (0, 64),
+    "float32": (2, 32),
+    "bfloat16": (4, 16),
+}
 _CUDA = 2
 
 
@@ -30,7 +36,7 @@ class Launched:
 
 
 def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launched:
-    """arguments: (address, dtype's name, shape), or lists of these. sizes: of the parameters."""
+    """arguments: (address, dtype's name, shape), numbers, or lists. sizes: of the parameters."""
     driver = shared_object.parent / "driver.so"
     source = Path(__file__).with_name("driver.c")
     soname = "-Wl,-soname,libcute_dsl_runtime.so"
@@ -124,6 +130,8 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
     target.value = ctypes.cast(callback, ctypes.c_void_p).value
 
     def tensor(argument: Any) -> Any:
+        if isinstance(argument, int | float):
+            return argument
         if isinstance(argument[0], list):
             return tuple(tensor(one) for one in argument)
         return tvm_ffi.from_dlpack(_Tensor(*argument))

@@ -32,28 +32,34 @@ def interpret(
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
     arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
-    raw = {name: tensor.view(torch.uint8).view(-1).numpy() for name, tensor in arguments.items()}
+    raw = {
+        name: one.view(torch.uint8).view(-1).numpy()
+        for name, one in arguments.items()
+        if isinstance(one, Tensor)
+    }
     memory = GlobalMemory(raw)
 
     def describe(argument: Argument | tuple[Argument, ...]) -> Any:
         if isinstance(argument, tuple):
             return [describe(one) for one in argument]
-        tensor: Tensor = arguments[argument.name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return memory.address[argument.name], dtype, list(tensor.shape)
+        given = arguments[argument.name]
+        if not isinstance(given, Tensor):
+            return given
+        dtype = str(given.dtype).removeprefix("torch.")
+        return memory.address[argument.name], dtype, list(given.shape)
 
     launched = record(
         _shared_object(kernel, arch),
         list(program.parameters.values()),
         [describe(argument) for argument in kernel.arguments],
     )
-    width, height, _ = launched.grid
-    for block in range(width * height):
+    width, height, depth = launched.grid
+    for block in range(width * height * depth):
         Cta(
             program,
             launched.parameters,
             memory,
-            (block % width, block // width, 0),
+            (block % width, block // width % height, block // (width * height)),
             launched.threads,
             launched.shared_bytes,
             seed + block,

@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
 from tests.kernels.interpreter.blackwell import Device, TensorMap
+from tests.kernels.interpreter.hopper import (
+    Copies,
+    Copy,
+    Products,
+    add_product,
+    gather,
+    multiply,
+    multiply_pairs,
+    operand,
+    rows_of,
+)
 from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
 from tests.kernels.interpreter.source import Instruction, Operand, Program
 
@@ -49,10 +60,7 @@ class Cta:
             if not alive:
                 assert self.device.allocated == 0, "tensor memory was not given back"
                 return
-            if all(warp.at_barrier for warp in alive):
-                for warp in alive:
-                    warp.at_barrier = False
-                    warp.pcs += 1
+            _meet(alive)
             ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
             if ready and self.device.random.random() < self.eagerness:
                 speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
@@ -66,8 +74,19 @@ class Cta:
         raise RuntimeError("the kernel does not end")
 
 
+def _meet(alive: Sequence[Warp]) -> None:
+    """Let warps go on whose barrier has all the threads that it wants."""
+    for number in {warp.barrier for warp in alive if warp.at_barrier}:
+        there = [warp for warp in alive if warp.at_barrier and warp.barrier == number]
+        wanted = {warp.wanted or LANES * len(alive) for warp in there}
+        if wanted == {LANES * len(there)}:
+            for warp in there:
+                warp.at_barrier = False
+                warp.pcs += 1
+
+
 class Warp:
-    """32 lanes."""
+    """32 lanes. barrier, wanted: number and threads of that which it is at; 0: of all warps."""
 
     def __init__(self, cta: Cta, first_thread: int) -> None:
         self.cta, self.program = cta, cta.program.instructions
@@ -80,6 +99,9 @@ class Warp:
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
         self.at_barrier = False
+        self.barrier = self.wanted = 0
+        self.copies = Copies()
+        self.products = Products()
 
     @property
     def done(self) -> bool:
@@ -121,6 +143,8 @@ class Warp:
             self.live[active] = False
         elif one.op == ("bar", "sync"):
             assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
+            numbers = [int(self.value(operand)[0]) for operand in one.operands]
+            self.barrier, self.wanted = (*numbers, 0)[:2]
             self.at_barrier = True
             return False
         elif active.any():
@@ -136,8 +160,10 @@ class Warp:
         if special is not None:
             special(one, active)
             return
-        if op[0] in ("shl", "shr"):
-            result: Bits | None = shift(op, self.value(args[1]), self.value(args[2]))
+        if op == ("mul", "rn", "bf16x2"):
+            result: Bits | None = multiply_pairs(self.value(args[1]), self.value(args[2]))
+        elif op[0] in ("shl", "shr"):
+            result = shift(op, self.value(args[1]), self.value(args[2]))
         else:
             result = compute(op, [self.value(a) for a in args[1:]])
         if result is None:
@@ -210,8 +236,10 @@ class Warp:
         if one.op[1] == "param":
             _, raw = self.cta.parameters[source[1][1]]
             width = int(one.op[-1][1:]) // 8
-            number = int.from_bytes(raw[source[2] : source[2] + width], "little")
-            self.assign(target, np.full(LANES, number, dtype=np.uint64), active)
+            for i, part in enumerate(target[1] if target[0] == "v" else [target]):
+                at = source[2] + width * i
+                number = int.from_bytes(raw[at : at + width], "little")
+                self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
         width, count, space = self._transfer(one)
         parts = target[1] if target[0] == "v" else [target]
@@ -236,6 +264,15 @@ class Warp:
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
             space.view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
 
+    def _atom(self, one: Instruction, active: Any) -> None:
+        assert one.op[1] == "global" and one.op[-2:] == ("add", "u32"), one.text
+        old = np.zeros(LANES, dtype=np.uint64)
+        for lane in map(int, np.flatnonzero(active)):
+            place = self.cta.memory.view(self._address(one.operands[1], lane), 4).view(np.uint32)
+            old[lane] = place[0]
+            place[0] += np.uint32(self.value(one.operands[2])[lane])
+        self.assign(one.operands[0], old, active)
+
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
         self._all(active)
@@ -248,9 +285,11 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op == ("redux", "sync", "max", "u32"), one.text
+        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        self.assign(one.operands[0], np.full(LANES, value.max()), active)
+        order = signed(value, 32) if one.op[3] == "s32" else value
+        best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
+        self.assign(one.operands[0], np.full(LANES, value[best]), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -278,7 +317,87 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _vote(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op == ("vote", "sync", "ballot", "b32"), one.text
+        votes = sum(1 << lane for lane in map(int, np.flatnonzero(self.value(one.operands[1]))))
+        self.assign(one.operands[0], np.full(LANES, votes, dtype=np.uint64), active)
+
+    def _mma(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert "m16n8k16" in one.op and one.op[-4:] == ("f32", "bf16", "bf16", "f32"), one.text
+        a, b, c = ([self.value(part) for part in operand[1]] for operand in one.operands[1:])
+        for target, value in zip(one.operands[0][1], multiply(a, b, c), strict=True):
+            self.assign(target, value, active)
+
+    def _wgmma(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        match one.op[1]:
+            case "fence":
+                pass
+            case "commit_group":
+                self.products.commit()
+            case "wait_group":
+                self.products.wait(int(self.value(one.operands[0])[0]))
+            case _:
+                assert one.op[-3:] == ("f32", "bf16", "bf16"), one.text
+                self.products.open.append(lambda: self._product(one, active))
+
+    def _product(self, one: Instruction, active: Any) -> None:
+        """A warp's 16 rows of `acc + a · b`; operands are read now."""
+        acc, a, b, *flags = one.operands
+        data = self.cta.shared.data
+        n = 2 * len(acc[1])
+        assert f"m64n{n}k16" in one.op, one.text
+        if a[0] == "v":
+            left = rows_of([self.value(part) for part in a[1]])
+        else:
+            warp = int(self.registers["%tid.x"][0]) // LANES % 4
+            rows = 16 * warp + np.arange(16)
+            left = gather(data, operand(int(self.value(a)[0]), rows, flags[3] == ("i", 1)))
+        places = operand(int(self.value(b)[0]), np.arange(n), flags[-1] == ("i", 1))
+        right = gather(data, places)
+        assert self.value(flags[0])[0] and flags[1] == flags[2] == ("i", 1), one.text
+        sums = add_product([self.value(part) for part in acc[1]], left, right)
+        for target, value in zip(acc[1], sums, strict=True):
+            self.assign(target, value, active)
+
+    def _cp_async(self, one: Instruction, active: Any) -> None:
+        if one.op[2] == "commit_group":
+            self.copies.commit()
+        elif one.op[2] == "mbarrier":
+            self._arrive_after_copies(one, active)
+        elif one.op[2] == "wait_group":
+            self.copies.wait(int(self.value(one.operands[0])[0]))
+        else:
+            count = int(self.value(one.operands[2])[0])
+            assert one.op[2] == "ca" or count == 16, one.text
+            read = self.value(one.operands[3] if len(one.operands) > 3 else one.operands[2])
+            for lane in map(int, np.flatnonzero(active)):
+                target, source = (self._address(one.operands[i], lane) for i in (0, 1))
+                assert target % count == 0 and source % count == 0, one.text
+                found = np.zeros(0, dtype=np.uint8)
+                if read[lane]:
+                    found = self.cta.memory.view(source, int(read[lane]))
+                self.copies.open.append(Copy(self.cta.shared.view(target, count), found))
+
+    def _arrive_after_copies(self, one: Instruction, active: Any) -> None:
+        assert one.op[3:5] == ("arrive", "noinc"), one.text
+        places = [self._address(one.operands[0], int(lane)) for lane in np.flatnonzero(active)]
+        before, barriers = self.copies.under_way(), self.cta.shared.barriers
+
+        def done() -> None:
+            for copy in before:
+                copy.run()
+            for place in places:
+                barriers[place].arrive()
+
+        self.cta.device.copies.append(done)
+
     def _cp(self, one: Instruction, active: Any) -> None:
+        if one.op[2] != "bulk":
+            self._cp_async(one, active)
+            return
         lane, args, device = self._one(active), one.operands, self.cta.device
         target, barrier = self._address(args[0], lane), args[2 if "tensor" in one.op else 3]
         bar = self._address(barrier, lane)

@@ -30,12 +30,11 @@ from dsv4.kernels.sm90.experts.sequence import (
     PIECES,
     SCALE_AT,
     SLOT_BYTES,
-    STEP,
     Shape,
     Stream,
 )
 from dsv4.kernels.sm90.experts.sums import Sums, exchange, item, total
-from dsv4.kernels.sm90.operands import MMAS, Fp8Operand
+from dsv4.kernels.sm90.operands import MMAS, STEP, Fp8Operand
 from dsv4.kernels.sm90.ring import PIECE_BYTES, wait
 
 GROUP = 8  # columns in 16 bytes
