@@ -13,10 +13,10 @@ PIP_FLAGS ?=
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
-	$(BIN)/dsv4 tiny demo/hub
-	$(BIN)/dsv4 convert --hf demo/hub --out demo/packed
-	$(BIN)/dsv4 validate demo/packed --source demo/hub
-	$(BIN)/dsv4 run demo/packed --prompt "Hello, world!" --max-new-tokens 32 --temperature 0
+	$(BIN)/dsv4 convert --hf examples/tiny-dsv4 --out demo/packed
+	$(BIN)/dsv4 validate demo/packed --source examples/tiny-dsv4
+	$(BIN)/dsv4 run demo/packed --raw --prompt "$$(printf 'class Stack:\n    def __init__(self):')" \
+		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 1
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not long"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv4.convert.engine import convert
     from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+    from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
     from dsv4.validate.engine import validate
     from dsv4.validate.repair import repair
@@ -58,26 +59,35 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     *,
-    numerics: Literal["exact", "official"] = "exact",
-) -> Model:
+    numerics: Literal["exact", "caches", "official"] | None = None,
+) -> Model | GpuModel:
     """Load the model of a packed store (a path, or what `open` returned).
 
-    dtype: torch.float32 (the default) or torch.bfloat16, of activations and caches.
-    Weights stay packed in the mapped files; every chunk is verified when it is first mapped.
-    numerics "official" simulates the FP8 and FP4 activations the weights were trained with.
-    Raises StoreError or RuntimeRefusal.
+    On "cpu", and on "cuda" when dtype or numerics is given, this is the reference in torch: weights
+    stay packed in the mapped files, every chunk is verified when it is first mapped. dtype:
+    torch.float32 (the default) or torch.bfloat16, of activations and caches. numerics "official"
+    simulates the FP8 and FP4 activations the weights were trained with, "caches" only what caches
+    hold.
+    On "cuda" otherwise it is the compiled kernels (`dsv4 kernels build`), which compute what the
+    reference does in bfloat16 with numerics "caches".
+    Raises StoreError, RuntimeRefusal or KernelError.
     """
     import torch
 
     from dsv4.kernels.reference.numerics import Numerics
-    from dsv4.runtime.model import load as load_model
 
     checkpoint = open(packed) if isinstance(packed, str | Path) else packed
+    if torch.device(device).type == "cuda" and dtype is None and numerics is None:
+        from dsv4.runtime.gpu.load import load as load_gpu
+
+        return load_gpu(checkpoint.store, torch.device(device))
+    from dsv4.runtime.model import load as load_model
+
     return load_model(
         checkpoint.store,
         device=device,
         dtype=dtype or torch.float32,
-        numerics=Numerics(numerics),
+        numerics=Numerics(numerics or "exact"),
     )
 
 

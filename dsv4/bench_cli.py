@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dsv4.console import err, out, print_json
+from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
 from dsv4.formats.releases import MODELS
-from dsv4.options import models_option, operations_option
+from dsv4.options import (
+    Size,
+    models_option,
+    operations_option,
+    shape_options,
+    workers_option,
+)
 
 
 @click.group()
@@ -26,7 +35,7 @@ def bench() -> None:
 def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
     """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
     from dsv4.bench.quantize import quality, speed
-    from dsv4.render import quality_table, speed_table
+    from dsv4.bench_render import quality_table, speed_table
 
     qualities = quality(elements, seeds)
     speeds = speed(elements, threads)
@@ -53,7 +62,7 @@ def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> No
 def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> None:
     """Conversion of real layer shapes beside a plain copy and beside today's path."""
     from dsv4.bench.convert import throughput
-    from dsv4.render import throughput_tables
+    from dsv4.bench_render import throughput_tables
 
     models = ("flash", "pro") if model == "both" else (model,)
     found = [throughput(name, directory, **sizes) for name in models]
@@ -76,7 +85,7 @@ def bench_validate(
 ) -> None:
     """The full pass over STORE, or over one layer of real shape, beside a plain read."""
     from dsv4.bench.validate import full_pass, real_store
-    from dsv4.render import passes_table
+    from dsv4.bench_render import passes_table
 
     made = contextlib.nullcontext(store) if store else real_store(model, directory, experts)
     with made as path:
@@ -110,13 +119,10 @@ def bench_kernels(
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
+    from dsv4.bench_render import kernel_line, kernels_table
     from dsv4.kernels.operations import cases, checks
-    from dsv4.render import kernel_line, kernels_table
 
-    try:
-        counts = [int(count) for count in rows.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{rows!r}, expected numbers such as 1,8") from None
+    counts = _numbers(rows)
     device = torch.device("cuda")
     library = open_library(device, location)
     machine = measure_machine(device)
@@ -144,4 +150,164 @@ def bench_kernels(
     else:
         out.print(kernels_table(lines, machine))
     if any(line.faults for line in lines):
+        raise SystemExit(1)
+
+
+@bench.command("decode")
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_decode(
+    model: str,
+    layers: int,
+    context: int,
+    rows: str,
+    no_check: bool,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    """A step of the first layers of a real model, random weights: correctness, time, bound."""
+    import torch
+
+    from dsv4.bench.decode import decode, few_layers
+    from dsv4.bench.kernels import open_library
+    from dsv4.bench_render import decode_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    config = few_layers(MODELS[model], layers)
+    report = decode(
+        config,
+        model,
+        library,
+        device,
+        context=context,
+        rows=_numbers(rows),
+        check=not no_check,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        out.print(decode_table(report))
+    if report.agreement is not None and not report.agreement.right:
+        raise SystemExit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}, expected numbers such as 1,8") from None
+
+
+@bench.command("store")
+@click.argument("directory", type=click.Path(path_type=Path))
+@shape_options
+@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
+@click.option("--draft", is_flag=True, help="With the release's draft layer.")
+@workers_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_store(
+    directory: Path, recipe: str, draft: bool, workers: int | None, as_json: bool, **shape: Any
+) -> None:
+    """Make a packed store of real shapes and meaningless numbers in DIRECTORY, without a source.
+
+    In memory, if DIRECTORY is: /dev/shm/NAME. It is valid, but nothing promises that it survives
+    a power loss.
+    """
+    from dsv4.bench.store import make_store, shaped
+    from dsv4.bench_render import made_table
+    from dsv4.formats.inventory import DraftKind
+
+    kind = DraftKind.MTP if draft else DraftKind.NONE
+    made = make_store(directory, shaped(**shape), recipe=recipe, draft=kind, workers=workers)
+    if as_json:
+        print_json(dataclasses.asdict(made) | {"path": str(made.path)})
+    else:
+        out.print(made_table(made))
+
+
+@bench.command("load")
+@click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
+@shape_options
+@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 6."
+)
+@click.option("--slot", type=Size(), default="8MiB", show_default=True, help="Of the ring, each.")
+@click.option("--direct", is_flag=True, help="O_DIRECT for what is not in the page cache.")
+@click.option("--cold/--no-cold", default=True, help="Also from the disk.")
+@click.option("--peers/--no-peers", default=True, help="Also safetensors and fastsafetensors.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_load(
+    store: Path | None,
+    device: str,
+    rounds: int,
+    readers: int,
+    slot: int,
+    direct: bool,
+    cold: bool,
+    peers: bool,
+    directory: Path,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """STORE, or one of real shapes, onto a device: beside its bounds and beside other loaders."""
+    import torch
+
+    from dsv4.bench.load import measure
+    from dsv4.bench.store import make_store, shaped
+    from dsv4.bench_render import loading_tables
+    from dsv4.runtime.load import Settings
+
+    with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:
+        if store is None:
+            store = make_store(Path(scratch, "store"), shaped(**shape)).path
+        found = measure(
+            store,
+            Path(scratch),
+            torch.device(device),
+            settings=Settings(readers=readers, slot_nbytes=slot, direct=direct),
+            rounds=rounds,
+            cold=cold,
+            peers=peers,
+            say=lambda text: err.print(text, markup=False),
+        )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        for table in loading_tables(found):
+            out.print(table)
+    if not all(line.correct for line in found.lines):
+        raise SystemExit(1)
+
+
+@bench.command("quality")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--tokens", type=click.IntRange(min=512), default=8192, show_default=True)
+@click.option("--text", type=click.Path(path_type=Path), help="Held-out text; DIR/heldout.txt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG here.")
+def bench_quality(
+    directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
+) -> None:
+    """What each recipe costs the trained checkpoint DIRECTORY, on text it has not seen."""
+    from dsv4.bench.quality import quality
+    from dsv4.bench.quality_table import cost_plot, cost_table
+
+    found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
+    if plot is not None:
+        plot.write_text(cost_plot(found), encoding="utf-8")
+    if as_json:
+        print_json({"native_holds": found.native_holds, **dataclasses.asdict(found)})
+    else:
+        out.print(cost_table(found))
+    if not found.native_holds:
+        err.print("native differs from the source by more than 1e-4 of perplexity")
         raise SystemExit(1)

@@ -29,6 +29,7 @@ from dsv4.options import (
 )
 
 if TYPE_CHECKING:
+    from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
@@ -261,7 +262,7 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     "--device",
     type=click.Choice(("auto", "cpu", "cuda")),
     default="auto",
-    help="auto is the CPU until the GPU kernels are there.",
+    help="auto: the GPU where torch sees one, else the CPU.",
 )
 @click.option("--max-seq-len", type=click.IntRange(min=1), default=8192, show_default=True)
 @click.option("--raw", is_flag=True, help="Skip the chat template.")
@@ -287,7 +288,9 @@ def run(
     if prompt is not None and tokens is not None:
         raise click.UsageError("--prompt and --tokens exclude each other")
     packed = dsv4.open(directory)
-    model = dsv4.load(packed, device="cpu" if device == "auto" else device)
+    model = dsv4.load(packed, device=_device(device))
+    for line in model.load_lines():
+        err.print(line, markup=False, highlight=False)
     assets = packed.store.assets
     text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
     defaults = sampling_defaults(assets.get("generation_config.json"))
@@ -329,6 +332,14 @@ def run(
 DEFAULT_NEW_TOKENS = 256
 
 
+def _device(chosen: str) -> str:
+    import torch
+
+    if chosen != "auto":
+        return chosen
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _required(text: Text | None) -> Text:
     if text is None:
         raise RuntimeRefusal(
@@ -338,7 +349,7 @@ def _required(text: Text | None) -> Text:
 
 
 def _chat(
-    model: Model,
+    model: Model | GpuModel,
     text: Text,
     sampler: Sampler,
     max_new_tokens: int | None,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from dsv4.console import err, out
+from dsv4.kernels.names import OPERATIONS
 from dsv4.options import architectures_option, models_option, operations_option
 
 
@@ -39,6 +40,7 @@ def build_kernels(
     from dsv4.kernels.build import Built, build
     from dsv4.kernels.library import default_location
     from dsv4.kernels.operations import cases, checks
+    from dsv4.runtime.gpu import plan
 
     wanted = [
         kernel
@@ -49,6 +51,8 @@ def build_kernels(
         )
         for kernel in case.kernels
     ]
+    if set(operations) == set(OPERATIONS):
+        wanted += [kernel for model in models for kernel in plan.kernels(MODELS[model])]
     target = location or default_location()
 
     def tell(one: Built) -> None:

@@ -92,6 +92,18 @@ operations_option = _list_option("--operations", "operations", OPERATIONS, "Whic
 models_option = _list_option("--models", "models", tuple(MODELS), "Whose shapes.")
 
 
+def shape_options(command: _Command) -> _Command:
+    """How large a model of real shapes is to be."""
+    for option in (
+        click.option("--vocabulary", type=click.IntRange(min=0), default=0, help="0: all of it."),
+        click.option("--experts", type=click.IntRange(min=0), default=0, help="A layer; 0: all."),
+        click.option("--layers", type=click.IntRange(min=1), default=2, show_default=True),
+        click.option("--model", type=click.Choice(tuple(MODELS)), default="flash"),
+    ):
+        command = option(command)
+    return command
+
+
 def validate_options(command: _Command) -> _Command:
     """What `dsv4 validate` can be told."""
     file = click.Path(path_type=Path)

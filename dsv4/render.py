@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dsv4.bench.convert import Throughput
-    from dsv4.bench.kernels import Line, Machine
-    from dsv4.bench.quantize import Quality, Speed
-    from dsv4.bench.validate import Pass
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
@@ -30,7 +25,8 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _facts(title: str, rows: Mapping[str, object]) -> Table:
+def facts_table(title: str, rows: Mapping[str, object]) -> Table:
+    """Names and what they are, a line each."""
     table = Table(title=escape(title), show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -58,7 +54,7 @@ def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
         "workers": plan["workers"],
         "units of work": plan["units"],
     }
-    return _facts(f"plan for {source}", rows)
+    return facts_table(f"plan for {source}", rows)
 
 
 def _left_behind(plan: Mapping[str, Any]) -> str:
@@ -88,7 +84,7 @@ def summary_table(summary: Summary) -> Table:
         rows["rounded"] = (
             f"{len(losses)} tensors, worst relative MSE {losses[worst]['rel_mse']:.3e} ({worst})"
         )
-    return _facts(f"packed {summary.out}", rows)
+    return facts_table(f"packed {summary.out}", rows)
 
 
 def report_tables(report: Report) -> Iterator[Table]:
@@ -121,7 +117,7 @@ def report_tables(report: Report) -> Iterator[Table]:
     seconds = max(report.seconds, 1e-9)
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
     rows["verdict"] = "OK" if report.ok else f"FAILED, {len(report.findings)} findings"
-    yield _facts(f"validation of {report.path}", rows)
+    yield facts_table(f"validation of {report.path}", rows)
 
 
 def repair_tables(report: RepairReport) -> Iterator[Table]:
@@ -145,7 +141,7 @@ def repair_tables(report: RepairReport) -> Iterator[Table]:
         "root": report.root,
         "verdict": f"FAILED, {failed} files are not in order" if failed else "whole",
     }
-    yield _facts(f"repair of {report.path}", rows)
+    yield facts_table(f"repair of {report.path}", rows)
 
 
 def _losses(rounded: list[TensorVerdict]) -> Table:
@@ -205,7 +201,7 @@ def tensor_table(name: str, facts: Mapping[str, Any]) -> Table:
     if "codes" in block:
         rows["first block: codes"] = " ".join(f"{code:x}" for code in block["codes"])
     rows.pop("sources")
-    return _facts(name, rows)
+    return facts_table(name, rows)
 
 
 def diff_table(document: Mapping[str, Any]) -> Table:
@@ -219,135 +215,4 @@ def diff_table(document: Mapping[str, Any]) -> Table:
     for one in found:
         names = ", ".join(one["names"])
         table.add_row(one["kind"], escape(one["path"]), escape(names), escape(one["what"]))
-    return table
-
-
-def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
-    """Relative MSE per distribution and method over the seeds, all on the same weights."""
-    table = Table(title=f"relative MSE of rounding to NVFP4, {seeds} seed(s)", title_justify="left")
-    table.add_column("weights")
-    table.add_column("method")
-    for column in ("mean", "std. error", "least", "largest", "over the optimum"):
-        table.add_column(column, justify="right")
-    for line in lines:
-        for method, found in line.methods.items():
-            if found is None:
-                table.add_row(line.distribution, method, "not installed")
-                continue
-            error = "" if found.standard_error is None else f"{found.standard_error:.1e}"
-            values = (f"{v:.4e}" for v in (found.mean, found.least, found.largest))
-            mean, least, largest = values
-            over = f"{found.excess:.4%}"
-            table.add_row(line.distribution, method, mean, error, least, largest, over)
-        table.add_section()
-    return table
-
-
-def speed_table(lines: Sequence[Speed], threads: int) -> Table:
-    """Rates, and the fraction of a plain copy's rate: both from memory, and both in cache."""
-    table = Table(title=f"speed, {threads} thread(s), median", title_justify="left")
-    table.add_column("operation")
-    for column in ("Melem/s", "GB/s in + out", "of a copy", "in cache", "result"):
-        table.add_column(column, justify="right")
-    for line in lines:
-        seconds = (line.from_memory or line.in_cache).seconds
-        table.add_row(
-            line.operation,
-            f"{line.elements / seconds / 1e6:.0f}",
-            f"{line.nbytes / seconds / 1e9:.2f}",
-            f"{line.from_memory.of_copy:.3f}" if line.from_memory else "",
-            f"{line.in_cache.of_copy:.3f}",
-            "right" if line.correct else "WRONG",
-        )
-    return table
-
-
-def throughput_tables(found: Throughput) -> Iterator[Table]:
-    """Every lane's rate beside the plain copy's; then where dsv4's lanes spend their time."""
-    title = (
-        f"{found.layers} {found.model} layer(s) of {found.experts} experts, {size(found.nbytes)}, "
-        f"{found.workers} worker(s), median of {found.rounds} round(s)"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("lane")
-    for column in ("GB/s", "spread", "of the copy", "CPU s/GB", "start-up", "peak RSS", "result"):
-        table.add_column(column, justify="right")
-    for line in found.lines:
-        table.add_row(
-            line.lane,
-            f"{line.rate:.3f}",
-            f"{line.slowest:.3f} to {line.fastest:.3f}",
-            f"{line.of_copy:.2f}",
-            f"{line.cpu_seconds_per_gb:.2f}",
-            f"{line.start_up:.1f} s",
-            f"{line.peak_rss / 2**20:.0f} MiB",
-            "right" if line.correct else "WRONG",
-        )
-    yield table
-    title = "seconds per GB over all threads: elapsed (on a core) in calls"
-    table = Table(title=title, title_justify="left")
-    table.add_column("stage")
-    by_stage: dict[str, list[str]] = {}
-    for stage in found.stages:
-        seconds = f"{stage.wall_per_gb:.2f} ({stage.cpu_per_gb:.2f}) in {stage.calls}"
-        by_stage.setdefault(stage.stage, []).append(seconds)
-    for recipe in dict.fromkeys(stage.recipe for stage in found.stages):
-        table.add_column(recipe, justify="right")
-    for name, columns in by_stage.items():
-        table.add_row(name, *columns)
-    yield table
-
-
-def passes_table(passes: Sequence[Pass]) -> Table:
-    """The full pass and the plain read, from the disk and from the page cache."""
-    table = Table(title="validation beside a plain read of the same files", title_justify="left")
-    table.add_column("from")
-    table.add_column("pass")
-    for column in ("GB/s, median", "spread", "of the read", "CPU s/GB", "result"):
-        table.add_column(column, justify="right")
-    for one in passes:
-        table.add_row(
-            "disk" if one.cold else "page cache",
-            one.name,
-            f"{statistics.median(one.rates) / 1e9:.2f}",
-            f"{min(one.rates) / 1e9:.2f} to {max(one.rates) / 1e9:.2f}",
-            f"{one.of_read:.2f}",
-            f"{one.cpu_seconds_per_gb:.2f}",
-            "right" if one.correct else "WRONG",
-        )
-    return table
-
-
-def kernel_line(line: Line) -> str:
-    """One measured kernel as a line of progress."""
-    verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
-    time = ""
-    if line.seconds and line.fraction:
-        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
-    return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
-
-
-def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
-    """Time, bytes, rate, fraction of the bound and correctness of every kernel."""
-    title = (
-        f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, "
-        f"{machine.matrix_rate / 1e12:.0f} TFLOP/s in bfloat16, both measured now"
-    )
-    table = Table(title=escape(title), title_justify="left")
-    for column in ("operation", "shape", "model"):
-        table.add_column(column)
-    for column in ("rows", "us", "MB", "GB/s", "of bound", "result"):
-        table.add_column(column, justify="right")
-    for line in lines:
-        table.add_row(
-            line.operation,
-            escape(f"{line.shape} ({line.note})" if line.note else line.shape),
-            line.model,
-            str(line.rows),
-            f"{line.seconds * 1e6:.2f}" if line.seconds else "",
-            f"{line.nbytes / 1e6:.2f}",
-            f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
-            f"{line.fraction:.3f}" if line.fraction else "",
-            "WRONG" if line.faults else "right",
-        )
     return table

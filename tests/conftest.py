@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +58,21 @@ def standard_store(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("standard") / "packed"
     convert(tiny_source, out, recipe="standard")
     return out
+
+
+@pytest.fixture(scope="session")
+def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one layer, wide enough to be cut in eight, by rows and into slabs."""
+    config = dataclasses.replace(
+        TINY,
+        num_hidden_layers=1,
+        compress_ratios=(0,),
+        num_hash_layers=0,
+        hidden_size=1024,
+        moe_intermediate_size=1024,
+        num_draft_layers=0,
+    )
+    folder = tmp_path_factory.mktemp("wide")
+    write_tiny(folder / "hub", config, draft=DraftKind.NONE)
+    convert(folder / "hub", folder / "packed", recipe="native")
+    return folder / "packed"

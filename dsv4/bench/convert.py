@@ -29,11 +29,12 @@ from torch import Tensor
 import dsv4
 from dsv4.bench import real_shapes
 from dsv4.bench.lanes import LANES, RECIPES, Run, swizzle
+from dsv4.bench.space import require_space
 from dsv4.bench.stages import STAGES, Seconds
 from dsv4.convert.local_source import LocalSource
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4, e4m3_decode
-from dsv4.formats.errors import ConfigError, OutOfSpaceError, StoreError
+from dsv4.formats.errors import ConfigError, StoreError
 from dsv4.formats.nvfp4 import NVFP4Tensor
 from dsv4.formats.releases import MODELS
 
@@ -116,16 +117,6 @@ def throughput(
     lines = tuple(_line(lane, measured, nbytes) for lane in LANES)
     stages = tuple(_stages(measured, nbytes))
     return Throughput(model, layers, experts, nbytes, rounds, workers, lines, stages)
-
-
-def require_space(directory: Path, nbytes: int) -> None:
-    """Raise OutOfSpaceError unless `directory` has `nbytes` free."""
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise OutOfSpaceError(
-            f"{directory}: the bench needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "give another --dir, or fewer --experts or --layers"
-        )
 
 
 def _measure(lane: str, source: Path, out: Path, workers: int, judge: Judge) -> _Measured:

@@ -19,6 +19,7 @@ BLOCK = 16
 E4M3_MAX = 448.0
 FOUR_OVER_SIX_MAX = 256.0
 SMALLEST_SCALE = 2.0**-9
+SMALLEST_GLOBAL_SCALE = 2.0**-100  # of a matrix that is all zero
 
 
 def modelopt_rounding(w: Tensor, *, dequantise: bool = True) -> Tensor:
@@ -80,6 +81,17 @@ def four_over_six(w: Tensor) -> Tensor:
     four = _fake(blocks, amax / 4.0, global_scale)
     errors = [(candidate - blocks).square().sum(1, keepdim=True) for candidate in (six, four)]
     return torch.where(errors[1] < errors[0], four, six).reshape(w.shape)
+
+
+def amax_rounding(w: Tensor) -> Tensor:
+    """The plain rule, in torch alone: a block's amax becomes 6, global scale amax / 2688.
+
+    w: `[N, K]`, K a multiple of 16. Returns float32.
+    """
+    blocks = w.float().reshape(-1, BLOCK)
+    amax = blocks.abs().amax(1, keepdim=True)
+    global_scale = (amax.amax() / (E2M1_MAX * E4M3_MAX)).clamp(min=SMALLEST_GLOBAL_SCALE)
+    return _fake(blocks, amax / E2M1_MAX, global_scale).reshape(w.shape)
 
 
 def least_errors(blocks: Tensor, global_scale: Tensor) -> Tensor:

@@ -31,13 +31,16 @@ _TILE_BYTES = 16 << 20
 _ALIGNMENT = {"F32": 0, "BF16": 1}  # wide dtypes first; bytes of every kind follow by name
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
+    """One entry of a safetensors file."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
+        """Its bytes."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
@@ -63,47 +66,51 @@ def write_checkpoint(out: Path, config: ModelConfig) -> int:
     if out.exists() and any(out.iterdir()):
         raise ConflictError(f"{out} is not an empty directory; choose another one")
     out.mkdir(parents=True, exist_ok=True)
-    shards = _shards(config)
+    shards = shards_of(config)
     tiles = _tiles()
     for name, tensors in shards.items():
         with (out / f"{name}.safetensors").open("wb") as file:
-            _write_shard(file, sorted(tensors, key=_position), tiles)
+            _write_shard(file, tensors, tiles)
     (out / CONFIG_FILE).write_text(json.dumps(hub_config(config, DraftKind.NONE)))
     return checkpoint_bytes(config)
 
 
 def checkpoint_bytes(config: ModelConfig) -> int:
     """Bytes of all tensors that `write_checkpoint` writes."""
-    return sum(tensor.nbytes for shard in _shards(config).values() for tensor in shard)
+    return sum(tensor.nbytes for shard in shards_of(config).values() for tensor in shard)
 
 
-def _shards(config: ModelConfig) -> dict[str, list[_Stored]]:
-    """What each shard holds, by its name."""
-    shards: dict[str, list[_Stored]] = {}
-    for parameter in parameters(config, DraftKind.NONE, 0):
+def shards_of(config: ModelConfig, draft: DraftKind = DraftKind.NONE) -> dict[str, list[Stored]]:
+    """What each shard of a release holds, by its name, in the order of the file.
+
+    draft: MTP adds the one draft stage that the releases have.
+    """
+    shards: dict[str, list[Stored]] = {}
+    for parameter in parameters(config, draft, int(draft is not DraftKind.NONE)):
         head, layer, *_ = [*parameter.name.split("."), ""]
-        shard = f"layer-{layer}" if head == "layers" else "embed-and-head"
+        shard = f"{head}-{layer}" if head in ("layers", "mtp") else "embed-and-head"
+        shard = shard.replace("layers-", "layer-")
         shards.setdefault(shard, []).extend(
             _stored(parameter.name, parameter.kind, parameter.shape)
         )
-    return shards
+    return {name: sorted(found, key=_position) for name, found in shards.items()}
 
 
-def _stored(name: str, kind: Kind, shape: tuple[int, ...]) -> Iterator[_Stored]:
+def _stored(name: str, kind: Kind, shape: tuple[int, ...]) -> Iterator[Stored]:
     """What the official release stores for a parameter."""
     scale = name.removesuffix("weight") + "scale"
     match kind:
         case Kind.EXPERT:
-            yield _Stored(name, "I8", (shape[0], shape[1] // 2))
-            yield _Stored(scale, "F8_E8M0", (shape[0], shape[1] // 32))
+            yield Stored(name, "I8", (shape[0], shape[1] // 2))
+            yield Stored(scale, "F8_E8M0", (shape[0], shape[1] // 32))
         case Kind.LINEAR:
-            yield _Stored(name, "F8_E4M3", shape)
-            yield _Stored(scale, "F8_E8M0", (-(-shape[0] // 128), -(-shape[1] // 128)))
+            yield Stored(name, "F8_E4M3", shape)
+            yield Stored(scale, "F8_E8M0", (-(-shape[0] // 128), -(-shape[1] // 128)))
         case _:
-            yield _Stored(name, {Kind.TABLE: "I64", Kind.FLOAT32: "F32"}.get(kind, "BF16"), shape)
+            yield Stored(name, {Kind.TABLE: "I64", Kind.FLOAT32: "F32"}.get(kind, "BF16"), shape)
 
 
-def _position(tensor: _Stored) -> tuple[int, int, str]:
+def _position(tensor: Stored) -> tuple[int, int, str]:
     """Where safetensors' writer puts a tensor: scales before weights, names as text."""
     kind = _ALIGNMENT.get(tensor.dtype, 2)
     return kind, 0 if tensor.dtype == "F8_E8M0" else 1, tensor.name
@@ -125,7 +132,7 @@ def _tiles() -> dict[str, bytes]:
     }
 
 
-def _write_shard(file: BinaryIO, tensors: list[_Stored], tiles: dict[str, bytes]) -> None:
+def _write_shard(file: BinaryIO, tensors: list[Stored], tiles: dict[str, bytes]) -> None:
     header: dict[str, object] = {}
     begin = 0
     for tensor in tensors:

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dsv4
-from dsv4.bench.convert import require_space
 from dsv4.bench.real_shapes import SMALL_VOCABULARY, checkpoint_bytes, few_layers, write_checkpoint
+from dsv4.bench.space import require_space
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.releases import MODELS
 from dsv4.formats.store.schema import FileSpec

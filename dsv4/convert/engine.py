@@ -10,19 +10,18 @@ from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.cluster import Job, run_on_cluster
+from dsv4.convert.describe import describe, manifest_of
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.open_source import open_source
-from dsv4.convert.outputs import Losses, Output, Result, Unit
-from dsv4.convert.plain import PlainOutput
+from dsv4.convert.outputs import Losses, Result, Unit
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.source import Source
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError
-from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.extents import Sink
-from dsv4.formats.store.schema import ArraySpec, FileSpec
+from dsv4.formats.store.schema import FileSpec
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.formats.version import TOOL
 
@@ -120,8 +119,8 @@ def convert(
         notes = writer.notes()
         results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
         _complete(plan, results, source, writer)
-        groups, arrays, losses = _metadata(plan, results)
-        root = writer.finish(groups, arrays, _manifest(plan, source.description(sha256)))
+        groups, arrays, losses = describe(plan, results)
+        root = writer.finish(groups, arrays, manifest_of(plan, source.description(sha256)))
     return Summary(out, root, plan, len(finished), losses)
 
 
@@ -263,37 +262,3 @@ def _complete(plan: Plan, results: dict[str, Result], source: Source, writer: St
         writer.commit(sink.sync())
     for name, data in source.aux_files().items():
         writer.write_asset(name, data)
-
-
-def _metadata(
-    plan: Plan, results: dict[str, Result]
-) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], Losses]:
-    """-> (group attributes by path, arrays, losses of the rounded tensors)."""
-    files = {name: index for index, name in enumerate(plan.source_files)}
-    groups: dict[str, dict[str, Any]] = {}
-    arrays: list[ArraySpec] = []
-    losses: Losses = {}
-    for output in plan.outputs:
-        measured = [results[unit.key] for unit in output.units()]
-        attributes = {"dsv4": output.attributes(measured, files)}
-        if isinstance(output, PlainOutput):
-            arrays += _with_attributes(output, attributes)
-        else:
-            groups[output.path] = attributes
-            arrays += output.arrays()
-        losses |= output.losses(measured)
-    return groups, arrays, losses
-
-
-def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySpec]:
-    return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
-
-
-def _manifest(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "tool": TOOL,
-        "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
-        "config": plan.config.to_dict(),
-        "recipe": plan.recipe.to_dict(),
-        "source": description,
-    }

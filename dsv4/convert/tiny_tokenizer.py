@@ -8,6 +8,7 @@ round-trips, because every byte has an id.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,8 +79,11 @@ def largest(values, start=0):
 '''
 
 
-def build_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer whose ids are all below `vocab_size`, which is at least MIN_VOCABULARY."""
+def build_tokenizer(vocab_size: int, texts: Iterable[str] = (CORPUS,)) -> Tokenizer:
+    """A tokenizer whose ids are all below `vocab_size`, which is at least MIN_VOCABULARY.
+
+    texts: what the merges are learned from; equal texts give an equal tokenizer.
+    """
     spare = UNUSED_ROWS if vocab_size >= MIN_VOCABULARY + UNUSED_ROWS else 0
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,7 +100,7 @@ def build_tokenizer(vocab_size: int) -> Tokenizer:
         special_tokens=[AddedToken(t, special=True, normalized=False) for t in (BOS, EOS, PAD)],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([CORPUS], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKERS])
     return tokenizer
 
@@ -105,6 +109,11 @@ def tokenizer_files(vocab_size: int, max_length: int) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json; none when the vocabulary cannot hold all bytes."""
     if vocab_size < MIN_VOCABULARY:
         return {}
+    return files_of(build_tokenizer(vocab_size), max_length)
+
+
+def files_of(tokenizer: Tokenizer, max_length: int) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json of a tokenizer that `build_tokenizer` made."""
     config: dict[str, Any] = {
         "add_bos_token": False,
         "add_eos_token": False,
@@ -117,6 +126,6 @@ def tokenizer_files(vocab_size: int, max_length: int) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     return {
-        "tokenizer.json": build_tokenizer(vocab_size).to_str(pretty=True) + "\n",
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
     }

@@ -3,4 +3,18 @@
 from __future__ import annotations
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
-OPERATIONS = ("gemv", "quantize_activations", "fp4_gemm", "fp4_gemm_grouped", "experts")
+OPERATIONS = (
+    "gemv",
+    "experts",
+    "attention",
+    "append",
+    "q_rope",
+    "indexer",
+    "mhc",
+    "router",
+    "sampling",
+    "xxh3",
+    "quantize_activations",
+    "fp4_gemm",
+    "fp4_gemm_grouped",
+)

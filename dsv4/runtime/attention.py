@@ -97,6 +97,6 @@ class Attention:
 
     def _round_like_cache(self, kv: Tensor) -> Tensor:
         """The official cache holds the unrotated dimensions in FP8."""
-        if self.numerics is Numerics.OFFICIAL:
+        if self.numerics is not Numerics.EXACT:
             fake_quant_fp8(kv[..., : self.nope], KV_BLOCK, out=kv[..., : self.nope])
         return kv

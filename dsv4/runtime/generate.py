@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Generator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,13 +40,24 @@ class TokenSession(Protocol):
         """Append int64 `ids` [T]; return float32 logits [T, vocab], or [1, vocab] for "last"."""
 
 
+@runtime_checkable
+class DrawingSession(Protocol):
+    """A session that draws where its logits are, as part of the step."""
+
+    def append_and_draw(self, ids: Tensor, sampler: Sampler) -> Tensor:
+        """Append `ids` [T]; return the id that follows, [1], which may be given back as it is.
+
+        INVALID_TOKEN for logits that are not finite.
+        """
+
+
 @dataclasses.dataclass
 class Timings:
     """What a generation cost, in tokens and seconds; filled in while it runs.
 
-    `prompt_seconds` covers the forward pass over the prompt, `first_token_seconds` that and
-    the first draw. `decode_seconds` covers the `decode_steps` forward passes of one token
-    after it, a last one that drew a stop id included; the consumer's own time is in none.
+    `prompt_seconds` and `first_token_seconds` cover the forward pass over the prompt and the first
+    draw, which a GPU does in one go. `decode_seconds` covers the `decode_steps` forward passes of
+    one token after it, a last one that drew a stop id included; the consumer's own time is in none.
     """
 
     prompt_tokens: int = 0
@@ -118,26 +129,25 @@ def _decode(
 ) -> Generator[int, None, None]:
     timings.prompt_tokens = len(prompt)
     begin = time.perf_counter()
-    logits = session.forward(torch.tensor(prompt, dtype=torch.int64), logits="last")
-    if logits.is_cuda:
-        torch.cuda.synchronize(logits.device)  # or the prompt's time would be the launch's
-    timings.prompt_seconds = time.perf_counter() - begin
-    drawn, token = _draw(sampler, logits)
-    timings.first_token_seconds = time.perf_counter() - begin
+    drawn, token = _draw(session, torch.tensor(prompt, dtype=torch.int64), sampler)
+    timings.prompt_seconds = timings.first_token_seconds = time.perf_counter() - begin
     while token not in stop_ids:
         timings.generated_tokens += 1
         yield token
         if timings.generated_tokens == max_new_tokens:
             return
         begin = time.perf_counter()
-        drawn, token = _draw(sampler, session.forward(drawn, logits="last"))
+        drawn, token = _draw(session, drawn, sampler)
         timings.decode_seconds += time.perf_counter() - begin
         timings.decode_steps += 1
 
 
-def _draw(sampler: Sampler, logits: Tensor) -> tuple[Tensor, int]:
-    """-> (int64 [1] where the logits are, ready to be fed; the same as a number)."""
-    drawn = sampler(logits[-1:])
+def _draw(session: TokenSession, ids: Tensor, sampler: Sampler) -> tuple[Tensor, int]:
+    """Feed `ids`; -> (the next id where the logits are, ready to be fed; the same as a number)."""
+    if isinstance(session, DrawingSession):
+        drawn = session.append_and_draw(ids, sampler)
+    else:
+        drawn = sampler(session.forward(ids, logits="last")[-1:])
     token = int(drawn)
     if token == INVALID_TOKEN:
         raise RuntimeRefusal(

@@ -12,6 +12,8 @@ changes lives in its `Session`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -112,6 +114,10 @@ class Model:
         self.embed = read.table("embed.weight", c.vocab_size, c.hidden_size)
         self.layers = tuple(Layer(read, n, numerics) for n in range(c.num_hidden_layers))
         self.head = Head(read)
+
+    def load_lines(self) -> Iterator[str]:
+        """Nothing: weights stay in their mapped files and are read as they are used."""
+        yield from ()
 
     def session(self, max_seq_len: int | None = None) -> Session:
         """An empty sequence with room for `max_seq_len` tokens."""

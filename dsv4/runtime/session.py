@@ -109,21 +109,21 @@ class Session:
                 "an earlier forward() of this session was interrupted and left its caches "
                 "incomplete; call reset() and feed the sequence again"
             )
-        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
-            raise RuntimeRefusal(
-                f"ids are {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T]"
-            )
-        if ids.shape[0] == 0:
-            raise RuntimeRefusal("ids are empty, expected at least one token")
-        if self._position + ids.shape[0] > self.max_seq_len:
-            raise RuntimeRefusal(
-                f"{ids.shape[0]} tokens after the {self._position} already in the session exceed "
-                f"its capacity of {self.max_seq_len}; open it with a larger max_seq_len"
-            )
-        vocab = self.model.config.vocab_size
-        strange = ids[(ids < 0) | (ids >= vocab)]
-        if strange.shape[0]:
-            raise RuntimeRefusal(
-                f"token id {int(strange[0])} is not in the vocabulary of {vocab} ids"
-            )
-        return ids
+        return check_ids(ids, self._position, self.max_seq_len, self.model.config.vocab_size)
+
+
+def check_ids(ids: Tensor, position: int, max_seq_len: int, vocab: int) -> Tensor:
+    """`ids`, if they may follow the `position` tokens that a session has. Raises RuntimeRefusal."""
+    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise RuntimeRefusal(f"ids are {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T]")
+    if ids.shape[0] == 0:
+        raise RuntimeRefusal("ids are empty, expected at least one token")
+    if position + ids.shape[0] > max_seq_len:
+        raise RuntimeRefusal(
+            f"{ids.shape[0]} tokens after the {position} already in the session exceed "
+            f"its capacity of {max_seq_len}; open it with a larger max_seq_len"
+        )
+    strange = ids[(ids < 0) | (ids >= vocab)]
+    if strange.shape[0]:
+        raise RuntimeRefusal(f"token id {int(strange[0])} is not in the vocabulary of {vocab} ids")
+    return ids

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from dsv4.bench import convert as bench
 from dsv4.bench import real_shapes
 from dsv4.bench.lanes import LANES, RECIPES, copy, run, stack_experts, swizzle, today
+from dsv4.bench.space import require_space
 from dsv4.bench.stages import STAGES, watch
+from dsv4.bench_render import throughput_tables
 from dsv4.convert.engine import convert
 from dsv4.formats import releases
 from dsv4.formats.errors import ConfigError, OutOfSpaceError
-from dsv4.render import throughput_tables
 from tests.formats import tool_judges
 
 SMALL = dataclasses.replace(
@@ -133,7 +134,7 @@ def test_stages_are_exclusive_and_leave_nothing_behind(source: Path, tmp_path: P
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(OutOfSpaceError, match=r"needs 1000000000\.0 GB"):
-        bench.require_space(tmp_path, 10**18)
+        require_space(tmp_path, 10**18)
     with pytest.raises(ConfigError, match="at least 1"):
         bench.throughput("flash", tmp_path, layers=0, experts=0, workers=1, rounds=1)
     assert list(tmp_path.iterdir()) == []

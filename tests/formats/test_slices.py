@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4.convert.engine import convert
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import make_recipe
-from dsv4.convert.tiny import TINY, write_tiny
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import FormatError
 from dsv4.formats.inventory import DraftKind
@@ -35,23 +34,8 @@ def flash_arrays() -> dict[str, ArraySpec]:
 
 
 @pytest.fixture(scope="module")
-def wide_store(tmp_path_factory: pytest.TempPathFactory) -> PackedCheckpoint:
-    """One layer wide enough that stacks are sharded, w13 cut by rows and w2 into slabs."""
-    import dataclasses
-
-    config = dataclasses.replace(
-        TINY,
-        num_hidden_layers=1,
-        compress_ratios=(0,),
-        num_hash_layers=0,
-        hidden_size=1024,
-        moe_intermediate_size=1024,
-        num_draft_layers=0,
-    )
-    folder = tmp_path_factory.mktemp("wide")
-    write_tiny(folder / "hub", config, draft=DraftKind.NONE)
-    convert(folder / "hub", folder / "packed", recipe="native")
-    return PackedCheckpoint.open(folder / "packed")
+def wide_store(wide_path: Path) -> PackedCheckpoint:
+    return PackedCheckpoint.open(wide_path)
 
 
 def _read(packed: PackedCheckpoint, ranges: list[ByteRange]) -> Tensor:

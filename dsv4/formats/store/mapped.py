@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from dsv4.formats.store.digest import Digests
 from dsv4.formats.store.schema import ELEMENTS, ArraySpec, FileSpec
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FileBytes(Protocol):
+    """The payload of one file, in memory of any device."""
+
+    def view(self, begin: int, end: int) -> Tensor:
+        """uint8 `[end - begin]`: bytes of the payload, zero-copy."""
+        ...
 
 
 class MappedFile:
@@ -90,11 +99,11 @@ class StoredArray:
     """One array of a store. Nothing is mapped before a tensor is asked for.
 
     All tensors have the torch dtype of `spec.element` and share memory with the file wherever
-    the docstrings say zero-copy. Errors are those of `MappedFile`.
+    the docstrings say zero-copy. Errors are those of `open_file` and its views.
     """
 
     spec: ArraySpec
-    open_file: Callable[[FileSpec], MappedFile]
+    open_file: Callable[[FileSpec], FileBytes]
 
     @functools.cached_property
     def files(self) -> tuple[FileSpec, ...]:

@@ -163,6 +163,10 @@ class StoreWriter:
         """Write `file` from `parts` and record it in the journal (see `durable.write_file`)."""
         self._write(file, parts)
 
+    def adopt(self, records: Mapping[str, FileRecord]) -> None:
+        """Count files that lie in their places already; that they survive is not promised."""
+        self._journal_append(records, {}, {})
+
     def commit(self, batch: Batch, notes: Mapping[str, Any] | None = None) -> list[FileSpec]:
         """Record what a sink made durable, with notes; returns the files that are covered now.
 

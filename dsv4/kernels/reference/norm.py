@@ -35,7 +35,7 @@ def head_norm(
     numerics: OFFICIAL rounds to `q`'s dtype after every operation. In bfloat16 that is the largest
     rounding of a layer; with it, a layer equals DeepSeek's code but for the order of sums.
     """
-    if numerics is Numerics.EXACT:
+    if numerics is not Numerics.OFFICIAL:
         return deliver((q.to(torch.float32) * inverse_rms(q, eps)).to(q.dtype), out)
     mean = q.square().to(WIDE).mean(-1, keepdim=True).to(q.dtype)
     return deliver(q * (mean + eps).to(WIDE).rsqrt().to(q.dtype), out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cutlass import Int32, Uint32
+from cutlass import Int32, Int64, Uint32
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
@@ -44,6 +44,22 @@ def copy_shared(
             address.to_llvm_ptr(loc=loc, ip=ip),
             condition.ir_value(loc=loc, ip=ip),
         ],
+        loc,
+        ip,
+    )
+
+
+@dsl_user_op
+def copy_or_zero(
+    slot: Int32, address: Int64, nbytes: int, live: Int32, *, loc: Any = None, ip: Any = None
+) -> None:
+    """8 or 16 bytes from byte `address`; zeros where `live` is 0, and nothing is read."""
+    way = "cg" if nbytes == LANE_BYTES else "ca"
+    _effect(
+        "{ .reg .pred p; .reg .u32 n; setp.ne.s32 p, $2, 0; "
+        f"selp.u32 n, {nbytes}, 0, p; cp.async.{way}.shared.global [$0], [$1], {nbytes}, n; }}",
+        "r,l,r",
+        [value.ir_value(loc=loc, ip=ip) for value in (slot, address, live)],
         loc,
         ip,
     )

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.kernels.interpreter import exact
+
 Bits = NDArray[np.uint64]
 LANES = 32
 _WIDTH = {"8": 8, "16": 16, "32": 32, "64": 64}
@@ -16,10 +18,17 @@ _WIDTH = {"8": 8, "16": 16, "32": 32, "64": 64}
 
 def compute(op: tuple[str, ...], args: Sequence[Bits]) -> Bits | None:
     """The result of an arithmetic instruction; None when it is none of them."""
+    wide = exact.compute(op, args)
+    if wide is not None:
+        return wide
     if op == ("max", "u16x2"):
         return _packed(args, np.maximum)
     if op[0] == "prmt":
         return _permute(*args)
+    if op == ("fma", "rn", "bf16x2"):
+        return _fused_pairs(*args)
+    if op[0] in ("popc", "clz", "brev"):
+        return _of_bits(op[0], args[0])
     if op[0] == "cvt":
         return convert(op[1:], args)
     if op[0] == "setp":
@@ -219,6 +228,8 @@ def convert(op: tuple[str, ...], args: Sequence[Bits]) -> Bits:
                 return (args[0] & np.uint64(0xFFFF)) << np.uint64(16)
             case "f32", "f16":
                 return bits(args[0].astype(np.uint16).view(np.float16).astype(np.float32))
+            case "f32", "s32":
+                return bits(signed(args[0], 32).astype(np.float32))
             case "f32", "f32":
                 assert "sat" in op
                 return bits(np.nan_to_num(np.clip(f32(args[0]), 0, 1), nan=0.0))
@@ -251,3 +262,30 @@ def _permute(a: Bits, b: Bits, selector: Bits) -> Bits:
         byte = (both >> (nibble * np.uint64(8))) & np.uint64(255)
         result |= byte << np.uint64(8 * i)
     return result
+
+
+def _of_bits(name: str, a: Bits) -> Bits:
+    """popc, clz and brev of 32 bits."""
+    texts = [f"{int(x) & 0xFFFFFFFF:032b}" for x in a]
+    counts: dict[str, Callable[[str], int]] = {
+        "popc": lambda text: text.count("1"),
+        "clz": lambda text: len(text) - len(text.lstrip("0")),
+        "brev": lambda text: int(text[::-1], 2),
+    }
+    return np.array([counts[name](text) for text in texts], dtype=np.uint64)
+
+
+def _fused_pairs(*args: Bits) -> Bits:
+    """fma.rn.bf16x2; sums of float64 hold what is rounded, or round far below it."""
+    halves: list[Bits] = []
+    for shift_ in (np.uint64(0), np.uint64(16)):
+        a, b, c = (
+            ((x >> shift_) & np.uint64(0xFFFF))
+            .astype(np.uint16)
+            .view(ml_dtypes.bfloat16)
+            .astype(np.float64)
+            for x in args
+        )
+        fused = (a * b + c).astype(ml_dtypes.bfloat16)
+        halves.append(fused.view(np.uint16).astype(np.uint64))
+    return halves[0] | (halves[1] << np.uint64(16))

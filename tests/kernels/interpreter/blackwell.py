@@ -112,6 +112,17 @@ class Device:
 
         self.copies.append(run)
 
+    def receive(self, target: int, raw: bytes, barrier: int) -> None:
+        """st.async: bytes from another CTA."""
+
+        def run() -> None:
+            self.shared.view(target, len(raw))[:] = np.frombuffer(raw, dtype=np.uint8)
+            own = self.shared.barriers[barrier]
+            own.bytes -= len(raw)  # may come before it is announced here
+            own.settle()
+
+        self.copies.append(run)
+
     def copy_tensor(self, target: int, tensor: TensorMap, at: tuple[int, ...], bar: int) -> None:
         """cp.async.bulk.tensor: a box, swizzled."""
         assert target % (128 << tensor.swizzle) == 0 and len(at) == tensor.rank

@@ -133,9 +133,19 @@ def rows_of(a: Sequence[Bits]) -> NDArray[np.float64]:
 def add_product(acc: Sequence[Bits], a: NDArray[np.float64], b: NDArray[np.float64]) -> list[Bits]:
     """A warp's rows of a warpgroup's sums. a: `[16, 16]`; b: `[n, 16]`."""
     group, t = np.arange(32) // 4, np.arange(32) % 4
-    product = a @ b.T
+    with np.errstate(all="ignore"):
+        product = a @ b.T
     results = []
     for index, old in enumerate(acc):
         at = product[group + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * t + index % 2]
         results.append(bits((f32(old) + at).astype(np.float32)))
     return results
+
+
+def transpose(matrix: Bits) -> Bits:
+    """movmatrix of 8 by 8: lane 4g + t has row g, columns 2t and 2t + 1."""
+    halves = np.stack(
+        (matrix & np.uint64(0xFFFF), (matrix >> np.uint64(16)) & np.uint64(0xFFFF)), -1
+    )
+    turned = halves.reshape(8, 8).T.reshape(32, 2)
+    return np.asarray(turned[:, 0] | (turned[:, 1] << np.uint64(16)))

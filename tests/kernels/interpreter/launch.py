@@ -27,12 +27,14 @@ _CUDA = 2
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """grid; threads of a CTA; bytes of dynamic shared memory; each parameter's bytes."""
+    """grid; threads of a CTA; bytes of dynamic shared memory; each parameter's bytes; CTAs along
+    x of a cluster."""
 
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     parameters: tuple[bytes, ...]
+    cluster: int = 1
 
 
 def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launched:
@@ -57,6 +59,7 @@ def record(shared_object: Path, sizes: list[int], arguments: list[Any]) -> Launc
         config[3],
         config[6],
         tuple(bytes.fromhex(raw) for raw in found["parameters"]),
+        found["cluster"],
     )
 
 
@@ -110,6 +113,16 @@ class _Tensor:
         return new(ctypes.addressof(self.managed), b"dltensor", None)
 
 
+def _cluster(config: int) -> int:
+    """The size along x among a launch configuration's attributes."""
+    attributes = ctypes.c_uint64.from_address(config + 40).value
+    for i in range(ctypes.c_uint32.from_address(config + 48).value):
+        number, _, size = (ctypes.c_uint32 * 3).from_address(attributes + 72 * i)
+        if number == 4:
+            return int(size)
+    return 1
+
+
 def _main(driver_path: str, shared_object: str, name: str) -> None:
     import tvm_ffi
 
@@ -119,6 +132,7 @@ def _main(driver_path: str, shared_object: str, name: str) -> None:
 
     def handed_over(config: int, _: int, arguments: Any) -> int:
         found["config"] = list((ctypes.c_uint32 * 7).from_address(config))
+        found["cluster"] = _cluster(config)
         found["parameters"] = [
             ctypes.string_at(arguments[i], size).hex() for i, size in enumerate(asked["sizes"])
         ]

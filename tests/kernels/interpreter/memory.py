@@ -54,6 +54,9 @@ class Barrier:
             self.pending = self.expected
 
 
+RANK = 1 << 24  # from one CTA of a cluster to the next
+
+
 class SharedMemory:
     """Bytes from SHARED_BASE on, poisoned, and barriers by address."""
 

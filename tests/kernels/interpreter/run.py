@@ -16,10 +16,10 @@ from dsv4.kernels.build import build
 from dsv4.kernels.case import Buffers, Case
 from dsv4.kernels.check import fault, guard_outputs
 from dsv4.kernels.compiled import Argument, Kernel
+from tests.kernels.interpreter.ctas import Cta, run
 from tests.kernels.interpreter.launch import record
 from tests.kernels.interpreter.memory import GlobalMemory
 from tests.kernels.interpreter.source import parse
-from tests.kernels.interpreter.warps import Cta
 from tests.kernels.machine_code import machine_code
 
 Alteration = Callable[[str], str]
@@ -54,16 +54,22 @@ def interpret(
         [describe(argument) for argument in kernel.arguments],
     )
     width, height, depth = launched.grid
-    for block in range(width * height * depth):
-        Cta(
-            program,
-            launched.parameters,
-            memory,
-            (block % width, block // width % height, block // (width * height)),
-            launched.threads,
-            launched.shared_bytes,
-            seed + block,
-        ).run()
+    for first in range(0, width * height * depth, launched.cluster):
+        run(
+            [
+                Cta(
+                    program,
+                    launched.parameters,
+                    memory,
+                    (block % width, block // width % height, block // (width * height)),
+                    launched.threads,
+                    launched.shared_bytes,
+                    seed + block,
+                    launched.grid,
+                )
+                for block in range(first, first + launched.cluster)
+            ]
+        )
 
 
 @functools.cache

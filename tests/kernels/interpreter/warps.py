@@ -1,116 +1,42 @@
-"""A CTA of warps that run a program. Lanes of a warp that diverge go on at the lowest address."""
+"""A warp runs a program. Lanes that diverge go on at the lowest address."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, f32, shift, signed
-from tests.kernels.interpreter.blackwell import Device, TensorMap
+from tests.kernels.interpreter.arithmetic import LANES, Bits, compute, shift, signed
+from tests.kernels.interpreter.blackwell import TensorMap
 from tests.kernels.interpreter.hopper import (
-    Copies,
     Copy,
-    Products,
     add_product,
     gather,
     multiply,
     multiply_pairs,
     operand,
     rows_of,
+    transpose,
 )
-from tests.kernels.interpreter.memory import SHARED_BASE, Barrier, GlobalMemory, SharedMemory
-from tests.kernels.interpreter.source import Instruction, Operand, Program
+from tests.kernels.interpreter.lanes import Lanes
+from tests.kernels.interpreter.memory import (
+    RANK,
+    Barrier,
+)
+from tests.kernels.interpreter.source import Instruction
 
 _IGNORED = {"griddepcontrol", "fence", "prefetch"}
-_MOST_STEPS = 3_000_000
-_PARAMETERS = 1 << 60  # where parameters have their addresses
 
 
-class Cta:
-    """One CTA; parameters: bytes of each, in order."""
-
-    def __init__(
-        self,
-        program: Program,
-        parameters: Sequence[bytes],
-        memory: GlobalMemory,
-        block: tuple[int, int, int],
-        threads: int,
-        shared_bytes: int,
-        seed: int,
-    ) -> None:
-        self.program, self.memory, self.block = program, memory, block
-        self.shared = SharedMemory(shared_bytes)
-        self.device = Device(memory, self.shared, seed)
-        self.parameters = {
-            name: (_PARAMETERS + 4096 * i, raw)
-            for i, (name, raw) in enumerate(zip(program.parameters, parameters, strict=True))
-        }
-        self.warps = [Warp(self, first) for first in range(0, threads, LANES)]
-        draw = self.device.random  # some are much slower than others, which ones differs
-        self.eagerness = draw.choice((0.1, 0.7, 0.98))
-        self.speeds = [draw.choice((0.02, 1.0)) for _ in self.warps]
-
-    def run(self) -> None:
-        """To the end of all warps. Raises RuntimeError when they wait for ever."""
-        for _ in range(_MOST_STEPS):
-            alive = [warp for warp in self.warps if not warp.done]
-            if not alive:
-                assert self.device.allocated == 0, "tensor memory was not given back"
-                return
-            _meet(alive)
-            ready = [warp for warp in alive if not warp.at_barrier and not warp.waits()]
-            if ready and self.device.random.random() < self.eagerness:
-                speeds = [self.speeds[self.warps.index(warp)] for warp in ready]
-                (warp,) = self.device.random.choices(ready, speeds)
-                for _ in range(self.device.random.randrange(1, 60)):
-                    if not warp.step():
-                        break
-            elif not self.device.progress() and not ready:
-                where = [warp.program[int(warp.pcs.min())].text for warp in alive]
-                raise RuntimeError(f"all warps wait for ever: {where}")
-        raise RuntimeError("the kernel does not end")
-
-
-def _meet(alive: Sequence[Warp]) -> None:
-    """Let warps go on whose barrier has all the threads that it wants."""
-    for number in {warp.barrier for warp in alive if warp.at_barrier}:
-        there = [warp for warp in alive if warp.at_barrier and warp.barrier == number]
-        wanted = {warp.wanted or LANES * len(alive) for warp in there}
-        if wanted == {LANES * len(there)}:
-            for warp in there:
-                warp.at_barrier = False
-                warp.pcs += 1
-
-
-class Warp:
-    """32 lanes. barrier, wanted: number and threads of that which it is at; 0: of all warps."""
-
-    def __init__(self, cta: Cta, first_thread: int) -> None:
-        self.cta, self.program = cta, cta.program.instructions
-        self.registers: dict[str, Bits] = {
-            "%tid.x": np.arange(first_thread, first_thread + LANES, dtype=np.uint64),
-            "%laneid": np.arange(LANES, dtype=np.uint64),
-        }
-        for axis, value in zip("xyz", cta.block, strict=True):
-            self.registers[f"%ctaid.{axis}"] = np.full(LANES, value, dtype=np.uint64)
-        self.pcs = np.zeros(LANES, dtype=np.int64)
-        self.live = np.ones(LANES, dtype=np.bool_)
-        self.at_barrier = False
-        self.barrier = self.wanted = 0
-        self.copies = Copies()
-        self.products = Products()
-
-    @property
-    def done(self) -> bool:
-        """Whether all lanes have returned."""
-        return not self.live.any()
+class Warp(Lanes):
+    """Its instructions, a method for each that is not plain arithmetic."""
 
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
         one = self.program[int(self.pcs[self.live].min())]
+        if one.op[:3] == ("barrier", "cluster", "wait"):
+            others = [warp for cta in self.cta.cluster for warp in cta.alive]
+            return any(warp.arrivals < self.arrivals for warp in others)
         if one.op[:2] != ("mbarrier", "try_wait"):
             return False
         address, parity = self._wait_of(one)
@@ -170,39 +96,6 @@ class Warp:
             raise NotImplementedError(one.text)
         self.assign(args[0], result, active)
 
-    def value(self, operand: Operand) -> Bits:
-        """An operand's bits in all lanes."""
-        match operand:
-            case ("r", name):
-                return self.registers[name]
-            case ("i", number):
-                return np.full(LANES, number & ((1 << 64) - 1), dtype=np.uint64)
-            case ("s", "__dynamic_shmem__0"):
-                return np.full(LANES, SHARED_BASE, dtype=np.uint64)
-            case ("s", name):
-                return np.full(LANES, self.cta.parameters[name][0], dtype=np.uint64)
-        raise NotImplementedError(str(operand))
-
-    def assign(self, operand: Operand, value: Bits, active: Any) -> None:
-        """Write a register in the active lanes."""
-        if operand[0] == "_":
-            return
-        assert operand[0] == "r", operand
-        old = self.registers.get(operand[1])
-        if old is None:
-            old = np.zeros(LANES, dtype=np.uint64)
-        self.registers[operand[1]] = np.where(active, value, old)
-
-    def _address(self, operand: Operand, lane: int) -> int:
-        return int(self.value(operand[1])[lane]) + int(operand[2])
-
-    def _all(self, active: Any) -> None:
-        assert active.sum() == LANES, "an operation of a whole warp in a branch of it"
-
-    def _one(self, active: Any) -> int:
-        assert active.sum() == 1, "an operation of one thread run by several"
-        return int(np.flatnonzero(active)[0])
-
     def _mov(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
         if target[0] == "v":
@@ -228,8 +121,10 @@ class Warp:
     def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
         width = int(one.op[-1][1:]) // 8
         count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        if one.op[1] == "shared::cluster":
+            return width, count, self.cta.remote
         space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
-        return width, count, space
+        return width, count, space.view
 
     def _ld(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
@@ -241,28 +136,44 @@ class Warp:
                 number = int.from_bytes(raw[at : at + width], "little")
                 self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         parts = target[1] if target[0] == "v" else [target]
         found = np.zeros((count, LANES), dtype=np.uint64)
         for lane in np.flatnonzero(active):
             address = self._address(source, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            raw = space.view(address, width * count).tobytes()
+            raw = view(address, width * count).tobytes()
             for i in range(count):
                 found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
         for part, value in zip(parts, found, strict=True):
             self.assign(part, value, active)
 
     def _st(self, one: Instruction, active: Any) -> None:
+        if one.op[1] == "async":
+            self._st_async(one, active)
+            return
         target, source = one.operands
-        width, count, space = self._transfer(one)
+        width, count, view = self._transfer(one)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
         for lane in np.flatnonzero(active):
             address = self._address(target, int(lane))
             assert address % (width * count) == 0, f"{one.text} at {address:#x}"
             mask = (1 << (8 * width)) - 1
             raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
-            space.view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+            view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+
+    def _st_async(self, one: Instruction, active: Any) -> None:
+        """A number to a CTA of the cluster, some time."""
+        target, source, barrier = one.operands
+        width = int(one.op[-1][1:]) // 8
+        for lane in map(int, np.flatnonzero(active)):
+            rank, place = divmod(self._address(target, lane), RANK)
+            other, bar = divmod(self._address(barrier, lane), RANK)
+            assert other == rank and place % width == 0, one.text
+            number = int(self.value(source)[lane]) & ((1 << (8 * width)) - 1)
+            receiver = self.cta.cluster[rank - 1]
+            assert receiver.alive, "shared memory of a CTA that has ended"
+            receiver.device.receive(place, number.to_bytes(width, "little"), bar)
 
     def _atom(self, one: Instruction, active: Any) -> None:
         assert one.op[1] == "global" and one.op[-2:] == ("add", "u32"), one.text
@@ -272,6 +183,12 @@ class Warp:
             old[lane] = place[0]
             place[0] += np.uint32(self.value(one.operands[2])[lane])
         self.assign(one.operands[0], old, active)
+
+    def _red(self, one: Instruction, active: Any) -> None:
+        assert one.op == ("red", "shared", "add", "u32"), one.text
+        for lane in map(int, np.flatnonzero(active)):
+            word = self.cta.shared.view(self._address(one.operands[0], lane), 4).view(np.uint32)
+            word += np.uint32(self.value(one.operands[1])[lane])
 
     def _bar(self, one: Instruction, active: Any) -> None:
         assert one.op == ("bar", "warp", "sync"), one.text
@@ -285,11 +202,16 @@ class Warp:
 
     def _redux(self, one: Instruction, active: Any) -> None:
         self._all(active)
-        assert one.op[:2] == ("redux", "sync") and one.op[2] in ("min", "max"), one.text
+        assert one.op[:2] == ("redux", "sync"), one.text
         value = self.value(one.operands[1]) & np.uint64(0xFFFFFFFF)
-        order = signed(value, 32) if one.op[3] == "s32" else value
-        best = np.argmax(order) if one.op[2] == "max" else np.argmin(order)
-        self.assign(one.operands[0], np.full(LANES, value[best]), active)
+        joins: dict[str, Any] = {"add": np.add, "or": np.bitwise_or}
+        if one.op[2] in joins:
+            joined = joins[one.op[2]].reduce(value) & np.uint64(0xFFFFFFFF)
+            self.assign(one.operands[0], np.full(LANES, joined), active)
+            return
+        order = signed(value, 32) if one.op[3] == "s32" else value.view(np.int64)
+        best = value[order.argmax() if one.op[2] == "max" else order.argmin()]
+        self.assign(one.operands[0], np.full(LANES, best), active)
 
     def _shfl(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -317,11 +239,27 @@ class Warp:
                     number = 1
                 own.arrive(number)
 
+    def _barrier(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.arrivals += one.op[2] == "arrive"
+
+    def _mapa(self, one: Instruction, active: Any) -> None:
+        target, address, rank = one.operands
+        self.assign(
+            target,
+            self.value(address) + (self.value(rank) + np.uint64(1)) * np.uint64(RANK),
+            active,
+        )
+
     def _vote(self, one: Instruction, active: Any) -> None:
         self._all(active)
         assert one.op == ("vote", "sync", "ballot", "b32"), one.text
         votes = sum(1 << lane for lane in map(int, np.flatnonzero(self.value(one.operands[1]))))
         self.assign(one.operands[0], np.full(LANES, votes, dtype=np.uint64), active)
+
+    def _movmatrix(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        self.assign(one.operands[0], transpose(self.value(one.operands[1])), active)
 
     def _mma(self, one: Instruction, active: Any) -> None:
         self._all(active)
@@ -451,6 +389,3 @@ class Warp:
         for i, target in enumerate(one.operands[0][1]):
             words = self.cta.device.tensor[first : first + LANES, column + i]
             self.assign(target, words.astype(np.uint64), active)
-
-
-__all__ = ["Cta", "f32"]

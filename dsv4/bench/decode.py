@@ -1,0 +1,172 @@
+"""`dsv4 bench decode`: a step of a real model's layers on a GPU, checked, then timed.
+
+Weights are random bytes of the real shapes and formats (see `random_weights`). The bound is the
+bytes that a step has to read, at the bandwidth measured in the same run. Correctness: logits
+against the reference in float32, beside how far the reference in bfloat16 is from it; the same
+bytes one by one and several tokens at once, launched and as a graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
+from dsv4.bench.random_weights import RandomWeights
+from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.kernels.library import Library
+from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.kernels.reference.numerics import Numerics
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.session import GpuSession
+from dsv4.runtime.gpu.weights import DeviceWeights
+from dsv4.runtime.model import load
+
+ROW_BYTES = 576 + 8  # of a key/value row and its scales
+NOT_READ_WHOLE = ("embed", "tid2eid", "experts", ".cos", ".sin")
+PROMPT = 41  # tokens of the comparison, read eight at once, and
+MORE = 7  # one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """rows tokens at once. seconds: of a step with the head and the draw; layer_seconds: without
+    them, of a layer; nbytes: what it has to read; fraction: of the bound.
+    """
+
+    rows: int
+    seconds: float
+    layer_seconds: float
+    nbytes: int
+    fraction: float
+    launches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Logits against the float32 reference, root mean square in units of their deviation.
+
+    ours: of the GPU's kernels; bfloat16: of the reference in that dtype. top1: how often both have
+    the same likeliest token. repeatable: equal bytes whatever the cuts, eager or graph.
+    """
+
+    ours: float
+    bfloat16: float
+    top1: float
+    repeatable: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether the kernels are as good as bfloat16 is: roundings alike, in other places."""
+        return self.repeatable and self.ours <= 1.5 * self.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One run."""
+
+    machine: Machine
+    model: str
+    layers: int
+    context: int
+    steps: tuple[Step, ...]
+    agreement: Agreement | None
+
+
+def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """The first `layers` layers of a model, which are of all kinds."""
+    ratios = config.compress_ratios[:layers]
+    return dataclasses.replace(config, num_hidden_layers=layers, compress_ratios=ratios)
+
+
+def decode(
+    config: ModelConfig,
+    model: str,
+    library: Library,
+    device: torch.device,
+    *,
+    context: int,
+    rows: Sequence[int],
+    check: bool,
+) -> Report:
+    """Measure steps of `rows` tokens after `context` others; check: compare logits first."""
+    weights = RandomWeights(config, device)
+    gpu = GpuModel(weights, library, device)
+    session = gpu.session(context + MAX_ROWS)
+    agreement = compare(session, weights) if check else None
+    machine = measure_machine(device)
+    steps = tuple(time_steps(session, context, rows, machine))
+    return Report(machine, model, config.num_hidden_layers, context, steps, agreement)
+
+
+def time_steps(
+    session: GpuSession, context: int, rows: Sequence[int], machine: Machine
+) -> Iterator[Step]:
+    """Graph replays, the caches as they are: their content does not change what is read."""
+    config = session.model.config
+    for count in rows:
+        whole, body = session.programs_at(context, count)
+        seconds = graph_seconds([whole.launch])
+        layers = graph_seconds([body.launch]) / config.num_hidden_layers
+        nbytes = step_bytes(session, context, count)
+        bound = nbytes / machine.bandwidth
+        yield Step(count, seconds, layers, nbytes, bound / seconds, len(whole))
+
+
+def step_bytes(session: GpuSession, context: int, rows: int) -> int:
+    """Weights, of the experts those that are chosen on average, and caches of one sequence."""
+    config, operands = session.model.config, session.model.operands
+    read = {
+        id(tensor): tensor.nbytes
+        for name, tensor in operands.buffers.items()
+        if isinstance(tensor, Tensor) and not any(part in name for part in NOT_READ_WHOLE)
+    }
+    stacks = [operands.buffers[name] for name in operands.stacks]
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    share = 1 - (1 - chosen / experts) ** rows
+    stacked = sum(int(stack.nbytes) for stack in stacks)
+    whole = sum(read.values()) - stacked
+    return whole + int(share * stacked) + _cache_bytes(config, context, rows)
+
+
+def _cache_bytes(config: ModelConfig, context: int, rows: int) -> int:
+    """Window, compressed entries and index keys, each once for all rows of the sequence."""
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        kind, ratio = config.attention_kind(layer), config.compress_ratio(layer)
+        total += min(context, config.sliding_window + rows) * ROW_BYTES
+        if kind is AttentionKind.HCA:
+            total += context // ratio * ROW_BYTES
+        elif kind is AttentionKind.CSA:
+            keys = context // ratio
+            total += min(keys, config.index_topk * rows) * ROW_BYTES
+            total += keys * (config.index_head_dim // 2 + config.index_head_dim // 32)
+    return total
+
+
+def compare(session: GpuSession, weights: DeviceWeights) -> Agreement:
+    """A prompt, and tokens one by one, through the kernels and through the reference."""
+    config, device = session.model.config, session.model.device
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, config.vocab_size, (PROMPT + MORE,), generator=rng)
+    parts = [session.forward(ids[:PROMPT])]
+    parts += [session.forward(ids[n : n + 1]) for n in range(PROMPT, PROMPT + MORE)]
+    found = torch.cat(parts)
+    session.reset()
+    repeatable = torch.equal(session.forward(ids), found)
+    session.reset()
+    references = [
+        load(weights, device=device, dtype=dtype, numerics=Numerics.CACHES)  # type: ignore[arg-type]
+        .session(PROMPT + MORE)
+        .forward(ids)
+        .double()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    exact, rounded = references
+    unit = exact.std()
+    errors = [float((one - exact).square().mean().sqrt() / unit) for one in (found, rounded)]
+    same = float((found.argmax(1) == exact.argmax(1)).float().mean())
+    return Agreement(errors[0], errors[1], same, repeatable)

@@ -1,0 +1,51 @@
+"""The metadata of a finished conversion: attributes of every node, and the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dsv4.convert.outputs import Losses, Output, Result
+from dsv4.convert.plain import PlainOutput
+from dsv4.convert.plan import Plan
+from dsv4.formats.layouts import LAYOUTS
+from dsv4.formats.store.schema import ArraySpec
+from dsv4.formats.version import TOOL
+
+
+def describe(
+    plan: Plan, results: dict[str, Result]
+) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], Losses]:
+    """-> (group attributes by path, arrays, losses of the rounded tensors).
+
+    results: what every unit of the plan measured, by its key.
+    """
+    files = {name: index for index, name in enumerate(plan.source_files)}
+    groups: dict[str, dict[str, Any]] = {}
+    arrays: list[ArraySpec] = []
+    losses: Losses = {}
+    for output in plan.outputs:
+        measured = [results[unit.key] for unit in output.units()]
+        attributes = {"dsv4": output.attributes(measured, files)}
+        if isinstance(output, PlainOutput):
+            arrays += _with_attributes(output, attributes)
+        else:
+            groups[output.path] = attributes
+            arrays += output.arrays()
+        losses |= output.losses(measured)
+    return groups, arrays, losses
+
+
+def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySpec]:
+    return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
+
+
+def manifest_of(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's sections; description: of the source (`Source.description`)."""
+    return {
+        "tool": TOOL,
+        "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
+        "config": plan.config.to_dict(),
+        "recipe": plan.recipe.to_dict(),
+        "source": description,
+    }

@@ -1,0 +1,1 @@
+"""A layer's caches in a step: their rows, the compressors' state, and query heads."""

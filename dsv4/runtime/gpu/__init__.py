@@ -1,0 +1,1 @@
+"""The model on a GPU: compiled kernels over packed weights, one graph for each number of rows."""

@@ -1,0 +1,27 @@
+"""A packed store to a model on the GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.reader import PackedStore
+from dsv4.kernels.library import Library, architecture, default_location
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.weights import Loaded
+from dsv4.runtime.load import Part, load_weights
+
+
+def load(store: PackedStore, device: torch.device) -> GpuModel:
+    """Find the kernels first, then bring the weights; draft layers stay where they are.
+
+    Raises RuntimeRefusal without a GPU or for a format that no kernel reads, KernelError for
+    kernels that are missing or stale, StoreError for a damaged store.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeRefusal("device 'cuda' was asked for, but torch sees no CUDA device here")
+    library = Library(default_location(), architecture(device))
+    weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS})
+    model = GpuModel(Loaded(weights), library, device)
+    model.load_report = weights.reports[0]
+    return model

@@ -1,0 +1,52 @@
+"""The model on one GPU: weights in its memory, kernels found, sessions to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dsv4.formats.config import ModelConfig
+from dsv4.kernels.case import Buffers, Launch
+from dsv4.kernels.library import Library
+from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.runtime.gpu.buffers import tables
+from dsv4.runtime.gpu.plan import step_launches
+from dsv4.runtime.gpu.session import GpuSession
+from dsv4.runtime.gpu.weights import DeviceWeights, Operands
+from dsv4.runtime.load.report import LoadReport
+
+
+class GpuModel:
+    """Immutable: operands and kernels. A session holds all that a sequence changes."""
+
+    def __init__(self, weights: DeviceWeights, library: Library, device: torch.device) -> None:
+        """Raises RuntimeRefusal for a format that no kernel reads, KernelError for a kernel that
+        is missing or stale.
+        """
+        self.config: ModelConfig = weights.config
+        self.device, self.library = device, library
+        self.load_report: LoadReport | None = None
+        self.operands = Operands(weights)
+        for launch in self.launches(1, 1):
+            library.function(launch.kernel)
+
+    def load_lines(self) -> Iterator[str]:
+        """What loading took, phase by phase, for people."""
+        if self.load_report is not None:
+            yield from self.load_report.lines()
+
+    def launches(self, rows: int, capacity: int) -> Iterator[Launch]:
+        """A step of `rows` tokens, with caches for `capacity`."""
+        own = self.operands
+        return step_launches(self.config, own.layers, own.head, rows, capacity)
+
+    def buffers(self, capacity: int) -> Buffers:
+        """Weights, and the angles of `capacity` positions."""
+        count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        angles = tables(self.config, capacity + MAX_ROWS, self.device)
+        return self.operands.buffers | angles | {"ctas": int(count)}
+
+    def session(self, max_seq_len: int | None = None) -> GpuSession:
+        """An empty sequence with room for `max_seq_len` tokens."""
+        return GpuSession(self, max_seq_len)

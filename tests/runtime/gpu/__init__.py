@@ -1,0 +1,1 @@
+"""The GPU runtime without a GPU: its plan run by the operations' references."""

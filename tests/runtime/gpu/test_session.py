@@ -1,0 +1,149 @@
+"""A session of the GPU runtime gives the reference's logits, whatever the cuts, and its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4.bench.random_weights import RandomWeights
+from dsv4.formats.config import ModelConfig
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.releases import FLASH
+from dsv4.kernels.case import Buffers
+from dsv4.kernels.reference.numerics import Numerics
+from dsv4.runtime.generate import generate
+from dsv4.runtime.gpu.buffers import tables
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.program import Program
+from dsv4.runtime.gpu.session import GpuSession
+from dsv4.runtime.model import load
+from dsv4.runtime.sampling import Sampler
+from tests.runtime.gpu.emulator import Emulator
+
+CPU = torch.device("cpu")
+SMALL = dataclasses.replace(
+    FLASH,
+    vocab_size=256,
+    hidden_size=512,
+    num_hidden_layers=4,
+    compress_ratios=(0, 4, 16, 4),
+    num_hash_layers=1,
+    num_attention_heads=4,
+    q_lora_rank=128,
+    o_lora_rank=64,
+    o_groups=2,
+    moe_intermediate_size=512,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    sliding_window=8,
+    index_n_heads=2,
+    index_topk=4,
+)
+"""Every kind of layer; the window wraps, blocks complete and are chosen within forty tokens."""
+
+
+class HostModel(GpuModel):
+    """On the CPU."""
+
+    def buffers(self, capacity: int) -> Buffers:
+        """Without asking a device how many multiprocessors it has."""
+        return self.operands.buffers | tables(self.config, capacity + 8, CPU) | {"ctas": 1}
+
+
+@pytest.fixture(scope="module")
+def weights() -> RandomWeights:
+    return RandomWeights(SMALL, CPU)
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Program, "replay", Program.launch)
+
+
+def session_of(weights: RandomWeights, config: ModelConfig = SMALL) -> GpuSession:
+    return HostModel(weights, Emulator(config), CPU).session(64)
+
+
+def reference(weights: RandomWeights, ids: Tensor) -> Tensor:
+    model = load(weights, dtype=torch.bfloat16, numerics=Numerics.CACHES)
+    return model.session(64).forward(ids)
+
+
+IDS = torch.randint(0, SMALL.vocab_size, (41,), generator=torch.Generator().manual_seed(7))
+
+
+def test_logits_are_the_references(weights: RandomWeights) -> None:
+    found, wanted = session_of(weights).forward(IDS), reference(weights, IDS)
+    error = (found - wanted).square().mean(1).sqrt() / wanted.std()
+    assert float(error.median()) < 0.03  # both round to bfloat16, not always alike
+    assert float((found.argmax(1) == wanted.argmax(1)).float().mean()) > 0.9
+
+
+def test_any_cuts_give_the_same_bytes(weights: RandomWeights) -> None:
+    session = session_of(weights)
+    whole = session.forward(IDS)
+    session.reset()
+    parts, first = [], 0
+    for count in (1, 3, 8, 2, 11, 1, 1, 14):
+        parts.append(session.forward(IDS[first : first + count]))
+        first += count
+    assert torch.equal(torch.cat(parts), whole)
+    session.reset()
+    assert torch.equal(session.forward(IDS, "last"), whole[-1:])
+
+
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
+def test_tokens_drawn_in_the_step_are_those_of_its_logits(
+    weights: RandomWeights, sampler: dict[str, Any]
+) -> None:
+    session, prompt = session_of(weights), IDS[:9].tolist()
+    drawn = list(generate(session, prompt, 12, Sampler(**sampler)))
+    assert session.position == 9 + 11
+    session.reset()
+    by_hand, ids, one = [], IDS[:9], Sampler(**sampler)
+    for _ in range(12):
+        ids = one(session.forward(ids, "last"))
+        by_hand.append(int(ids))
+    assert drawn == by_hand
+
+
+def test_another_turn_goes_on_where_the_last_one_ended(weights: RandomWeights) -> None:
+    session, prompt = session_of(weights), IDS[:5].tolist()
+    first = list(generate(session, prompt, 4, Sampler()))
+    second = list(generate(session, [first[-1], 17, 4], 3, Sampler()))
+    session.reset()
+    whole = session.forward(torch.tensor([*prompt, *first, 17, 4, *second]))
+    assert whole[len(prompt) + len(first) + 1 :].argmax(1)[:3].tolist() == second
+
+
+def test_a_launch_that_reads_another_buffer_is_noticed(
+    weights: RandomWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsv4.runtime.gpu import plan
+
+    right = plan.connect
+
+    def wrong(config: ModelConfig, sublayer: int, own: str) -> Any:
+        launch = right(config, sublayer, own)
+        if sublayer != 3:
+            return launch
+        return dataclasses.replace(launch, binding={**launch.binding, "post": "post1"})
+
+    monkeypatch.setattr(plan, "connect", wrong)
+    found, wanted = session_of(weights).forward(IDS), reference(weights, IDS)
+    error = (found - wanted).square().mean(1).sqrt() / wanted.std()
+    assert float(error.median()) > 0.03
+
+
+def test_a_session_refuses_before_it_changes_anything(weights: RandomWeights) -> None:
+    session = session_of(weights)
+    session.forward(IDS[:40])
+    with pytest.raises(RuntimeRefusal, match="exceed its capacity of 64"):
+        session.forward(IDS[:30])
+    with pytest.raises(RuntimeRefusal, match="token id 256 is not in the vocabulary"):
+        session.forward(torch.tensor([256]))
+    assert session.position == 40
