@@ -197,7 +197,8 @@ def case(
         device = rng.device
         x = torch.randn(rows, shape.hidden, generator=rng, device=device)
         weights = torch.rand(rows, top_k, generator=rng, device=device) + 0.05
-        weights[:, -1] *= (torch.arange(rows, device=device) % 3 != 2).to(torch.float32)
+        if top_k > 1:
+            weights[:, -1] *= (torch.arange(rows, device=device) % 3 != 2).to(torch.float32)
         return {
             "x": x.to(torch.bfloat16),
             "topk_idx": choices.to(device, torch.int32).contiguous(),
