@@ -19,4 +19,5 @@ OPERATIONS = (
     "fp4_gemm_grouped",
     "gemm",
     "experts_prefill",
+    "swiglu",
 )

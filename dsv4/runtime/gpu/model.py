@@ -12,6 +12,7 @@ from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import step_launches
+from dsv4.runtime.gpu.prefill_plan import chunk_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
 from dsv4.runtime.load.report import LoadReport
@@ -28,7 +29,7 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
-        for launch in self.launches(1, 1):
+        for launch in (*self.launches(1, 1), *self.chunk_launches(1)):
             library.function(launch.kernel)
 
     def load_lines(self) -> Iterator[str]:
@@ -41,12 +42,16 @@ class GpuModel:
         own = self.operands
         return step_launches(self.config, own.layers, own.head, rows, capacity)
 
+    def chunk_launches(self, capacity: int) -> Iterator[Launch]:
+        """A chunk of a prompt, with caches for `capacity`; the head is not part of it."""
+        return chunk_launches(self.config, self.operands.layers, capacity)
+
     def buffers(self, capacity: int) -> Buffers:
         """Weights, and the angles of `capacity` positions."""
         count = torch.cuda.get_device_properties(self.device).multi_processor_count
         angles = tables(self.config, capacity + MAX_ROWS, self.device)
         return self.operands.buffers | angles | {"ctas": int(count)}
 
-    def session(self, max_seq_len: int | None = None) -> GpuSession:
-        """An empty sequence with room for `max_seq_len` tokens."""
-        return GpuSession(self, max_seq_len)
+    def session(self, max_seq_len: int | None = None, chunk: int | None = None) -> GpuSession:
+        """An empty sequence with room for `max_seq_len` tokens; chunk: see `GpuSession`."""
+        return GpuSession(self, max_seq_len, chunk)
