@@ -27,6 +27,7 @@ from dsv4.options import (
     validate_options,
     workers_option,
 )
+from dsv4.parity_cli import bench_parity
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel
@@ -58,6 +59,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(EXIT_FAILED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be there
+            raise
+        first = str(error).split(". ")[0]
+        err.print(printable(f"dsv4: out of device memory: {first}", MAX_SENTENCE), markup=False)
+        sys.exit(EXIT_SPACE)
     except OSError as error:
         sentence = f"dsv4: {error.strerror or error}: {error.filename or ''}"
         err.print(printable(sentence, MAX_SENTENCE), markup=False)
@@ -384,5 +391,6 @@ def _write(piece: str) -> None:
     sys.stdout.flush()
 
 
+bench.add_command(bench_parity)
 cli.add_command(bench)
 cli.add_command(kernels)

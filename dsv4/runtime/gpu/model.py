@@ -47,6 +47,6 @@ class GpuModel:
         angles = tables(self.config, capacity + MAX_ROWS, self.device)
         return self.operands.buffers | angles | {"ctas": int(count)}
 
-    def session(self, max_seq_len: int | None = None) -> GpuSession:
-        """An empty sequence with room for `max_seq_len` tokens."""
-        return GpuSession(self, max_seq_len)
+    def session(self, max_seq_len: int | None = None, *, graphs: bool = True) -> GpuSession:
+        """An empty sequence with room for `max_seq_len` tokens. Raises as `GpuSession`."""
+        return GpuSession(self, max_seq_len, graphs=graphs)

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from dsv4.formats.config import AttentionKind
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.kernels.case import Launch
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.kernels.operations.indexer import chosen_of_parts
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.attention_plan import choice_entries
-from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs
+from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs, tables_nbytes
 from dsv4.runtime.gpu.plan import draw
 from dsv4.runtime.gpu.program import Program, allocate
+from dsv4.runtime.load.arena import require_memory
 from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids
 
@@ -28,9 +30,15 @@ DECODE, DRAW = 0, -1  # programs besides those of so many tokens
 
 
 class GpuSession:
-    """A sequence that grows by `forward`, MAX_ROWS tokens a step at most. One user at a time."""
+    """A sequence that grows by `forward`, MAX_ROWS tokens a step at most. One user at a time.
 
-    def __init__(self, model: GpuModel, max_seq_len: int | None = None) -> None:
+    caches: what it remembers, by the names of `buffers.caches`. graphs: False to launch kernels one
+    by one. Raises OutOfSpaceError, before anything is allocated, if the device has not the room.
+    """
+
+    def __init__(
+        self, model: GpuModel, max_seq_len: int | None = None, *, graphs: bool = True
+    ) -> None:
         config, device = model.config, model.device
         limit = config.max_position_embeddings
         capacity = min(DEFAULT_MAX_SEQ_LEN, limit) if max_seq_len is None else max_seq_len
@@ -38,14 +46,15 @@ class GpuSession:
             raise RuntimeRefusal(
                 f"max_seq_len is {capacity}, expected 1 to {limit} (max_position_embeddings)"
             )
-        self.model, self.max_seq_len = model, capacity
+        self.model, self.max_seq_len, self._graphs = model, capacity, graphs
         self._position = 0
-        self._caches = caches(config, capacity, device)
+        launches = list(model.launches(MAX_ROWS, capacity))
+        self._require_memory(launches)
+        self.caches = caches(config, capacity, device)
         self._inputs = inputs(config, device)
         self._drawn: Tensor = self._inputs["ids"][:1]
         self._sampler: Sampler | None = None
-        known = model.buffers(capacity) | self._caches | self._inputs
-        launches = list(model.launches(MAX_ROWS, capacity))
+        known = model.buffers(capacity) | self.caches | self._inputs
         self._buffers = known | allocate(launches, known, self._sizes(), device)
         self._programs: dict[int, Program] = {}
 
@@ -56,8 +65,21 @@ class GpuSession:
 
     def reset(self) -> None:
         """Empty the sequence. The memory is kept."""
-        clear(self._caches)
+        clear(self.caches)
         self._position, self._sampler = 0, None
+
+    def _require_memory(self, launches: list[Launch]) -> None:
+        config, capacity, nowhere = self.model.config, self.max_seq_len, torch.device("meta")
+        own = caches(config, capacity, nowhere)
+        known = self.model.operands.buffers | own | inputs(config, nowhere)
+        scratch = allocate(launches, known, self._sizes(), nowhere)
+        needed = sum(int(one.nbytes) for one in (own | scratch).values())
+        require_memory(
+            needed + tables_nbytes(config, capacity + MAX_ROWS),
+            self.model.device,
+            f"a session of {capacity} tokens needs",
+            "open it with a smaller max_seq_len",
+        )
 
     def _program(self, kind: int) -> Program:
         """A step of `kind` tokens, or DECODE or DRAW."""
@@ -66,7 +88,8 @@ class GpuSession:
             launches = [] if kind == DRAW else list(model.launches(rows, self.max_seq_len))
             if kind in (DECODE, DRAW):
                 launches.append(draw(model.config))
-            self._programs[kind] = Program(model.library, launches, self._buffers, rows)
+            buffers = self._buffers
+            self._programs[kind] = Program(model.library, launches, buffers, rows, self._graphs)
         return self._programs[kind]
 
     def programs_at(self, position: int, rows: int) -> tuple[Program, Program]:
