@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from dsv4.console import err, out
-from dsv4.kernels.names import OPERATIONS
 from dsv4.options import architectures_option, models_option, operations_option
 
 
@@ -51,8 +50,12 @@ def build_kernels(
         )
         for kernel in case.kernels
     ]
-    if set(operations) == set(OPERATIONS):
-        wanted += [kernel for model in models for kernel in plan.kernels(MODELS[model])]
+    wanted += [
+        kernel
+        for model in models
+        for kernel in plan.kernels(MODELS[model])
+        if kernel.operation.startswith(operations)  # "attention_join" is of "attention"
+    ]
     target = location or default_location()
 
     def tell(one: Built) -> None:

@@ -38,7 +38,11 @@ class Sizes:
 
 
 def parity(
-    config: ModelConfig, library: Library, device: torch.device, parts: tuple[str, ...], sizes: Sizes
+    config: ModelConfig,
+    library: Library,
+    device: torch.device,
+    parts: tuple[str, ...],
+    sizes: Sizes,
 ) -> Iterator[Proof]:
     """Make weights and compare. parts: "logits", "long", "text", "sessions", "soak"."""
     weights = TellingWeights(config, device)

@@ -67,12 +67,14 @@ class Distance:
 
 def distance(found: Tensor, wanted: Tensor) -> Distance:
     """Of logits `[T, V]`."""
-    unit = torch.cat([part.double().var(1) for part in wanted.split(AT_ONCE)]).mean().sqrt()
-    errors, same = [], []
-    for ours, theirs in zip(found.split(AT_ONCE), wanted.split(AT_ONCE), strict=True):
-        errors.append((ours - theirs).double().square().mean(1).sqrt() / unit)
+    errors, spreads, same = [], [], []
+    for first in range(0, len(found), AT_ONCE):
+        ours, theirs = found[first : first + AT_ONCE], wanted[first : first + AT_ONCE]
+        errors.append((ours - theirs).double().square().mean(1).sqrt())
+        spreads.append(theirs.double().var(1))
         same.append(ours.argmax(1) == theirs.argmax(1))
-    return Distance(torch.cat(errors).cpu(), torch.cat(same).cpu())
+    unit = torch.cat(spreads).mean().sqrt()
+    return Distance((torch.cat(errors) / unit).cpu(), torch.cat(same).cpu())
 
 
 def reference(

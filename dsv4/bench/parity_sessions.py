@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.sampling import Sampler
 
 PROMPTS = (5, 41, 130)  # tokens; the last fills the window
-SAMPLERS = ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"temperature": 1.0, "seed": 6})
+SAMPLERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+    {"temperature": 1.0, "seed": 6},
+)
+CUT = 200  # tokens of the prompt that is cut
+
 
 Outcome = tuple[list[int], Tensor]
 """Tokens drawn, and the logits of a few more that are fed afterwards."""
@@ -60,7 +67,7 @@ def _outcome(session: GpuSession, number: int, tokens: int) -> Outcome:
 
 def _generation(session: GpuSession, number: int, tokens: int) -> Iterator[int]:
     ids = random_ids(session.model.config.vocab_size, PROMPTS[number], 10 + number)
-    return generate(session, ids, tokens, Sampler(**SAMPLERS[number]))  # type: ignore[arg-type]
+    return generate(session, ids, tokens, Sampler(**SAMPLERS[number]))
 
 
 def _more(session: GpuSession, number: int) -> Tensor:
@@ -89,7 +96,7 @@ def _interleaved(gpu: GpuModel, tokens: int) -> list[Outcome]:
 def _reused(gpu: GpuModel, tokens: int) -> list[Outcome]:
     session = gpu.session(_room(tokens))
     found: dict[int, Outcome] = {}
-    for number in (2, 0, 1):
+    for number in (len(PROMPTS) - 1, *range(len(PROMPTS) - 1)):
         session.reset()
         found[number] = _outcome(session, number, tokens)
     return [found[n] for n in range(len(PROMPTS))]
@@ -101,7 +108,7 @@ def _equal(one: Outcome, other: Outcome) -> bool:
 
 def _cuts(gpu: GpuModel) -> Proof:
     """A prompt in pieces of every size gives the bytes that it gives in one."""
-    count, rng = 200, random.Random(8)
+    count, rng = CUT, random.Random(8)
     ids, session = random_ids(gpu.config.vocab_size, count, 30), gpu.session(count)
     whole = session.forward(ids)
     different = 0

@@ -47,15 +47,12 @@ def greedy_text(
     best, theirs = exact.topk(2, 1)
     margins = best[:, 0] - exact.gather(1, text[:, None])[:, 0]
     places = (theirs[:, 0] != text).nonzero()[:, 0].tolist()
-    found = [
-        Difference(n, drawn[n], int(theirs[n, 0]), float(margins[n]))
-        for n in places
-    ]
+    found = [Difference(n, drawn[n], int(theirs[n, 0]), float(margins[n])) for n in places]
     others = int((rounded.argmax(1) != theirs[:, 0]).sum())
     clear = int((best[:, 0] - best[:, 1] > bound).sum())
     first = places[0] if places else tokens
     yield Proof(
-        f"greedy text of {tokens} tokens, {len(text.unique())} different",
+        f"greedy text of {tokens} tokens, {len(set(drawn))} different",
         f"{tokens - len(found)} equal, the first {first} in a row; {len(found)} differ",
         f"the reference in bfloat16 differs at {others}; {clear} margins exceed the bound",
         len(found) <= 2 * others + 3,

@@ -18,5 +18,5 @@ class TellingWeights(RandomWeights):
     """See `RandomWeights`."""
 
     def _plain(self, name: str) -> Tensor:
-        keys = name.endswith("attn.kv_norm.weight") or name.endswith("attn.compressor.norm.weight")
+        keys = name.endswith(("attn.kv_norm.weight", "attn.compressor.norm.weight"))
         return super()._plain(name) * (KEY_SIZE if keys else 1)

@@ -66,11 +66,11 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes in use, with no session open. device: of the whole device; torch: of its tensors."""
+    """Bytes in use, with no session open. device: of all on it; tensors: of torch's."""
 
     host: int
     device: int
-    torch: int
+    tensors: int
 
     @classmethod
     def now(cls, device: torch.device) -> Memory:
@@ -106,9 +106,9 @@ def soak(gpu: GpuModel, count: int, seed: int = 1) -> Iterator[Proof]:
         "",
         True,
     )
-    yield _flat("device memory", before.device, after.device, DEVICE_GROWTH)
-    yield _flat("device memory of torch", before.torch, after.torch, 0)
-    yield _flat("host memory", before.host, after.host, HOST_GROWTH)
+    yield flat("device memory", before.device, after.device, DEVICE_GROWTH)
+    yield flat("device memory of torch", before.tensors, after.tensors, 0)
+    yield flat("host memory", before.host, after.host, HOST_GROWTH)
     chosen = rng.sample(range(count), min(REPEATED, count))
     again, _ = _run(gpu, [jobs[n] for n in chosen], rng)
     same = sum(results[n] == one for n, one in zip(chosen, again, strict=True))
@@ -130,7 +130,8 @@ def _run(gpu: GpuModel, jobs: list[Job], rng: random.Random) -> tuple[list[list[
     return results, opened
 
 
-def _flat(what: str, before: int, after: int, growth: int) -> Proof:
+def flat(what: str, before: int, after: int, growth: int) -> Proof:
+    """Whether `after` exceeds `before` by no more than `growth` bytes."""
     grown = after - before
     found = f"{before / 1e6:.1f} MB, then {after / 1e6:.1f} ({grown / 1e6:+.1f})"
     return Proof(what, found, f"{growth / 1e6:+.1f} MB", grown <= growth)

@@ -134,7 +134,8 @@ def make_arena(nbytes: int, device: torch.device, what: str) -> Arena:
         nbytes,
         device,
         f"{what}: the weights need",
-        "load fewer parts (without draft layers or experts), a rank's share, or use a larger device",
+        "load fewer parts (without draft layers or experts), a rank's share, or use a larger "
+        "device",
     )
     return CudaArena(nbytes, device) if device.type == "cuda" else HostArena(nbytes)
 
