@@ -101,7 +101,7 @@ def bench_validate(
 @bench.command("kernels")
 @operations_option
 @models_option
-@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--rows", default="1,2,4,8,2048", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
 @click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
+    from dsv4.bench.parity_logits import Proof
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.bench.store import Made
     from dsv4.bench.validate import Pass
@@ -178,6 +179,17 @@ def decode_table(report: decode.Report) -> Table:
             f"{step.fraction:.3f}",
             str(step.launches),
         )
+    return table
+
+
+def parity_table(proofs: Sequence[Proof], title: str) -> Table:
+    """What was compared, what came of it, and what was allowed."""
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("what", "found", "allowed", "result"):
+        table.add_column(column)
+    for one in proofs:
+        cells = (escape(text) for text in (one.what, one.found, one.allowed))
+        table.add_row(*cells, "right" if one.right else "WRONG")
     return table
 
 

@@ -1,12 +1,12 @@
 """The command line: parses, calls one function, renders with rich. No logic lives here.
 
-Data goes to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 a check failed,
-2 bad usage or bad input, 3 out of space or memory, 130 interrupted (resumable).
+Data goes to stdout, progress and warnings to stderr; exit codes are in `endings`.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ import click
 import dsv4
 from dsv4.bench_cli import bench
 from dsv4.console import err, out, print_json
-from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
-from dsv4.formats.plain_text import printable
+from dsv4.endings import EXIT_FAILED, endings, terminate
+from dsv4.formats.errors import RuntimeRefusal
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
     keep_option,
@@ -27,6 +27,7 @@ from dsv4.options import (
     validate_options,
     workers_option,
 )
+from dsv4.parity_cli import bench_parity
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel
@@ -34,34 +35,12 @@ if TYPE_CHECKING:
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
 
-MAX_SENTENCE = 2000
-EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
-
 
 def main() -> None:
-    """Entry point: every error of ours, and of the machine, becomes one sentence."""
-    try:
+    """Entry point."""
+    with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_USAGE)
-    except (KeyboardInterrupt, click.Abort):
-        err.print("dsv4: interrupted")
-        sys.exit(EXIT_INTERRUPTED)
-    except Dsv4Error as error:
-        err.print(printable(f"dsv4: {error}", MAX_SENTENCE), markup=False)
-        sys.exit(error.exit_code)
-    except MemoryError:
-        err.print("dsv4: out of memory")
-        sys.exit(EXIT_SPACE)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_FAILED)
-    except OSError as error:
-        sentence = f"dsv4: {error.strerror or error}: {error.filename or ''}"
-        err.print(printable(sentence, MAX_SENTENCE), markup=False)
-        sys.exit(EXIT_USAGE)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -287,6 +266,7 @@ def run(
 
     if prompt is not None and tokens is not None:
         raise click.UsageError("--prompt and --tokens exclude each other")
+    signal.signal(signal.SIGTERM, terminate)
     packed = dsv4.open(directory)
     model = dsv4.load(packed, device=_device(device))
     for line in model.load_lines():
@@ -384,5 +364,6 @@ def _write(piece: str) -> None:
     sys.stdout.flush()
 
 
+bench.add_command(bench_parity)
 cli.add_command(bench)
 cli.add_command(kernels)

@@ -21,3 +21,6 @@ OPERATIONS = (
     "experts_prefill",
     "swiglu",
 )
+PREFILL = ("gemm", "experts_prefill", "swiglu")
+"""Of those: for chunks of a prompt, of more rows than the others are timed with."""
+STEP_ROWS = 8

@@ -48,7 +48,7 @@ def arrange(groups: int, k: int) -> Kernel:
     """Reorders columns for packed weights. Arguments: x, arranged bfloat16 `[M, G, K]`."""
     shape = ("rows", groups, k)
     return kernel(
-        "arrange",
+        "gemm_arrange",
         f"{MODULE}.routing:Arrange",
         {"groups": groups, "k": k},
         (

@@ -1,4 +1,4 @@
-"""`silu(min(g, limit)) · clamp(u, -limit, limit)`: the shared expert's gate, for a chunk of a prompt.
+"""`silu(min(g, limit)) · clamp(u, -limit, limit)`: the shared expert's gate, for many rows.
 
 Reference: `dsv4.kernels.reference.experts.activated`.
 """

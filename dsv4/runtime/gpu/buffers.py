@@ -66,6 +66,11 @@ def tables(config: ModelConfig, capacity: int, device: torch.device) -> Buffers:
     return found
 
 
+def tables_nbytes(config: ModelConfig, positions: int) -> int:
+    """What `tables` takes, with what it needs while it computes them in FP64."""
+    return positions * config.qk_rope_head_dim // 2 * (4 * 4 + 3 * 8)
+
+
 def inputs(config: ModelConfig, rows: int, device: torch.device) -> Buffers:
     """What the host tells a step, a row for each token; `ids` is where a drawn token goes."""
     found: Buffers = {

@@ -52,6 +52,8 @@ class GpuModel:
         angles = tables(self.config, capacity + MAX_ROWS, self.device)
         return self.operands.buffers | angles | {"ctas": int(count)}
 
-    def session(self, max_seq_len: int | None = None, chunk: int | None = None) -> GpuSession:
-        """An empty sequence with room for `max_seq_len` tokens; chunk: see `GpuSession`."""
-        return GpuSession(self, max_seq_len, chunk)
+    def session(
+        self, max_seq_len: int | None = None, *, chunk: int | None = None, graphs: bool = True
+    ) -> GpuSession:
+        """An empty sequence with room for `max_seq_len` tokens. Arguments, errors: `GpuSession`."""
+        return GpuSession(self, max_seq_len, chunk=chunk, graphs=graphs)

@@ -130,6 +130,21 @@ def make_arena(nbytes: int, device: torch.device, what: str) -> Arena:
 
     what: whose weights, for the message. Raises RuntimeRefusal for a device that is not there.
     """
+    require_memory(
+        nbytes,
+        device,
+        f"{what}: the weights need",
+        "load fewer parts (without draft layers or experts), a rank's share, or use a larger "
+        "device",
+    )
+    return CudaArena(nbytes, device) if device.type == "cuda" else HostArena(nbytes)
+
+
+def require_memory(nbytes: int, device: torch.device, what: str, instead: str) -> None:
+    """Raise OutOfSpaceError if `nbytes` and some headroom are not free on `device`.
+
+    what: the message begins with, as "x needs"; instead: what to do, with which it ends.
+    """
     free, name = free_memory(device)
     if nbytes + HEADROOM > free and device.type == "cuda":
         # What torch keeps for later use can be given back.
@@ -137,11 +152,8 @@ def make_arena(nbytes: int, device: torch.device, what: str) -> Arena:
         free, name = free_memory(device)
     if nbytes + HEADROOM > free:
         raise OutOfSpaceError(
-            f"{what}: the weights need {nbytes / 1e9:.1f} GB in one piece, {name} has "
-            f"{free / 1e9:.1f} GB free; load fewer parts (without draft layers or experts), a "
-            "rank's share, or use a larger device"
+            f"{what} {nbytes / 1e9:.1f} GB, {name} has {free / 1e9:.1f} GB free; {instead}"
         )
-    return CudaArena(nbytes, device) if device.type == "cuda" else HostArena(nbytes)
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:

@@ -49,10 +49,7 @@ def device_hash(device: torch.device) -> Hash:
     """
     if device.type == "cpu":
         return _reference
-    try:
-        function: Hash = Library(default_location(), architecture(device)).function(xxh3())
-    except OSError as error:
-        raise KernelError(f"the kernels' launch library cannot be loaded: {error}") from None
+    function: Hash = Library(default_location(), architecture(device)).function(xxh3())
     return function
 
 
