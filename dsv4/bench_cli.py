@@ -104,6 +104,7 @@ def bench_validate(
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
 @click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
+@click.option("--peers", is_flag=True, help="Only what torch, Triton and humming-kernels do too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_kernels(
@@ -112,10 +113,14 @@ def bench_kernels(
     rows: str,
     shape: str,
     unusual: bool,
+    peers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
     """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
+    if peers:
+        _kernel_peers(models, _numbers(rows), shape, location, as_json)
+        return
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
@@ -150,6 +155,36 @@ def bench_kernels(
     else:
         out.print(kernels_table(lines, machine))
     if any(line.faults for line in lines):
+        raise SystemExit(1)
+
+
+def _kernel_peers(
+    models: tuple[str, ...], rows: list[int], shape: str, location: Path | None, as_json: bool
+) -> None:
+    import torch
+
+    from dsv4.bench.kernel_peers import compare
+    from dsv4.bench.kernels import measure_machine, open_library
+    from dsv4.bench_render import peer_line, peers_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    machine, lines = measure_machine(device), []
+    for model in models:
+        found = compare(MODELS[model], model, rows, library, machine, device, shapes=shape)
+        for line in found:
+            lines.append(line)
+            err.print(peer_line(line), markup=False)
+    if as_json:
+        print_json(
+            {
+                "machine": dataclasses.asdict(machine),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        )
+    else:
+        out.print(peers_table(lines, machine))
+    if not all(line.right for line in lines if line.peer == "dsv4"):
         raise SystemExit(1)
 
 

@@ -14,6 +14,7 @@ from dsv4.render import facts_table, size
 if TYPE_CHECKING:
     from dsv4.bench import decode
     from dsv4.bench.convert import Throughput
+    from dsv4.bench.kernel_peers import PeerLine
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
     from dsv4.bench.quantize import Quality, Speed
@@ -124,6 +125,41 @@ def kernel_line(line: Line) -> str:
     if line.seconds and line.fraction:
         time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
     return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
+
+
+def peer_line(line: PeerLine) -> str:
+    """One measured kernel of ours or of others as a line of progress."""
+    said = line.fault or ("right" if line.right else f"WRONG: {line.error} of its tolerance")
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of its bound, "
+    if line.ratio:
+        time += f"{line.ratio:.2f} of our time, "
+    form = f" ({line.form})" if line.form else ""
+    return f"{line.shape} {line.model} rows {line.rows} {line.peer}{form}: {time}{said}"
+
+
+def peers_table(lines: Sequence[PeerLine], machine: Machine) -> Table:
+    """Each shape's kernels, ours first: time, over ours, bytes that it reads, fraction of them."""
+    title = f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s measured now"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("shape", "rows", "kernel"):
+        table.add_column(column)
+    for column in ("us", "of our time", "MB", "of bound", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        verdict = "right" if line.right else escape(line.fault) or "WRONG"
+        table.add_row(
+            f"{line.shape} {line.model}" if line.peer == "dsv4" else "",
+            str(line.rows) if line.peer == "dsv4" else "",
+            escape(f"{line.peer}: {line.form}" if line.form else line.peer),
+            f"{line.seconds * 1e6:.1f}" if line.seconds else "",
+            f"{line.ratio:.2f}" if line.ratio else "",
+            f"{line.nbytes / 1e6:.1f}",
+            f"{line.fraction:.3f}" if line.fraction else "",
+            verdict,
+        )
+    return table
 
 
 def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
