@@ -203,13 +203,16 @@ def decode_table(report: decode.Report) -> Table:
         f"{machine.bandwidth / 1e12:.2f} TB/s measured now; {verdict}"
     )
     table = Table(title=escape(title), title_justify="left")
-    for column in ("rows", "us a step", "us a layer", "MB read", "of bound", "launches"):
+    columns = ("rows", "us a step", "us a layer", "its bytes' bound", "experts read a layer")
+    for column in (*columns, "MB read", "of bound", "launches"):
         table.add_column(column, justify="right")
     for step in report.steps:
         table.add_row(
             str(step.rows),
             f"{step.seconds * 1e6:.1f}",
             f"{step.layer_seconds * 1e6:.1f}",
+            f"{step.layer_bound * 1e6:.1f}",
+            f"{step.experts:.1f}",
             f"{step.nbytes / 1e6:.0f}",
             f"{step.fraction:.3f}",
             str(step.launches),

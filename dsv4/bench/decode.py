@@ -34,14 +34,17 @@ MORE = 7  # one by one
 @dataclasses.dataclass(frozen=True)
 class Step:
     """rows tokens at once. seconds: of a step with the head and the draw; layer_seconds: without
-    them, of a layer; nbytes: what it has to read; fraction: of the bound.
+    them, of a layer; layer_bound: of a layer's bytes; nbytes: what the step has to read; fraction:
+    of the bound; experts: how many a layer reads on average, of those that its rows chose.
     """
 
     rows: int
     seconds: float
     layer_seconds: float
+    layer_bound: float
     nbytes: int
     fraction: float
+    experts: float
     launches: int
 
 
@@ -111,25 +114,37 @@ def time_steps(
         whole, body = session.programs_at(context, count)
         seconds = graph_seconds([whole.launch])
         layers = graph_seconds([body.launch]) / config.num_hidden_layers
-        nbytes = step_bytes(session, context, count)
+        chosen = [len(one.unique()) for one in session.choices(count)]
+        nbytes, head = step_bytes(session, context, count, chosen)
         bound = nbytes / machine.bandwidth
-        yield Step(count, seconds, layers, nbytes, bound / seconds, len(whole))
+        layer_bound = (nbytes - head) / machine.bandwidth / config.num_hidden_layers
+        experts = sum(chosen) / len(chosen)
+        timed = (seconds, layers, layer_bound, nbytes, bound / seconds)
+        yield Step(count, *timed, experts, len(whole))
 
 
-def step_bytes(session: GpuSession, context: int, rows: int) -> int:
-    """Weights, of the experts those that are chosen on average, and caches of one sequence."""
+def step_bytes(
+    session: GpuSession, context: int, rows: int, chosen: Sequence[int]
+) -> tuple[int, int]:
+    """Weights, the experts that were chosen (how many, by layer), and caches of one sequence.
+
+    -> bytes of the step; those of them that the head takes.
+    """
     config, operands = session.model.config, session.model.operands
-    read = {
-        id(tensor): tensor.nbytes
+    read: dict[int, tuple[str, int]] = {
+        id(tensor): (name, tensor.nbytes)
         for name, tensor in operands.buffers.items()
-        if isinstance(tensor, Tensor) and not any(part in name for part in NOT_READ_WHOLE)
+        if isinstance(tensor, Tensor)
+        and name not in operands.stacks
+        and not any(part in name for part in NOT_READ_WHOLE)
     }
-    stacks = [operands.buffers[name] for name in operands.stacks]
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    share = 1 - (1 - chosen / experts) ** rows
-    stacked = sum(int(stack.nbytes) for stack in stacks)
-    whole = sum(read.values()) - stacked
-    return whole + int(share * stacked) + _cache_bytes(config, context, rows)
+    for name in operands.stacks:
+        stack = operands.buffers[name]
+        layer = int(name.split(".")[1])
+        read[id(stack)] = (name, stack.nbytes // config.n_routed_experts * chosen[layer])
+    head = sum(size for name, size in read.values() if name.startswith("head"))
+    whole = sum(size for _, size in read.values())
+    return whole + _cache_bytes(config, context, rows), head
 
 
 def _cache_bytes(config: ModelConfig, context: int, rows: int) -> int:
