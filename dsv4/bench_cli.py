@@ -194,6 +194,7 @@ def _kernel_peers(
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
+@click.option("--transformers", is_flag=True, help="Its model in BF16 on the same weights, too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_decode(
@@ -202,6 +203,7 @@ def bench_decode(
     context: int,
     rows: str,
     no_check: bool,
+    transformers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
@@ -210,7 +212,7 @@ def bench_decode(
 
     from dsv4.bench.decode import decode, few_layers
     from dsv4.bench.kernels import open_library
-    from dsv4.bench_render import decode_table
+    from dsv4.bench_render import decode_table, rivals_table
 
     device = torch.device("cuda")
     library = open_library(device, location)
@@ -223,12 +225,15 @@ def bench_decode(
         context=context,
         rows=_numbers(rows),
         check=not no_check,
+        transformers=transformers,
     )
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
         out.print(decode_table(report))
-    if report.agreement is not None and not report.agreement.right:
+        if report.rivals is not None:
+            out.print(rivals_table(report.rivals, report.steps))
+    if not report.right:
         raise SystemExit(1)
 
 

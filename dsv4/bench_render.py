@@ -12,7 +12,7 @@ from rich.table import Table
 from dsv4.render import facts_table, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode
+    from dsv4.bench import decode, transformers_peer
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernel_peers import PeerLine
     from dsv4.bench.kernels import Line, Machine
@@ -216,6 +216,26 @@ def decode_table(report: decode.Report) -> Table:
             f"{step.nbytes / 1e6:.0f}",
             f"{step.fraction:.3f}",
             str(step.launches),
+        )
+    return table
+
+
+def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step]) -> Table:
+    """transformers' step in every way it was run, over ours."""
+    title = rivals.fault or (
+        f"transformers {rivals.version} in bfloat16, one token after a prompt of {rivals.context}; "
+        f"logits {'right' if rivals.right else 'WRONG'}: {rivals.difference:.4f} of their "
+        f"deviation from ours, the same likeliest token in {rivals.same:.0%}"
+    )
+    table = Table(title=escape(f"transformers: {title}" if rivals.fault else title))
+    for column in ("a step", "ms", "of our time"):
+        table.add_column(column, justify="left" if column == "a step" else "right")
+    ours = [step.seconds for step in steps if step.rows == 1]
+    for line in rivals.lines:
+        table.add_row(
+            escape(line.name),
+            f"{line.seconds * 1e3:.2f}" if line.seconds else escape(line.fault),
+            f"{line.seconds / ours[0]:.1f}" if line.seconds and ours else "",
         )
     return table
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
+from dsv4.bench.transformers_peer import Rivals, rivals
 from dsv4.formats.config import AttentionKind, ModelConfig
 from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
@@ -77,6 +78,13 @@ class Report:
     context: int
     steps: tuple[Step, ...]
     agreement: Agreement | None
+    rivals: Rivals | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing that was compared differs by more than it may."""
+        compared = (self.agreement, self.rivals)
+        return all(one is None or one.right for one in compared)
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -94,15 +102,20 @@ def decode(
     context: int,
     rows: Sequence[int],
     check: bool,
+    transformers: bool = False,
 ) -> Report:
-    """Measure steps of `rows` tokens after `context` others; check: compare logits first."""
+    """Measure steps of `rows` tokens after `context` others; check: compare logits first.
+
+    transformers: its model on the same weights, too.
+    """
     weights = RandomWeights(config, device)
     gpu = GpuModel(weights, library, device)
     session = gpu.session(context + MAX_ROWS)
     agreement = compare(session, weights) if check else None
     machine = measure_machine(device)
     steps = tuple(time_steps(session, context, rows, machine))
-    return Report(machine, model, config.num_hidden_layers, context, steps, agreement)
+    others = rivals(session, weights, context) if transformers else None
+    return Report(machine, model, config.num_hidden_layers, context, steps, agreement, others)
 
 
 def time_steps(
@@ -114,7 +127,7 @@ def time_steps(
         whole, body = session.programs_at(context, count)
         seconds = graph_seconds([whole.launch])
         layers = graph_seconds([body.launch]) / config.num_hidden_layers
-        chosen = [len(one.unique()) for one in session.choices(count)]
+        chosen = [len(set(one.flatten().tolist())) for one in session.choices(count)]
         nbytes, head = step_bytes(session, context, count, chosen)
         bound = nbytes / machine.bandwidth
         layer_bound = (nbytes - head) / machine.bandwidth / config.num_hidden_layers

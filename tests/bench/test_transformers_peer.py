@@ -1,0 +1,43 @@
+"""transformers' model is given our weights: the logits of its steps are our reference's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from dsv4.bench import transformers_peer as peer
+from dsv4.bench.random_weights import RandomWeights
+from dsv4.kernels.reference.numerics import Numerics
+from dsv4.runtime.model import load
+from tests.runtime.gpu.test_session import CPU, SMALL
+
+CONFIG = dataclasses.replace(SMALL, compress_ratios=(0, 4, 128, 4), sliding_window=16)
+IDS = torch.randint(0, CONFIG.vocab_size, (300,), generator=torch.Generator().manual_seed(7))
+
+
+def test_steps_after_a_prompt_in_pieces_are_the_references() -> None:
+    weights = RandomWeights(CONFIG, CPU)
+    model = peer.build(weights)
+    cache, _ = peer.read(model, IDS[:290])
+    found = torch.cat([peer.read(model, IDS[n : n + 1], cache)[1] for n in range(290, 300)])
+    session = load(weights, dtype=torch.float32, numerics=Numerics.EXACT).session(300)
+    wanted = session.forward(IDS)[290:]
+    difference, same = peer.agreement(wanted, found)
+    assert difference < 0.1
+    assert same > 0.8
+
+
+def test_other_logits_are_not_called_right() -> None:
+    logits = torch.randn(8, 500, generator=torch.Generator().manual_seed(0))
+    difference, same = peer.agreement(logits, logits.roll(1, 0))
+    assert not peer.Rivals("0", 1, difference, same, ()).right
+    assert peer.Rivals("0", 1, *peer.agreement(logits, logits), ()).right
+
+
+def test_what_fails_is_a_line() -> None:
+    def fails() -> float:
+        raise RuntimeError("not under capture\nstack")
+
+    assert peer._try("graph", fails) == peer.Rival("graph", None, "RuntimeError: not under capture")
+    assert peer._try("eager", lambda: 2.0) == peer.Rival("eager", 2.0)
