@@ -2,7 +2,8 @@
 
 W8A16 on FP8 with 128x128 E8M0 scales, W4A16 on NVFP4, and experts grouped by the tokens that chose
 them. Codes lie in rows, scales beside them, as checkpoints have them: neither slabs nor tiles.
-Written to be fair and simple: few-row tiles of 16 tokens, the columns split over CTAs where a form
+NVFP4 is multiplied in float16, which holds code times scale exactly and activations
+of usual sizes. Written to be fair and simple: few-row tiles of 16 tokens, the columns split over CTAs where a form
 says so, several forms of which a benchmark takes the fastest.
 """
 
@@ -51,25 +52,31 @@ GROUPED_FORMS = (Form(32, 128, 4, 5), Form(32, 256, 4, 4), Form(64, 128, 4, 4), 
 
 @triton.jit
 def _fp4_tile(codes, scales, rows, K, step, COLUMNS: tl.constexpr):
-    """Even and odd columns `[rows, COLUMNS / 2]` of step number `step`, bfloat16, without the
-    global scale.
+    """Even and odd columns `[rows, COLUMNS / 2]` of step number `step`, float16, which holds them
+    exactly without the global scale.
     """
     half = tl.arange(0, COLUMNS // 2)
     block = tl.arange(0, COLUMNS // 16)
     raw = tl.load(codes + rows[:, None] * (K // 2) + step * (COLUMNS // 2) + half[None, :])
     scale = tl.load(scales + rows[:, None] * (K // 16) + step * (COLUMNS // 16) + block[None, :])
-    wide = scale.to(tl.float32) * 16384.0
-    wide = tl.broadcast_to(wide[:, :, None], (rows.shape[0], COLUMNS // 16, 8))
+    wide = tl.broadcast_to(scale.to(tl.float16)[:, :, None], (rows.shape[0], COLUMNS // 16, 8))
     wide = tl.reshape(wide, (rows.shape[0], COLUMNS // 2))
-    return (_e2m1(raw & 15) * wide).to(tl.bfloat16), (_e2m1(raw >> 4) * wide).to(tl.bfloat16)
+    return _e2m1(raw & 15) * wide, _e2m1(raw >> 4) * wide
+
+
+@triton.jit
+def _columns(x, here, step, COLUMNS: tl.constexpr):
+    """Even and odd columns `[16, COLUMNS / 2]` of the tokens at x, float16."""
+    value = tl.load(x + step * COLUMNS + tl.arange(0, COLUMNS), mask=here, other=0.0)
+    return tl.split(tl.reshape(value.to(tl.float16), (16, COLUMNS // 2, 2)))
 
 
 @triton.jit
 def _e2m1(code):
-    """An E2M1 code's value by 2^-14: the bits of a float16."""
+    """An E2M1 code's value: its bits are those of a float16 by 2^-14."""
     wide = code.to(tl.uint16)
     bits = ((wide & 8) << 12) | ((wide & 7) << 9)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    return bits.to(tl.float16, bitcast=True) * 16384.0
 
 
 @triton.jit
@@ -81,7 +88,7 @@ def _product(
     y,
     M,
     N,
-    K,
+    K: tl.constexpr,
     per_group,
     stride,
     FP4: tl.constexpr,
@@ -98,9 +105,8 @@ def _product(
     for step in range(tl.program_id(1), K // COLUMNS, SPLIT):
         if FP4:
             even, odd = _fp4_tile(codes, scales, rows, K, step, COLUMNS)
-            column = step * COLUMNS + 2 * tl.arange(0, COLUMNS // 2)
-            total = tl.dot(tl.load(x + column, mask=here, other=0.0), tl.trans(even), total)
-            total = tl.dot(tl.load(x + column + 1, mask=here, other=0.0), tl.trans(odd), total)
+            left, right = _columns(x, here, step, COLUMNS)
+            total = tl.dot(right, tl.trans(odd), tl.dot(left, tl.trans(even), total))
         else:
             column = step * COLUMNS + tl.arange(0, COLUMNS)
             raw = tl.load(codes + rows[:, None] * K + column[None, :])
@@ -128,7 +134,7 @@ def _grouped(
     weights,
     y,
     N,
-    K,
+    K: tl.constexpr,
     top_k,
     limit,
     GATED: tl.constexpr,
@@ -147,9 +153,7 @@ def _grouped(
     total = tl.zeros((16, ROWS), tl.float32)
     other = tl.zeros((16, ROWS), tl.float32)
     for step in range(K // COLUMNS):
-        column = step * COLUMNS + 2 * tl.arange(0, COLUMNS // 2)
-        left = tl.load(x + column, mask=here, other=0.0)
-        right = tl.load(x + column + 1, mask=here, other=0.0)
+        left, right = _columns(x, here, step, COLUMNS)
         even, odd = _fp4_tile(codes, scales, rows, K, step, COLUMNS)
         total = tl.dot(right, tl.trans(odd), tl.dot(left, tl.trans(even), total))
         if GATED:
