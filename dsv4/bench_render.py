@@ -222,20 +222,26 @@ def decode_table(report: decode.Report) -> Table:
 
 def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step]) -> Table:
     """transformers' step in every way it was run, over ours."""
-    title = rivals.fault or (
-        f"transformers {rivals.version} in bfloat16, one token after a prompt of {rivals.context}; "
-        f"logits {'right' if rivals.right else 'WRONG'}: {rivals.difference:.4f} of their "
-        f"deviation from ours, the same likeliest token in {rivals.same:.0%}"
-    )
-    table = Table(title=escape(f"transformers: {title}" if rivals.fault else title))
-    for column in ("a step", "ms", "of our time"):
-        table.add_column(column, justify="left" if column == "a step" else "right")
+    title = f"transformers: {rivals.fault}"
+    if not rivals.fault:
+        title = (
+            f"transformers {rivals.version} in bfloat16, a token after a prompt of "
+            f"{rivals.context}; logits {'right' if rivals.right else 'WRONG'}: "
+            f"{rivals.difference:.4f} of their deviation from ours, likeliest token the same in "
+            f"{rivals.same:.0%}"
+        )
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("experts")
+    for column in ("ms a step", "of our time"):
+        table.add_column(column, justify="right")
+    table.add_column("")
     ours = [step.seconds for step in steps if step.rows == 1]
     for line in rivals.lines:
         table.add_row(
             escape(line.name),
-            f"{line.seconds * 1e3:.2f}" if line.seconds else escape(line.fault),
+            f"{line.seconds * 1e3:.2f}" if line.seconds else "",
             f"{line.seconds / ours[0]:.1f}" if line.seconds and ours else "",
+            escape(line.fault),
         )
     return table
 

@@ -160,16 +160,17 @@ def agreement(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 def timed(model: Any, cache: Any, token: Tensor) -> Iterator[Rival]:
     """A step of `token` after `cache`, in every way."""
     for name in EXPERTS:
-        yield _try(f"experts {name}", functools.partial(_launched, model, name, cache, token))
+        yield _try(name, functools.partial(_launched, model, name, cache, token))
     graphed = functools.partial(_graphed, model, cache, token)
-    yield _try("experts batched_mm, as a CUDA graph", graphed)
+    yield _try("batched_mm, as a CUDA graph", graphed)
 
 
 def _try(name: str, measure: Callable[[], float]) -> Rival:
     try:
         return Rival(name, measure())
     except Exception as error:  # it is somebody else's code
-        return Rival(name, None, f"{type(error).__name__}: {error}".splitlines()[0])
+        said = str(error).splitlines()[0].partition(". ")[0]
+        return Rival(name, None, f"{type(error).__name__}: {said}")
 
 
 def _launched(model: Any, experts: str, cache: Any, token: Tensor) -> float:

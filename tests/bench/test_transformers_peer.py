@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from io import StringIO
 
 import torch
+from rich.console import Console
 
 from dsv4.bench import transformers_peer as peer
+from dsv4.bench.decode import Step
 from dsv4.bench.random_weights import RandomWeights
+from dsv4.bench_render import rivals_table
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.model import load
 from tests.runtime.gpu.test_session import CPU, SMALL
@@ -41,3 +45,21 @@ def test_what_fails_is_a_line() -> None:
 
     assert peer._try("graph", fails) == peer.Rival("graph", None, "RuntimeError: not under capture")
     assert peer._try("eager", lambda: 2.0) == peer.Rival("eager", 2.0)
+
+
+def _shown(rivals: peer.Rivals, steps: list[Step]) -> str:
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(rivals_table(rivals, steps))
+    return console.export_text()
+
+
+def test_the_table_has_its_time_over_ours_and_what_failed() -> None:
+    step = Step(1, 5e-4, 1e-4, 5e-5, 10**9, 0.5, 6.0, 67)
+    lines = (peer.Rival("eager", 2e-2), peer.Rival("graph", None, "RuntimeError: no"))
+    shown = _shown(peer.Rivals("5.0", 64, 0.05, 0.5, lines), [step])
+    assert "logits right: 0.0500" in shown
+    assert "20.00" in shown
+    assert "40.0" in shown
+    assert "RuntimeError: no" in shown
+    absent = peer.Rivals("", 64, 0.0, 0.0, (), "not installed: transformers")
+    assert "transformers: not installed: transformers" in _shown(absent, [step])
