@@ -2,9 +2,9 @@
 
 W8A16 on FP8 with 128x128 E8M0 scales, W4A16 on NVFP4, and experts grouped by the tokens that chose
 them. Codes lie in rows, scales beside them, as checkpoints have them: neither slabs nor tiles.
-NVFP4 is multiplied in float16, which holds code times scale exactly and activations
-of usual sizes. Written to be fair and simple: few-row tiles of 16 tokens, the columns split over CTAs where a form
-says so, several forms of which a benchmark takes the fastest.
+NVFP4 is multiplied in float16, which holds code times scale exactly and activations of usual sizes.
+Written to be fair and simple: tiles of 16 tokens, loads that Triton pipelines, the columns split
+over CTAs where a form says so; of several forms a benchmark takes the fastest.
 """
 
 from __future__ import annotations
