@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv4.bench.parity_logits import Proof, random_ids
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.sampling import Sampler
 
@@ -53,7 +54,8 @@ def sessions(gpu: GpuModel, tokens: int) -> Iterator[Proof]:
             "equal",
             all(same),
         )
-    yield _cuts(gpu)
+    yield _cuts(gpu, 0, (1, 13))
+    yield _cuts(gpu, CUT, (LEAST_ROWS, 3 * LEAST_ROWS))
 
 
 def _room(tokens: int) -> int:
@@ -106,22 +108,26 @@ def _equal(one: Outcome, other: Outcome) -> bool:
     return one[0] == other[0] and torch.equal(one[1], other[1])
 
 
-def _cuts(gpu: GpuModel) -> Proof:
-    """A prompt in pieces of every size gives the bytes that it gives in one."""
+def _cuts(gpu: GpuModel, chunk: int, sizes: tuple[int, int]) -> Proof:
+    """A prompt in pieces of every size gives the bytes that it gives in one: by steps, which any
+    piece is cut into, and by chunks, in pieces that are chunks.
+    """
     count, rng = CUT, random.Random(8)
-    ids, session = random_ids(gpu.config.vocab_size, count, 30), gpu.session(count)
+    ids, session = random_ids(gpu.config.vocab_size, count, 30), gpu.session(count, chunk=chunk)
     whole = session.forward(ids)
     different = 0
     for _ in range(3):
         session.reset()
         parts, first = [], 0
         while first < count:
-            size = rng.randint(1, 13)
+            size = rng.randint(*sizes)
+            size = count - first if count - first - size < sizes[0] else size
             parts.append(session.forward(ids[first : first + size]))
             first += size
         different += not torch.equal(torch.cat(parts), whole)
+    how = "chunks" if chunk else "steps"
     return Proof(
-        f"a prompt of {count} tokens cut at random, three times",
+        f"a prompt of {count} tokens read by {how} and cut at random, three times",
         f"{count * 3} rows of logits {'equal' if not different else 'DIFFER'}",
         "equal",
         not different,

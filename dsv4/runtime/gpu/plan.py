@@ -99,9 +99,12 @@ def kernels(config: ModelConfig) -> Iterator[Kernel]:
                 yield launch.kernel
 
 
-def draw(config: ModelConfig) -> Launch:
-    """Draw the next token of each row of logits, where the next step reads it."""
-    return Launch(sampling.sampling(config.vocab_size), {"token": "ids"})
+def draw(config: ModelConfig, prefix: str = "") -> Launch:
+    """Draw the next token of each row of logits, where the next step reads it, and move its
+    position on. prefix: of the two buffers' names.
+    """
+    binding = {"token": f"{prefix}ids", "position": f"{prefix}position"}
+    return Launch(sampling.sampling(config.vocab_size), binding)
 
 
 def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weight]:

@@ -119,18 +119,34 @@ class GpuSession:
     def programs_at(self, position: int, rows: int) -> tuple[Program, Program]:
         """For measuring: a step of `rows` tokens from `position` on, and the same of layers alone.
 
-        The first draws as well. Nothing of the sequence is kept: `reset` afterwards.
+        The first draws as well, but elsewhere than into its own input: repeated, its rows would
+        soon be the same token, which reads the same experts, and leave the caches at their end.
+        Nothing of the sequence is kept: `reset` afterwards.
         """
         model = self.model
         self._set_sampler(Sampler())
         torch.arange(position, position + rows, out=self._inputs["position"][:rows])
-        torch.randint(model.config.vocab_size, (rows,), out=self._inputs["ids"][:rows])
+        rng = torch.Generator().manual_seed(rows)
+        ids = torch.randint(model.config.vocab_size, (rows,), generator=rng)
+        self._inputs["ids"][:rows] = ids
+        for name in ("ids", "position"):
+            self._buffers[f"spare_{name}"] = self._inputs[name].clone()
         layers = list(model.launches(rows, self.max_seq_len))
-        whole = Program(model.library, [*layers, draw(model.config)], self._buffers, rows)
+        drawn = draw(model.config, "spare_")
+        whole = Program(model.library, [*layers, drawn], self._buffers, rows)
         body = Program(model.library, layers[:-2], self._buffers, rows)
         for program in (whole, body):
             program.launch()  # loads the kernels' code
         return whole, body
+
+    def choices(self, rows: int) -> list[Tensor]:
+        """For measuring: what the step of `programs_at` chooses, int32 `[T, k]` for each layer."""
+        found = []
+        for launch in self.model.launches(rows, self.max_seq_len):
+            Program(self.model.library, [launch], self._buffers, rows).launch()
+            if launch.kernel.operation == "router":
+                found.append(self._buffers["topk_idx"][:rows].clone())
+        return found
 
     def forward(self, ids: Tensor, logits: Literal["all", "last"] = "all") -> Tensor:
         """Append `ids` and return the logits that follow them, as `Session.forward` does.

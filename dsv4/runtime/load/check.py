@@ -24,7 +24,7 @@ from dsv4.formats.errors import KernelError, StoreError
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import FileSpec
 from dsv4.kernels.library import Library, architecture, default_location
-from dsv4.kernels.operations.xxh3 import ROW_BYTES, xxh3
+from dsv4.kernels.operations.xxh3 import LINE_BYTES, xxh3
 from dsv4.kernels.reference.xxh3 import BLOCK_BYTES, LANES, accumulators, digests, secret_words
 from dsv4.runtime.load.arena import Arena, CudaArena
 from dsv4.runtime.load.jobs import Job
@@ -121,7 +121,7 @@ class DeviceCheck:
             return
         with self._on_queue():
             self._run(
-                self._arena.bytes.view(-1, ROW_BYTES),
+                self._arena.bytes.view(-1, LINE_BYTES),
                 self._places[begin:end],
                 self._secret,
                 self._acc[begin:end],
