@@ -6,8 +6,8 @@ codes in the layout that it wants, made beforehand; its figure is what a CUDA gr
 takes with weights outside the L2 cache, as ours. Its bound is the bytes that it reads itself.
 
 A peer's result is held against our reference in FP64, at the tolerance of bfloat16: of a product
-2^-8 (|y| + 4 √Σ(x w)²), its rounding and that of partial sums; of experts 2^-5 of the token's root
-mean square, several roundings one after another.
+2^-8 (|y| + 8 √Σ(x w)²), its rounding and that of four partial sums; of experts 2^-5 of the token's
+root mean square, several roundings one after another.
 """
 
 from __future__ import annotations

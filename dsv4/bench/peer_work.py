@@ -25,7 +25,7 @@ from dsv4.kernels.reference.experts import operand
 SHAPES = ("lm_head", "wq_b", "wo_a", "wo_b", "shared w1 w3", "shared w2")
 SCALES = (0x08, 0x7F)  # E4M3 codes of normal numbers
 PRODUCT_UNIT, EXPERTS_UNIT = 2.0**-8, 2.0**-5  # tolerances of peers, see `kernel_peers`
-PARTIAL_SUMS = 4  # how many times their usual size the largest of them are
+PARTIAL_SUMS = 8  # four of them, each up to four times its usual size, rounded by half a unit
 
 
 @dataclasses.dataclass(frozen=True)
