@@ -30,6 +30,7 @@ from dsv4.options import (
 from dsv4.parity_cli import bench_parity
 
 if TYPE_CHECKING:
+    from dsv4.runtime.generate import Timings
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
     from dsv4.runtime.sampling import Sampler
@@ -302,10 +303,13 @@ def run(
         print_json(result.to_dict())
         return
     _write("\n")
-    rate = result.timings.tokens_per_second
-    err.print(
-        f"{len(ids)} prompt tokens, {len(result.generated_tokens)} generated, "
-        f"first after {result.timings.first_token_seconds:.2f} s, then {rate:.1f} tokens/s"
+    err.print(_summary(result.timings))
+
+
+def _summary(timings: Timings) -> str:
+    return (
+        f"{timings.prompt_tokens} prompt tokens, {timings.generated_tokens} generated, first after "
+        f"{timings.first_token_seconds:.2f} s, then {timings.tokens_per_second:.1f} tokens/s"
     )
 
 

@@ -55,7 +55,12 @@ def bench_parity(
         proofs.append(proof)
         verdict = "right" if proof.right else "WRONG"
         seconds = time.perf_counter() - begin
-        err.print(f"[{seconds:.0f} s] {proof.what}: {proof.found}, {verdict}", markup=False)
+        err.print(
+            f"[{seconds:.0f} s] {proof.what}: {proof.found} ({proof.allowed}), {verdict}",
+            markup=False,
+        )
+        for detail in proof.details:
+            err.print(f"  {detail}", markup=False)
     name = torch.cuda.get_device_name(device)
     if as_json:
         print_json({"device": name, "proofs": [dataclasses.asdict(one) for one in proofs]})

@@ -18,9 +18,11 @@ from dsv4.bench.parity_weights import TellingWeights
 from dsv4.bench.soak import soak
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.library import Library
+from dsv4.kernels.reference.accumulate import temporaries
 from dsv4.runtime.gpu.model import GpuModel
 
 SELECTION = 2048  # tokens from which on a CSA layer of Flash chooses among its blocks
+ON_A_GPU = 1 << 25  # elements of a temporary of the reference
 BEYOND = 64  # tokens of a long context that are read before its end: the next ones cross it
 
 
@@ -46,7 +48,8 @@ def parity(
 ) -> Iterator[Proof]:
     """Make weights and compare. parts: "logits", "long", "text", "sessions", "soak"."""
     weights = TellingWeights(config, device)
-    yield from prove(GpuModel(weights, library, device), weights, parts, sizes)
+    with temporaries(ON_A_GPU):
+        yield from prove(GpuModel(weights, library, device), weights, parts, sizes)
 
 
 def prove(

@@ -28,12 +28,15 @@ AT_ONCE = 128  # tokens whose differences are in memory
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """One thing that was to be shown. found and beside it what is allowed, in words."""
+    """One thing that was to be shown. found and beside it what is allowed, in words; details: of
+    single tokens.
+    """
 
     what: str
     found: str
     allowed: str
     right: bool
+    details: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

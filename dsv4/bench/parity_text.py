@@ -31,6 +31,9 @@ class Difference:
     theirs: int
     margin: float
 
+    def __str__(self) -> str:
+        return f"token {self.place}: {self.ours} for {self.theirs}, margin {self.margin:.4f}"
+
 
 def greedy_text(
     gpu: GpuModel, weights: RandomWeights, tokens: int, prompt: int = 64
@@ -57,10 +60,10 @@ def greedy_text(
         f"the reference in bfloat16 differs at {others}; {clear} margins exceed the bound",
         len(found) <= 2 * others + 3,
     )
-    for one in found:
-        yield Proof(
-            f"token {one.place}: {one.ours} for {one.theirs}",
-            f"margin {one.margin:.4f}",
-            f"{bound:.4f}",
-            one.margin <= bound,
-        )
+    yield Proof(
+        f"margin of the reference between its token and the kernels', {len(found)} times",
+        f"at most {max((one.margin for one in found), default=0.0):.4f}",
+        f"{bound:.4f}, {SIGMAS:g} deviations",
+        all(one.margin <= bound for one in found),
+        tuple(str(one) for one in found),
+    )

@@ -18,7 +18,7 @@ from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.sampling import Sampler
 
 MOST_SESSIONS = 3
-PROMPT, NEW = 96, 32  # tokens at most
+PROMPT, NEW = 64, 16  # tokens at most
 CAPACITY = (160, 1024)  # of sessions
 HOST_GROWTH = DEVICE_GROWTH = 32 << 20  # bytes that are taken for noise, of 2,000 generations
 REPEATED = 40
@@ -121,7 +121,7 @@ def _run(gpu: GpuModel, jobs: list[Job], rng: random.Random) -> tuple[list[list[
     pool: list[GpuSession] = []
     opened, results = 0, []
     for job in jobs:
-        if pool and rng.random() < 0.2:
+        if pool and rng.random() < 0.1:
             pool.pop(rng.randrange(len(pool)))
         if len(pool) < MOST_SESSIONS and (not pool or rng.random() < 0.5):
             pool.append(gpu.session(rng.randint(*CAPACITY)))

@@ -104,8 +104,8 @@ def test_greedy_text(
 def test_sessions_that_share_a_cache_are_noticed(
     gpu: HostModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity_sessions, "PROMPTS", (2, 3))
-    monkeypatch.setattr(parity_sessions, "CUT", 9)
+    monkeypatch.setattr(parity_sessions, "PROMPTS", (1, 2))
+    monkeypatch.setattr(parity_sessions, "CUT", 5)
     assert wrong(list(parity_sessions.sessions(gpu, 2))) == []
     shared: dict[int, Buffers] = {}
 
