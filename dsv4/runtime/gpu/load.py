@@ -10,9 +10,10 @@ from dsv4.kernels.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
+from dsv4.runtime.timeline import Mark
 
 
-def load(store: PackedStore, device: torch.device) -> GpuModel:
+def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
     """Find the kernels first, then bring the weights; draft layers stay where they are.
 
     Raises RuntimeRefusal without a GPU or for a format that no kernel reads, KernelError for
@@ -21,7 +22,11 @@ def load(store: PackedStore, device: torch.device) -> GpuModel:
     if not torch.cuda.is_available():
         raise RuntimeRefusal("device 'cuda' was asked for, but torch sees no CUDA device here")
     library = Library(default_location(), architecture(device))
+    mark("kernels found")
+    torch.empty(1, device=device)
+    mark("context")
     weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS})
+    mark("weights")
     model = GpuModel(Loaded(weights), library, device)
     model.load_report = weights.reports[0]
     return model
