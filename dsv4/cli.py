@@ -281,10 +281,13 @@ def run(
     as_json: bool,
 ) -> None:
     """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
+    from dsv4.runtime.driver import wake
     from dsv4.runtime.timeline import FIRST_TOKEN, WEIGHTS, Timeline
 
     timeline = Timeline()
     timeline.mark("interpreter")
+    if device != "cpu":
+        wake()
     from dsv4.runtime.answer import answer, encode_prompt, parse_tokens, sampling_defaults
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text

@@ -103,9 +103,9 @@ def test_a_slot_is_filled_again_only_when_it_was_copied(
     plan = plan_load(sample)
     wanted = load_weights(sample, "cpu", settings=Settings(readers=1))
     arena = kind(plan.nbytes)
-    slots = arena.slots(4, 16 << 10)
     jobs = make_jobs(plan.spans(), 16 << 10, lambda file: True)
-    Readers(sample, arena, hashes=lambda file: True).run(jobs, [slots[:2], slots[2:]])
+    with arena.slots(4, 16 << 10) as slots:
+        Readers(sample, arena, hashes=lambda file: True).run(jobs, [slots[:2], slots[2:]])
     equal = all(
         torch.equal(
             arena.bytes[placed.at : placed.at + placed.nbytes],
@@ -123,13 +123,13 @@ def test_the_device_s_checksums_prove_the_copy_too(
     """All that was read is right; a slot that was filled again too soon is not."""
     plan = plan_load(sample)
     arena = kind(plan.nbytes)
-    slots = arena.slots(4, 16 << 10)
     jobs = make_jobs(plan.spans(), 16 << 10, lambda file: not on_device(file))
     check = DeviceCheck(sample, plan, arena, jobs, device_hash(torch.device("cpu")))
     readers = Readers(sample, arena, hashes=lambda file: not on_device(file), check=check)
     if kind is HastyArena:
         arena.settle = lambda: None  # type: ignore[method-assign]  # hashing would deliver
-    readers.run(jobs, [slots[:2], slots[2:]])
+    with arena.slots(4, 16 << 10) as slots:
+        readers.run(jobs, [slots[:2], slots[2:]])
     LateArena.settle(arena)
     if kind is LateArena:
         check.finish()

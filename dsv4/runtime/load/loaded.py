@@ -228,8 +228,6 @@ def _fill(
     progress: Callable[[int], None] | None,
 ) -> LoadReport:
     count, per_reader = settings.threads, settings.slots_a_reader
-    slots = arena.slots(count * per_reader, settings.slot_nbytes)
-    rings = [slots[i : i + per_reader] for i in range(0, len(slots), per_reader)]
     verifies = settings.verify != "off"
     kernel, note = find_hash(arena.bytes.device, settings.verify) if verifies else (None, "")
 
@@ -241,14 +239,15 @@ def _fill(
     readers = Readers(
         store, arena, hashes=hashes, check=check, direct=settings.direct, progress=progress
     )
-    placed = time.perf_counter()
-    readers.run(jobs, rings)
-    copied = time.perf_counter()
-    if check is not None:
-        check.finish()
-        readers.spent.chunks += check.chunks
-        readers.spent.verified_bytes += check.nbytes
-    done = time.perf_counter()
+    with arena.slots(count * per_reader, settings.slot_nbytes) as slots:
+        placed = time.perf_counter()
+        readers.run(jobs, [slots[i::count] for i in range(count)])
+        copied = time.perf_counter()
+        if check is not None:
+            check.finish()
+            readers.spent.chunks += check.chunks
+            readers.spent.verified_bytes += check.nbytes
+        done = time.perf_counter()
     return LoadReport(
         nbytes=plan.payload_nbytes,
         arena_nbytes=plan.nbytes,
