@@ -80,7 +80,7 @@ class Driver:
         _check("cuEventSynchronize", code)
 
 
-def wake(device: int = 0) -> None:
+def wake(device: int = 0) -> threading.Thread:
     """Begin to make a GPU's context in a thread: it takes a third of a second.
 
     Nothing happens where there is no GPU; who needs one says what is wrong.
@@ -95,7 +95,9 @@ def wake(device: int = 0) -> None:
         if not slow.cuInit(0) and not slow.cuDeviceGet(ctypes.byref(number), device):
             slow.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
 
-    threading.Thread(target=work, name="dsv4-wake", daemon=True).start()
+    thread = threading.Thread(target=work, name="dsv4-wake", daemon=True)
+    thread.start()
+    return thread
 
 
 def _libraries() -> tuple[Any, Any]:
