@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.bench.first_load import first_load
 from dsv4.bench.machine_rates import (
     PIECE,
     Machine,
@@ -73,7 +74,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """What a run found. reports: of dsv4's first load, and of its last turn, warm and cold."""
+    """What a run found. reports: of dsv4's first load, in a new process, and of its
+    last turn, warm and cold."""
 
     machine: Machine
     nbytes: int
@@ -114,10 +116,12 @@ def measure(
         disk = disk_rate(path, files, settings.threads, settings.slot_nbytes)
     machine = _machine(path, files, device, settings, disk)
     judge = _judge(store, specs)
+    kept: dict[str, LoadReport] = {}
     lines = []
     for state in ("warm", "cold") if disk else ("warm",):
         if state == "warm":
             touch(everything, settings.threads)
+            kept["first"] = first_load(path, device, settings)
         bound = machine.bus if state == "warm" else disk or machine.bus
         chosen = {n: lane for n, lane in lanes.items() if state == "warm" or n in COLD_LANES}
         for name, rates, correct in _turns(
@@ -125,8 +129,8 @@ def measure(
         ):
             of_bound = statistics.median(rates) / bound
             lines.append(Line(name, state == "cold", rates, of_bound, correct))
-        reports[state] = reports.pop("last")
-    return Loading(machine, plan.payload_nbytes, tuple(lines), reports)
+        kept[state] = reports.pop("last")
+    return Loading(machine, plan.payload_nbytes, tuple(lines), kept)
 
 
 def _machine(
@@ -193,7 +197,6 @@ def _lanes(
     def ours(**how: Any) -> Result:
         weights = load_weights(store, device, settings=dataclasses.replace(settings, **how))
         if not how:
-            reports.setdefault("first", weights.reports[-1])
             reports["last"] = weights.reports[-1]
         return lambda path: weights.share_of(path).view(-1).view(torch.uint8)
 

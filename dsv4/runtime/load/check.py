@@ -30,7 +30,7 @@ from dsv4.runtime.load.arena import Arena, CudaArena
 from dsv4.runtime.load.jobs import Job
 from dsv4.runtime.load.plan import LoadPlan, Span
 
-WAVES = 16
+WAVES = 8
 
 Int64s = npt.NDArray[np.int64]
 Hash = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -104,9 +104,11 @@ class DeviceCheck:
         """A job's copy is queued: hash the waves that are complete with it."""
         with self._lock:
             self._left[self._wave_of[job.at]] -= 1
+            first = self._next
             while self._next < WAVES and not self._left[self._next]:
-                self._hash(self._bounds[self._next], self._bounds[self._next + 1])
                 self._next += 1
+            last = self._next
+        self._hash(self._bounds[first], self._bounds[last])
 
     def finish(self) -> None:
         """Wait, and compare. Raises StoreError naming the first damaged chunk.

@@ -155,21 +155,25 @@ class FileTable:
         found = self._open.get(file.key)
         if found is not None:
             return found
-        with self._lock:
-            if file.key not in self._open:
-                directory = file.key.rpartition("/")[0]
-                link = integrity.symbolic_link(self._root, directory, self._directories)
-                if link:
-                    raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
-                self._open[file.key] = OpenFile(self._root, file, direct=self._direct)
-            return self._open[file.key]
+        # Not under the lock: who waits for a lock hands over the interpreter's as well, and every
+        # system call here does too. Two may open the same file; one of them is closed again.
+        directory = file.key.rpartition("/")[0]
+        link = integrity.symbolic_link(self._root, directory, self._directories)
+        if link:
+            raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
+        opened = OpenFile(self._root, file, direct=self._direct)
+        found = self._open.setdefault(file.key, opened)
+        if found is not opened:
+            opened.close()
+        return found
 
     def release(self, file: FileSpec) -> None:
         """One use less."""
         with self._lock:
             self._left[file.key] -= 1
-            if not self._left[file.key]:
-                self._open.pop(file.key).close()
+            unused = not self._left[file.key]
+        if unused:
+            self._open.pop(file.key).close()
 
     def close(self) -> None:
         """Close what is still open."""
