@@ -23,7 +23,7 @@ from dsv4.runtime.load import Settings, load_weights, plan_load
 from dsv4.runtime.load import files as reading
 from dsv4.runtime.load.arena import HostArena, Slot
 from dsv4.runtime.load.check import DeviceCheck, device_hash, on_device
-from dsv4.runtime.load.files import OpenFile, cached_share
+from dsv4.runtime.load.files import FileTable, OpenFile, cached_share
 from dsv4.runtime.load.jobs import make_jobs
 from dsv4.runtime.load.plan import Span
 from dsv4.runtime.load.readers import Readers
@@ -138,6 +138,29 @@ def test_the_device_s_checksums_prove_the_copy_too(
         return
     with pytest.raises(StoreError, match="does not match its checksum"):
         check.finish()
+
+
+def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    file = FileSpec("file", (0, 1), 1, 100, False)
+    table = FileTable(tmp_path, [file] * 8, direct=False)
+    before = len(os.listdir("/proc/self/fd"))
+    together, found = threading.Barrier(8), set()
+
+    def get() -> None:
+        together.wait()
+        found.add(table.get(file))
+
+    threads = [threading.Thread(target=get) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 1 and len(os.listdir("/proc/self/fd")) == before + 1
+    for left in range(8):
+        assert len(os.listdir("/proc/self/fd")) == before + 1, f"closed after {left} of 8 uses"
+        table.release(file)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def _lock_is_free_during(work: Callable[[], object]) -> bool:
