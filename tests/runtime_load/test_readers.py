@@ -140,11 +140,15 @@ def test_the_device_s_checksums_prove_the_copy_too(
         check.finish()
 
 
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     file = FileSpec("file", (0, 1), 1, 100, False)
     table = FileTable(tmp_path, [file] * 8, direct=False)
-    before = len(os.listdir("/proc/self/fd"))
+    before = _descriptors()
     together, found = threading.Barrier(8), set()
 
     def get() -> None:
@@ -156,11 +160,11 @@ def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 1 and len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(found) == 1 and _descriptors() == before + 1
     for left in range(8):
-        assert len(os.listdir("/proc/self/fd")) == before + 1, f"closed after {left} of 8 uses"
+        assert _descriptors() == before + 1, f"closed after {left} of 8 uses"
         table.release(file)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert _descriptors() == before
 
 
 def _lock_is_free_during(work: Callable[[], object]) -> bool:
