@@ -148,6 +148,7 @@ def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     file = FileSpec("file", (0, 1), 1, 100, False)
     table = FileTable(tmp_path, [file] * 8, direct=False)
+    table._open.popitem()[1].close()  # it was opened ahead
     before = _descriptors()
     together, found = threading.Barrier(8), set()
 
@@ -163,6 +164,20 @@ def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
     assert len(found) == 1 and _descriptors() == before + 1
     for left in range(8):
         assert _descriptors() == before + 1, f"closed after {left} of 8 uses"
+        table.release(file)
+    assert _descriptors() == before
+
+
+def test_files_are_opened_ahead_and_closed_behind(
+    sample: PackedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "AHEAD", 2)
+    files = [span.file for span in plan_load(sample).spans()]
+    before = _descriptors()
+    table = FileTable(sample.root, files, direct=False)
+    for number, file in enumerate(files):
+        assert _descriptors() == before + min(2, len(files) - number)
+        table.get(file)
         table.release(file)
     assert _descriptors() == before
 

@@ -61,7 +61,7 @@ class Readers:
         *,
         hashes: Callable[[FileSpec], bool],
         check: DeviceCheck | None = None,
-        direct: bool = False,
+        direct: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.arena, self.hashes, self.check = arena, hashes, check
