@@ -239,7 +239,7 @@ def bench_store(
 @click.option(
     "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 12."
 )
-@click.option("--slot", type=Size(), default="4MiB", show_default=True, help="Of the ring, each.")
+@click.option("--slot", type=Size(), default="6MiB", show_default=True, help="Of the ring, each.")
 @click.option(
     "--direct/--no-direct", default=True, help="O_DIRECT for what is not in the page cache."
 )

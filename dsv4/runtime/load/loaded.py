@@ -53,7 +53,7 @@ class Settings:
     """
 
     readers: int = 0
-    slot_nbytes: int = 4 << 20
+    slot_nbytes: int = 6 << 20
     slots_a_reader: int = 2
     verify: Literal["auto", "device", "readers", "off"] = "auto"
     direct: bool = True
