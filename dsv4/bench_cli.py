@@ -311,10 +311,12 @@ def bench_store(
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
-    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 6."
+    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 12."
 )
-@click.option("--slot", type=Size(), default="8MiB", show_default=True, help="Of the ring, each.")
-@click.option("--direct", is_flag=True, help="O_DIRECT for what is not in the page cache.")
+@click.option("--slot", type=Size(), default="6MiB", show_default=True, help="Of the ring, each.")
+@click.option(
+    "--direct/--no-direct", default=True, help="O_DIRECT for what is not in the page cache."
+)
 @click.option("--cold/--no-cold", default=True, help="Also from the disk.")
 @click.option("--peers/--no-peers", default=True, help="Also safetensors and fastsafetensors.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")

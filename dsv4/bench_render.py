@@ -274,7 +274,8 @@ def loading_tables(found: Loading) -> Iterator[Table]:
     disk = f", disk {machine.disk / 1e9:.2f} GB/s" if machine.disk else ""
     title = (
         f"{size(found.nbytes)} to {machine.device}, {machine.cores} cores, bus "
-        f"{machine.bus / 1e9:.1f} GB/s{disk}, both measured now"
+        f"{machine.bus / 1e9:.1f} GB/s{disk}, page cache {machine.page_cache / 1e9:.0f}, plain "
+        f"copies {machine.memory / 1e9:.0f}, all measured now"
     )
     table = Table(title=escape(title), title_justify="left")
     table.add_column("from")

@@ -261,6 +261,13 @@ def run(
     as_json: bool,
 ) -> None:
     """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
+    from dsv4.runtime.driver import wake
+    from dsv4.runtime.timeline import FIRST_TOKEN, WEIGHTS, Timeline
+
+    timeline = Timeline()
+    timeline.mark("interpreter")
+    if device != "cpu":
+        wake()
     from dsv4.runtime.answer import answer, encode_prompt, parse_tokens, sampling_defaults
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
@@ -268,8 +275,10 @@ def run(
     if prompt is not None and tokens is not None:
         raise click.UsageError("--prompt and --tokens exclude each other")
     signal.signal(signal.SIGTERM, terminate)
+    timeline.mark("imports")
     packed = dsv4.open(directory)
-    model = dsv4.load(packed, device=_device(device))
+    model = dsv4.load(packed, device=_device(device), mark=timeline.mark)
+    timeline.mark(WEIGHTS)
     for line in model.load_lines():
         err.print(line, markup=False, highlight=False)
     assets = packed.store.assets
@@ -290,20 +299,29 @@ def run(
         else encode_prompt(prompt or "", _required(text), raw=raw)
     )
     limit = max_new_tokens or DEFAULT_NEW_TOKENS
+    session = model.session(max_seq_len=len(ids) + limit)
+    timeline.mark("session")
+
+    def write(piece: str) -> None:
+        timeline.mark(FIRST_TOKEN)
+        if not as_json:
+            _write(piece)
+
     result = answer(
-        model.session(max_seq_len=len(ids) + limit),
+        session,
         ids,
         sampler,
         text=text,
         max_new_tokens=limit,
         eos_token_ids=model.config.eos_token_ids,
-        write=(lambda piece: None) if as_json else _write,
+        write=write,
     )
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict() | {"start": timeline.phases})
         return
     _write("\n")
     err.print(_summary(result.timings))
+    err.print(timeline.line(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(timings: Timings) -> str:

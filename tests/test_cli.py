@@ -95,6 +95,10 @@ def test_run_json_is_the_greedy_continuation(standard_store: Path) -> None:
     text = Text.from_file(dsv4.open(standard_store).store.assets["tokenizer.json"])
     assert document["text"] == text.decode(expected)
     assert document["timings"]["generated_tokens"] == 6
+    start = document["start"]
+    first, *_, last = start
+    assert (first, last) == ("interpreter", "first token")
+    assert 0 < start["interpreter"] < start["weights ready"] < start["first token"] < 60
 
 
 def test_run_renders_the_chat_template_unless_raw(standard_store: Path) -> None:
