@@ -1,4 +1,4 @@
-"""The value of a layer's routed experts on a prefill kernel's buffers, and its distance from theirs.
+"""The value of a layer's routed experts on a prefill kernel's buffers, and how far theirs may be.
 
 Buffers and shape are those of `dsv4.kernels.operations.experts_prefill`.
 """
