@@ -97,12 +97,15 @@ def gemv(
 
 
 def tuned(weights: Sequence[Weight]) -> dict[str, int | bool]:
-    """Warps that share a row's columns, and steps in flight: measured on an H100.
+    """Warps that share a row's columns, and steps in flight: measured on an H100 and an H200.
 
     Few rows mean few CTAs, which then want more warps; a warp with few steps needs no deep ring.
+    NVFP4 is bound by its unpacking: many small CTAs keep all schedulers busy.
     """
     steps = max(weight.k for weight in weights) // STEP
     bands = sum(-(-weight.n // SF_ROWS) * 4 for weight in weights)
+    if weights[0].kind == "nvfp4" and bands >= 2048:
+        return {"warps": 2, "stages": 3, "pdl": True}
     plain = any(weight.kind == "bf16" for weight in weights)
     warps = 4 if plain or bands >= 256 else 8
     if steps <= 16 and bands <= 128:

@@ -119,8 +119,9 @@ class Nvfp4Operand(Operand):
         low, high = [], []
         for row in (2 * tile, 2 * tile + 1):
             word, scale = words[4 * row + mma // 2], prepared[row][mma // 4]
-            low.append(ptx.mul_bf16x2(_e2m1_pair(word, 2 * (mma % 2)), scale))
-            high.append(ptx.mul_bf16x2(_e2m1_pair(word, 2 * (mma % 2) + 1), scale))
+            half = word >> 8 if mma % 2 else word
+            low.append(ptx.mul_bf16x2(_e2m1_pair(half, 0), scale))
+            high.append(ptx.mul_bf16x2(_e2m1_pair(half, 1), scale))
         return (*low, *high)
 
     def b(self, x: Any, mma: int) -> tuple[Any, Any]:
@@ -129,11 +130,15 @@ class Nvfp4Operand(Operand):
         return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
 
 
-def _e2m1_pair(word: Uint32, i: int) -> Uint32:
-    """Codes i and i + 4 of a word as bfloat16, times 2^-126."""
-    signs = word << (12 - 4 * i) if i < 3 else word
-    magnitudes = word << (6 - 4 * i) if i < 2 else word >> (4 * i - 6)
-    return (signs & Uint32(_SIGNS)) | (magnitudes & Uint32(0x01C001C0))
+def _e2m1_pair(half: Uint32, i: int) -> Uint32:
+    """Codes i and i + 4 of a word as bfloat16, times 2^-126; i is 0 or 1.
+
+    A nibble `seem` times 2^12 + 2^6 is `seem00seem000000`: its sign is where bfloat16's sign is and
+    its magnitude where the lowest two bits of the exponent and the highest of the mantissa are. A
+    mask leaves just these. One multiplication takes the place of two shifts.
+    """
+    nibbles = half & Uint32(0x000F000F << 4 * i)
+    return (nibbles * Uint32(0x1040 >> 4 * i)) & Uint32(0x81C081C0)
 
 
 class Fp8Operand(Operand):

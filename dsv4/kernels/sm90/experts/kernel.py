@@ -24,7 +24,6 @@ from dsv4.kernels.sm90 import ptx
 from dsv4.kernels.sm90.experts import chosen, raw, sequence
 from dsv4.kernels.sm90.experts.barrier import arrive_and_wait
 from dsv4.kernels.sm90.experts.chosen import MAX_ROWS, Chosen
-from dsv4.kernels.sm90.experts.nibbles import NibbleOperand
 from dsv4.kernels.sm90.experts.sequence import (
     FP8_PIECES,
     PIECES,
@@ -34,7 +33,7 @@ from dsv4.kernels.sm90.experts.sequence import (
     Stream,
 )
 from dsv4.kernels.sm90.experts.sums import Sums, exchange, item, total
-from dsv4.kernels.sm90.operands import MMAS, STEP, Fp8Operand
+from dsv4.kernels.sm90.operands import MMAS, STEP, Fp8Operand, Nvfp4Operand
 from dsv4.kernels.sm90.ring import PIECE_BYTES, wait
 
 GROUP = 8  # columns in 16 bytes
@@ -65,7 +64,7 @@ class Experts:
         self.shape, self.limit = Shape(hidden, inter, warps, shared), limit
         self.out_dtype = {"float32": Float32, "bfloat16": BFloat16}[out]
         self.threads, self.slots, self.pdl = 32 * warps, slots, pdl
-        self.nvfp4 = NibbleOperand(hidden, inter, 1)
+        self.nvfp4 = Nvfp4Operand(hidden, inter, 1)
         self.fp8 = Fp8Operand(hidden, inter, 1)
 
     @cute.jit
