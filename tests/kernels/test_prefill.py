@@ -130,7 +130,11 @@ KERNELS = {
     "w13, Flash": experts_prefill.up(Shape.of(FLASH)),
     "w2, Flash": experts_prefill.down(Shape.of(FLASH)),
     "w13, Pro": experts_prefill.up(Shape.of(PRO)),
+    "w13, Flash, many tokens": experts_prefill.up(Shape.of(FLASH), experts_prefill.MANY),
+    "w2, Flash, many tokens": experts_prefill.down(Shape.of(FLASH), experts_prefill.MANY),
     "fp8": gemm.gemm(Weight("fp8", 4096, 8192, 8)),
+    "fp8, many rows": gemm.gemm(Weight("fp8", 4096, 8192, 8), tuning=gemm.WIDE),
+    "nvfp4, many rows": gemm.gemm(Weight("nvfp4", 2048, 4096), tuning=gemm.WIDE),
     "bf16": gemm.gemm(Weight("bf16", 64, 4096), "float32"),
 }
 
@@ -165,11 +169,21 @@ def test_experts_interpreted() -> None:
 
 
 def test_one_expert_interpreted() -> None:
-    """Twice for each token, in several tiles of tokens."""
+    """Twice for each token, in several tiles of tokens, the last one narrow."""
     cut = {**CUT, "ctas": 3, "runs": 1, "unroll": 2, "narrow": 1}
     routing = experts_prefill.one_expert
     one = experts_prefill.case(NARROW, "none", 20, "bfloat16", routing=routing, tuning=cut)
     assert faults(one, "sm_90a") == []
+
+
+def test_the_cut_follows_the_number_of_tokens() -> None:
+    flash = Shape.of(FLASH)
+    found = [experts_prefill.tuned(flash, rows)["n_tile"] for rows in (9, 2048, 8192)]
+    assert found == [64, 64, 128]
+    wide, small = Weight("fp8", 32768, 1024), Weight("fp8", 1024, 4096)
+    assert [gemm.tuned(wide, rows)["n_tile"] for rows in (9, 512, 2048)] == [128, 256, 256]
+    assert [gemm.tuned(small, rows)["n_tile"] for rows in (9, 512, 2048)] == [128, 128, 128]
+    assert gemm.tuned(Weight("bf16", 64, 4096), 8192)["n_tile"] == 128
 
 
 ALTERATIONS = {
