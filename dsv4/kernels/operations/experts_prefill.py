@@ -21,13 +21,14 @@ from dsv4.formats.config import ModelConfig
 from dsv4.kernels.case import Buffers, Case, Launch
 from dsv4.kernels.compiled import Argument, Kernel, Role, kernel
 from dsv4.kernels.operations.experts import MAX_ROWS, Shape
-from dsv4.kernels.operations.gemm import MODULE, RAGGED, arrange
+from dsv4.kernels.operations.gemm import CTAS, MODULE, RAGGED, arrange
 from dsv4.kernels.reference.experts import SLABS
 from dsv4.kernels.reference.experts_prefill import expected
 
 ARCHITECTURES = ("sm_90a",)
-TUNED = {"ctas": 132, "warpgroups": 4, "m_each": 1, "n_tile": 64, "runs": 2, "stages": 6}
-"""How the work is cut: a tile of 256 rows of a weight by 64 tokens, 128 columns in a stage."""
+FEW = {"warpgroups": 4, "m_each": 1, "n_tile": 64, "runs": 2, "stages": 6, "narrow": 4}
+MANY = {"warpgroups": 2, "m_each": 2, "n_tile": 128, "runs": 2, "stages": 4}
+"""How the work is cut: a tile of 256 rows of a weight by 64 tokens of an expert, or by 128."""
 
 Routing = Callable[[torch.Generator, int, Shape], Tensor]
 
@@ -64,7 +65,7 @@ def up(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
     return kernel(
         "experts_up",
         f"{MODULE}.expert_gemm:ExpertsUp",
-        {**_sizes(shape), "limit": shape.limit, **(tuning or TUNED)},
+        {**_sizes(shape), "limit": shape.limit, "ctas": CTAS, **(tuning or FEW)},
         (
             Argument("x", torch.bfloat16, ("rows", 1, shape.hidden)),
             choices("entries", torch.int32),
@@ -82,7 +83,7 @@ def down(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
     return kernel(
         "experts_down",
         f"{MODULE}.expert_gemm:ExpertsDown",
-        {**_sizes(shape), "slabs": SLABS, **(tuning or TUNED)},
+        {**_sizes(shape), "slabs": SLABS, "ctas": CTAS, **(tuning or FEW)},
         (
             choices("h", torch.bfloat16, "in", shape.inter),
             choices("places", torch.int32),
@@ -130,15 +131,21 @@ def launches(
     )
 
 
+def tuned(shape: Shape, rows: int) -> Mapping[str, int]:
+    """The cut for `rows` tokens: whether the experts' tokens fit into tiles of 64 on average."""
+    return FEW if rows * shape.top_k <= FEW["n_tile"] * shape.experts else MANY
+
+
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:
     """A layer's experts, for each number of rows above 8."""
     for count in rows:
         if count > MAX_ROWS:
-            yield case(Shape.of(config), model, count)
+            shape = Shape.of(config)
+            yield case(shape, model, count, tuning=tuned(shape, count))
 
 
 def checks(config: ModelConfig, model: str) -> Iterator[Case]:
-    """Ragged numbers of tokens, both outputs; few experts or one for all; extreme scales."""
+    """Ragged numbers of tokens, both outputs and cuts; few experts, one for all; extreme scales."""
     shape = Shape.of(config)
     for count, out in zip(RAGGED, ("bfloat16", "float32") * 2, strict=True):
         yield case(shape, model, count, out)
@@ -146,6 +153,8 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
     yield case(shape, model, 130, name="one expert", routing=one_expert)
     yield case(shape, model, 300, name="some not here", routing=some_experts)
     yield case(shape, model, 300, name="hard", hard=True)
+    yield case(shape, model, 300, name="the last experts, wide", routing=last_experts, tuning=MANY)
+    yield case(shape, model, 300, name="hard, wide", hard=True, tuning=MANY)
 
 
 def any_experts(rng: torch.Generator, rows: int, shape: Shape) -> Tensor:
@@ -249,6 +258,7 @@ def _harden(buffers: Buffers) -> None:
     x[:, :, ::14] *= -1.0
     x[-1] = -0.0
     buffers["topk_weights"][::3, ::2] = 0.0
+    buffers["topk_weights"][1::3, ::2] = -0.0
     for scales in (buffers["scales13"], buffers["scales2"]):
         scales[..., ::3] = 0x7E  # 448
         scales[..., 1::3] &= 0x01  # 2^-9 or 0

@@ -140,11 +140,11 @@ class Warp(Lanes):
                 self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
         width, count, addresses = self._transfer(one, source, active)
-        raw = np.zeros((len(addresses), count, 8), dtype=np.uint8)
+        wide = np.zeros((len(addresses), count, 8), dtype=np.uint8)
         read = self._space(one).read(addresses, width * count)
-        raw[:, :, :width] = read.reshape(-1, count, width)
+        wide[:, :, :width] = read.reshape(-1, count, width)
         found = np.zeros((count, LANES), dtype=np.uint64)
-        found[:, active] = raw.view(np.uint64)[:, :, 0].T
+        found[:, active] = wide.view(np.uint64)[:, :, 0].T
         for part, value in zip(target[1] if target[0] == "v" else [target], found, strict=True):
             self.assign(part, value, active)
 

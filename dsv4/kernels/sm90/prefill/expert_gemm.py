@@ -234,7 +234,7 @@ class ExpertsUp(ExpertGemm):
         if cutlass.const_expr(self.limit > 0.0):
             gate = cutlass.min(gate, Float32(self.limit))
             up = cutlass.max(cutlass.min(up, Float32(self.limit)), Float32(-self.limit))
-        e = cute.arch.exp2(gate * Float32(-_LOG2_E))
+        e = cute.math.exp2(gate * Float32(-_LOG2_E), fastmath=True)
         return gate * cute.arch.rcp_approx(Float32(1.0) + e) * up
 
     @cute.jit

@@ -15,8 +15,8 @@ from typing import Any
 
 from cutlass import Int32, Int64, Uint32
 
-from dsv4.kernels.sm90 import ptx
-from dsv4.kernels.sm90.prefill import shared, wgmma
+from dsv4.kernels.sm90 import ptx, wgmma
+from dsv4.kernels.sm90.prefill import shared
 
 RUN = 64  # columns
 MAX_BOX = 256  # rows that the copy unit copies at once

@@ -15,7 +15,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
-from dsv4.kernels.sm90.prefill import shared, wgmma
+from dsv4.kernels.sm90 import wgmma
+from dsv4.kernels.sm90.prefill import shared
 from dsv4.kernels.sm90.prefill.fragments import FRAGMENTS, RUN
 from dsv4.kernels.sm90.prefill.tiles import Tile, copy_tile
 
@@ -209,8 +210,7 @@ class Mainloop:
                 stage, turn = self._following(stage, turn)
         for m in range_constexpr(self.m_each):
             sums = wgmma.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
-            for i in range_constexpr(n // 2):
-                acc[m * self.sums + i] = sums[i]
+            _put(sums, acc, m * self.sums)
         if lane == 0:
             cute.arch.mbarrier_arrive(empty + before)
 
@@ -244,8 +244,7 @@ class Mainloop:
         for step in range_constexpr(RUN // wgmma.MMA_COLS):
             sums = wgmma.multiply(sums, a[step], wgmma.advance(tile, step))
         wgmma.commit()
-        for i in range_constexpr(n // 2):
-            acc[m * self.sums + i] = sums[i]
+        _put(sums, acc, m * self.sums)
         wgmma.wait(1)
 
     @cute.jit
@@ -291,3 +290,9 @@ class Mainloop:
                     words = shared.load_b128(staging + token * 128 + (chunk ^ (token % 8)) * 16)
                     to = out + Int64(row) * (2 * self.n) + Int64(chunk * 16)
                     shared.store_global_b128(to, words)
+
+
+def _put(sums: list[Any], acc: Any, first: int) -> None:
+    """Into registers from `first` on."""
+    for i, value in enumerate(sums):
+        acc[first + i] = value

@@ -20,9 +20,10 @@ class Route:
     """Which tokens visit an expert, for all experts: one CTA each, none waits for another.
 
     topk_idx: int32 `[T, k]`, not from 0 to E - 1 where an expert is not here; topk_weights: float32
-    `[T, k]`. The list has the choices of expert 0 first, then those of 1, …: entries: int32, token times k plus choice; places: int32, token times
-    k plus how many of the token's experts come before this one; weights: float32; all three with
-    room for T k or more; offsets: int32 `[E + 1]`, where an expert's part begins.
+    `[T, k]`. The list has the choices of expert 0 first, then those of 1, …: entries: int32, token
+    times k plus choice; places: int32, token times k plus how many of the token's experts come
+    before this one; weights: float32; all three with room for T k or more; offsets: int32
+    `[E + 1]`, where an expert's part begins.
     """
 
     def __init__(self, experts: int, top_k: int) -> None:
