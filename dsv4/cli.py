@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dsv4.runtime.model import Model
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
+    from dsv4.runtime.timeline import Timeline
 
 
 def main() -> None:
@@ -262,13 +263,13 @@ def run(
 ) -> None:
     """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
     from dsv4.runtime.driver import wake
-    from dsv4.runtime.timeline import FIRST_TOKEN, WEIGHTS, Timeline
+    from dsv4.runtime.timeline import Timeline
 
     timeline = Timeline()
     timeline.mark("interpreter")
     if device != "cpu":
         wake()
-    from dsv4.runtime.answer import answer, encode_prompt, parse_tokens, sampling_defaults
+    from dsv4.runtime.answer import encode_prompt, parse_tokens, sampling_defaults
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
 
@@ -278,7 +279,7 @@ def run(
     timeline.mark("imports")
     packed = dsv4.open(directory)
     model = dsv4.load(packed, device=_device(device), mark=timeline.mark)
-    timeline.mark(WEIGHTS)
+    timeline.mark("weights ready")
     for line in model.load_lines():
         err.print(line, markup=False, highlight=False)
     assets = packed.store.assets
@@ -298,12 +299,25 @@ def run(
         if tokens is not None
         else encode_prompt(prompt or "", _required(text), raw=raw)
     )
-    limit = max_new_tokens or DEFAULT_NEW_TOKENS
+    _answer_once(model, text, ids, sampler, max_new_tokens or DEFAULT_NEW_TOKENS, timeline, as_json)
+
+
+def _answer_once(
+    model: Model | GpuModel,
+    text: Text | None,
+    ids: list[int],
+    sampler: Sampler,
+    limit: int,
+    timeline: Timeline,
+    as_json: bool,
+) -> None:
+    from dsv4.runtime.answer import answer
+
     session = model.session(max_seq_len=len(ids) + limit)
     timeline.mark("session")
 
     def write(piece: str) -> None:
-        timeline.mark(FIRST_TOKEN)
+        timeline.mark("first token")
         if not as_json:
             _write(piece)
 

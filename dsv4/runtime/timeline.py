@@ -14,7 +14,6 @@ from pathlib import Path
 Mark = Callable[[str], object]
 """Called with the name of a phase when it ends."""
 
-WEIGHTS, FIRST_TOKEN = "weights ready", "first token"
 _STATUS = Path("/proc/self/stat")
 _START = 19  # field of it, counted behind the command's name: clock ticks since the machine started
 

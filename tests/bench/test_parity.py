@@ -109,9 +109,7 @@ def test_sessions_that_share_a_cache_are_noticed(
     assert wrong(list(parity_sessions.sessions(gpu, 2))) == []
     shared: dict[int, Buffers] = {}
 
-    def one_for_all(
-        config: ModelConfig, capacity: int, rows: int, device: torch.device
-    ) -> Buffers:
+    def one_for_all(config: ModelConfig, capacity: int, rows: int, device: torch.device) -> Buffers:
         if device.type == "meta":
             return caches(config, capacity, rows, device)
         found = shared.setdefault(capacity, caches(config, capacity, rows, device))

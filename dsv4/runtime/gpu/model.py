@@ -12,7 +12,7 @@ from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import step_launches
-from dsv4.runtime.gpu.prefill_plan import chunk_launches
+from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, MOST_ROWS, chunk_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
 from dsv4.runtime.load.report import LoadReport
@@ -29,7 +29,8 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
-        for launch in (*self.launches(1, 1), *self.chunk_launches(1)):
+        chunks = (*self.chunk_launches(LEAST_ROWS, 1), *self.chunk_launches(MOST_ROWS, 1))
+        for launch in (*self.launches(1, 1), *chunks):
             library.function(launch.kernel)
 
     def load_lines(self) -> Iterator[str]:
@@ -42,9 +43,9 @@ class GpuModel:
         own = self.operands
         return step_launches(self.config, own.layers, own.head, rows, capacity)
 
-    def chunk_launches(self, capacity: int) -> Iterator[Launch]:
-        """A chunk of a prompt, with caches for `capacity`; the head is not part of it."""
-        return chunk_launches(self.config, self.operands.layers, capacity)
+    def chunk_launches(self, rows: int, capacity: int) -> Iterator[Launch]:
+        """A chunk of `rows` tokens, with caches for `capacity`; the head is not part of it."""
+        return chunk_launches(self.config, self.operands.layers, rows, capacity)
 
     def buffers(self, capacity: int) -> Buffers:
         """Weights, and the angles of `capacity` positions."""

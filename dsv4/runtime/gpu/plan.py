@@ -51,9 +51,7 @@ def head_launch(head: Weight) -> Launch:
     return Launch(gemv([head]), matrix | {"y0": "logits"})
 
 
-def connect(
-    config: ModelConfig, sublayer: int, own: str, u: tuple[str, ...] = ("u",)
-) -> Launch:
+def connect(config: ModelConfig, sublayer: int, own: str, u: tuple[str, ...] = ("u",)) -> Launch:
     """Hyper-connections before sublayer number `sublayer`, or before the head.
 
     u: what the sublayer before left, in bfloat16, or two parts of it in float32.

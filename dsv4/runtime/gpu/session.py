@@ -96,7 +96,7 @@ class GpuSession:
         """What chunks write, and what only steps write, which have fewer rows."""
         model, capacity, found = self.model, self.max_seq_len, Buffers()
         if self.chunk:
-            chunk = model.chunk_launches(capacity)
+            chunk = model.chunk_launches(self.chunk, capacity)
             found = allocate(chunk, known, self._sizes(self.chunk), device)
         step = model.launches(MAX_ROWS, capacity)
         return found | allocate(step, known | found, self._sizes(MAX_ROWS), device)
@@ -107,7 +107,7 @@ class GpuSession:
             model, rows = self.model, max(kind, 1)
             launches: list[Launch] = []
             if kind > MAX_ROWS:
-                launches += model.chunk_launches(self.max_seq_len)
+                launches += model.chunk_launches(rows, self.max_seq_len)
             elif kind != DRAW:
                 launches += model.launches(rows, self.max_seq_len)
             if kind in (DECODE, DRAW):
@@ -219,7 +219,7 @@ class GpuSession:
         if rows == self.chunk:
             program = self._program(rows)
         else:
-            launches = model.chunk_launches(self.max_seq_len)
+            launches = model.chunk_launches(rows, self.max_seq_len)
             program = Program(model.library, launches, self._buffers, rows)
         program.launch()
         self._position += rows

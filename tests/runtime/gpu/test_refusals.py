@@ -48,16 +48,16 @@ def test_a_session_that_does_not_fit_is_refused_before_it_is_allocated(
     monkeypatch.setattr(arena, "free_memory", lambda device: (free, "the GPU"))
     model.session(5000)
     monkeypatch.setattr("dsv4.runtime.gpu.session.caches", _only_sizes)
-    sentence = r"a session of 9000 tokens needs 0\.\d GB, the GPU has 0\.3 GB free; open it with a"
+    sentence = r"a session of 9000 tokens needs 0\.\d GB, the GPU has 0\.\d GB free; open it with a"
     with pytest.raises(OutOfSpaceError, match=sentence):
         model.session(9000)
 
 
-def _only_sizes(config: ModelConfig, capacity: int, device: torch.device) -> Any:
+def _only_sizes(config: ModelConfig, capacity: int, rows: int, device: torch.device) -> Any:
     from dsv4.runtime.gpu.buffers import caches
 
     assert device.type == "meta"
-    return caches(config, capacity, device)
+    return caches(config, capacity, rows, device)
 
 
 def test_a_context_longer_than_the_model_or_the_session_is_refused(model: HostModel) -> None:
