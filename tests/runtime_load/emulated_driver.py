@@ -30,7 +30,7 @@ class EmulatedCuda:
     def __init__(self, *, eager: bool = False, failing: dict[str, int] | None = None) -> None:
         self.pinned: dict[int, int] = {}
         self.events: set[int] = set()
-        self.entered: set[int] = set()  # threads
+        self.entered: list[int] = []  # threads, which may follow each other under one number
         self.eager = eager
         self.stream_handle = 7
         self._queue: list[tuple[int, int, int] | int] = []
@@ -62,7 +62,8 @@ class EmulatedCuda:
 
     def _cuCtxSetCurrent(self, context: ctypes.c_void_p) -> None:
         assert context.value == 0xC0
-        self.entered.add(threading.get_ident())
+        with self._lock:
+            self.entered.append(threading.get_ident())
 
     def _cuEventCreate(self, made: Any, flags: int) -> None:
         with self._lock:
