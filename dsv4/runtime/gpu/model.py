@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import step_launches
-from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, MOST_ROWS, chunk_launches
+from dsv4.runtime.gpu.prefill_plan import SIZES, chunk_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
 from dsv4.runtime.load.report import LoadReport
@@ -29,8 +30,8 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
-        chunks = (*self.chunk_launches(LEAST_ROWS, 1), *self.chunk_launches(MOST_ROWS, 1))
-        for launch in (*self.launches(1, 1), *chunks):
+        plans = self.launches(1, 1), *(self.chunk_launches(rows, 1) for rows in SIZES)
+        for launch in itertools.chain(*plans):
             library.function(launch.kernel)
 
     def load_lines(self) -> Iterator[str]:

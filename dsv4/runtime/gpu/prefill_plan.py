@@ -21,7 +21,7 @@ from dsv4.runtime.gpu.plan import MATRIX, connect, route, standard_weights
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
 LEAST_ROWS = 32  # below, steps of a few rows take less time
-UNLIMITED = 1 << 20
+SIZES = LEAST_ROWS, 2 * LEAST_ROWS, 1 << 20  # every cut of a kernel is that of one of these
 SCORE_BYTES = 256 << 20  # of the scores of a chunk's rows, whatever the caches hold
 PARTS = ("routed", "shared")  # of what the experts leave
 
@@ -99,7 +99,7 @@ def _shared_expert(
 def kernels(config: ModelConfig) -> Iterator[Kernel]:
     """What a model of recipe `standard` needs for its prompts; some more than once."""
     layers, _ = standard_weights(config)
-    for rows in (LEAST_ROWS, UNLIMITED):  # every cut is that of one of these
+    for rows in SIZES:
         for capacity in CAPACITIES:
             for launch in chunk_launches(config, layers, rows, capacity):
                 yield launch.kernel
