@@ -241,7 +241,7 @@ def bench_decode(
 @click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True)
-@click.option("--chunks", default="1024,512,256,0", show_default=True, help="0: steps of 8.")
+@click.option("--chunks", default="2048,1024,512,256,0", show_default=True, help="0: steps of 8.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_prompt(
