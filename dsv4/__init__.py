@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
+    from dsv4.runtime.timeline import Mark
     from dsv4.validate.engine import validate
     from dsv4.validate.repair import repair
 else:
@@ -60,6 +61,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     numerics: Literal["exact", "caches", "official"] | None = None,
+    mark: Mark | None = None,
 ) -> Model | GpuModel:
     """Load the model of a packed store (a path, or what `open` returned).
 
@@ -70,6 +72,7 @@ def load(
     hold.
     On "cuda" otherwise it is the compiled kernels (`dsv4 kernels build`), which compute what the
     reference does in bfloat16 with numerics "caches".
+    mark: called with the name of each phase when it ends.
     Raises StoreError, RuntimeRefusal or KernelError.
     """
     import torch
@@ -80,7 +83,7 @@ def load(
     if torch.device(device).type == "cuda" and dtype is None and numerics is None:
         from dsv4.runtime.gpu.load import load as load_gpu
 
-        return load_gpu(checkpoint.store, torch.device(device))
+        return load_gpu(checkpoint.store, torch.device(device), mark or (lambda phase: None))
     from dsv4.runtime.model import load as load_model
 
     return load_model(

@@ -101,9 +101,10 @@ def bench_validate(
 @bench.command("kernels")
 @operations_option
 @models_option
-@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--rows", default="1,2,4,8,2048", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
 @click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
+@click.option("--peers", is_flag=True, help="Only what torch, Triton and humming-kernels do too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_kernels(
@@ -112,10 +113,14 @@ def bench_kernels(
     rows: str,
     shape: str,
     unusual: bool,
+    peers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
     """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
+    if peers:
+        _kernel_peers(models, _numbers(rows), shape, location, as_json)
+        return
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
@@ -153,12 +158,43 @@ def bench_kernels(
         raise SystemExit(1)
 
 
+def _kernel_peers(
+    models: tuple[str, ...], rows: list[int], shape: str, location: Path | None, as_json: bool
+) -> None:
+    import torch
+
+    from dsv4.bench.kernel_peers import compare
+    from dsv4.bench.kernels import measure_machine, open_library
+    from dsv4.bench_render import peer_line, peers_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    machine, lines = measure_machine(device), []
+    for model in models:
+        found = compare(MODELS[model], model, rows, library, machine, device, shapes=shape)
+        for line in found:
+            lines.append(line)
+            err.print(peer_line(line), markup=False)
+    if as_json:
+        print_json(
+            {
+                "machine": dataclasses.asdict(machine),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        )
+    else:
+        out.print(peers_table(lines, machine))
+    if not all(line.right for line in lines if line.peer == "dsv4"):
+        raise SystemExit(1)
+
+
 @bench.command("decode")
 @click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
+@click.option("--transformers", is_flag=True, help="Its model in BF16 on the same weights, too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_decode(
@@ -167,6 +203,7 @@ def bench_decode(
     context: int,
     rows: str,
     no_check: bool,
+    transformers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
@@ -175,7 +212,7 @@ def bench_decode(
 
     from dsv4.bench.decode import decode, few_layers
     from dsv4.bench.kernels import open_library
-    from dsv4.bench_render import decode_table
+    from dsv4.bench_render import decode_table, rivals_table
 
     device = torch.device("cuda")
     library = open_library(device, location)
@@ -188,12 +225,49 @@ def bench_decode(
         context=context,
         rows=_numbers(rows),
         check=not no_check,
+        transformers=transformers,
     )
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
         out.print(decode_table(report))
-    if report.agreement is not None and not report.agreement.right:
+        if report.rivals is not None:
+            out.print(rivals_table(report.rivals, report.steps))
+    if not report.right:
+        raise SystemExit(1)
+
+
+@bench.command("prompt")
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--chunks", default="2048,1024,512,256,0", show_default=True, help="0: steps of 8.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_prompt(
+    model: str, layers: int, tokens: int, chunks: str, location: Path | None, as_json: bool
+) -> None:
+    """Reading a prompt, on the first layers of a real model, random weights."""
+    import torch
+
+    from dsv4.bench.decode import few_layers
+    from dsv4.bench.kernels import open_library
+    from dsv4.bench.prompt import measure
+    from dsv4.bench_render import prompt_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location)
+    config, sizes = few_layers(MODELS[model], layers), _numbers(chunks)
+    report = measure(config, model, library, device, tokens=tokens, chunks=sizes)
+    if as_json:
+        print_json(
+            dataclasses.asdict(report.machine)
+            | {"model": model, "layers": layers}
+            | {"lines": [(o.chunk, o.tokens, o.seconds, o.right) for o in report.lines]}
+        )
+    else:
+        out.print(prompt_table(report))
+    if not all(one.right for one in report.lines):
         raise SystemExit(1)
 
 
@@ -237,10 +311,12 @@ def bench_store(
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
-    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 6."
+    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 12."
 )
-@click.option("--slot", type=Size(), default="8MiB", show_default=True, help="Of the ring, each.")
-@click.option("--direct", is_flag=True, help="O_DIRECT for what is not in the page cache.")
+@click.option("--slot", type=Size(), default="6MiB", show_default=True, help="Of the ring, each.")
+@click.option(
+    "--direct/--no-direct", default=True, help="O_DIRECT for what is not in the page cache."
+)
 @click.option("--cold/--no-cold", default=True, help="Also from the disk.")
 @click.option("--peers/--no-peers", default=True, help="Also safetensors and fastsafetensors.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")

@@ -12,10 +12,12 @@ from rich.table import Table
 from dsv4.render import facts_table, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode
+    from dsv4.bench import decode, prompt, transformers_peer
     from dsv4.bench.convert import Throughput
+    from dsv4.bench.kernel_peers import PeerLine
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
+    from dsv4.bench.parity_logits import Proof
     from dsv4.bench.quantize import Quality, Speed
     from dsv4.bench.store import Made
     from dsv4.bench.validate import Pass
@@ -126,6 +128,41 @@ def kernel_line(line: Line) -> str:
     return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
 
 
+def peer_line(line: PeerLine) -> str:
+    """One measured kernel of ours or of others as a line of progress."""
+    said = line.fault or ("right" if line.right else f"WRONG: {line.error} of its tolerance")
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of its bound, "
+    if line.ratio:
+        time += f"{line.ratio:.2f} of our time, "
+    form = f" ({line.form})" if line.form else ""
+    return f"{line.shape} {line.model} rows {line.rows} {line.peer}{form}: {time}{said}"
+
+
+def peers_table(lines: Sequence[PeerLine], machine: Machine) -> Table:
+    """Each shape's kernels, ours first: time, over ours, bytes that it reads, fraction of them."""
+    title = f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s measured now"
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("shape", "rows", "kernel"):
+        table.add_column(column)
+    for column in ("us", "of our time", "MB", "of bound", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        verdict = "right" if line.right else escape(line.fault) or "WRONG"
+        table.add_row(
+            f"{line.shape} {line.model}" if line.peer == "dsv4" else "",
+            str(line.rows) if line.peer == "dsv4" else "",
+            escape(f"{line.peer}: {line.form}" if line.form else line.peer),
+            f"{line.seconds * 1e6:.1f}" if line.seconds else "",
+            f"{line.ratio:.2f}" if line.ratio else "",
+            f"{line.nbytes / 1e6:.1f}",
+            f"{line.fraction:.3f}" if line.fraction else "",
+            verdict,
+        )
+    return table
+
+
 def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
     """Time, bytes, rate, fraction of the bound and correctness of every kernel."""
     title = (
@@ -167,16 +204,56 @@ def decode_table(report: decode.Report) -> Table:
         f"{machine.bandwidth / 1e12:.2f} TB/s measured now; {verdict}"
     )
     table = Table(title=escape(title), title_justify="left")
-    for column in ("rows", "us a step", "us a layer", "MB read", "of bound", "launches"):
+    columns = ("rows", "us a step", "us a layer", "its bytes' bound", "experts read a layer")
+    for column in (*columns, "MB read", "of bound", "launches"):
         table.add_column(column, justify="right")
     for step in report.steps:
         table.add_row(
             str(step.rows),
             f"{step.seconds * 1e6:.1f}",
             f"{step.layer_seconds * 1e6:.1f}",
+            f"{step.layer_bound * 1e6:.1f}",
+            f"{step.experts:.1f}",
             f"{step.nbytes / 1e6:.0f}",
             f"{step.fraction:.3f}",
             str(step.launches),
+        )
+    return table
+
+
+def parity_table(proofs: Sequence[Proof], title: str) -> Table:
+    """What was compared, what came of it, and what was allowed."""
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("what", "found", "allowed", "result"):
+        table.add_column(column)
+    for one in proofs:
+        cells = (escape(text) for text in (one.what, one.found, one.allowed))
+        table.add_row(*cells, "right" if one.right else "WRONG")
+    return table
+
+
+def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step]) -> Table:
+    """transformers' step in every way it was run, over ours."""
+    title = f"transformers: {rivals.fault}"
+    if not rivals.fault:
+        title = (
+            f"transformers {rivals.version} in bfloat16, a token after a prompt of "
+            f"{rivals.context}; logits {'right' if rivals.right else 'WRONG'}: "
+            f"{rivals.difference:.4f} of their deviation from ours, likeliest token the same in "
+            f"{rivals.same:.0%}"
+        )
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("experts")
+    for column in ("ms a step", "of our time"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    ours = [step.seconds for step in steps if step.rows == 1]
+    for line in rivals.lines:
+        table.add_row(
+            escape(line.name),
+            f"{line.seconds * 1e3:.2f}" if line.seconds else "",
+            f"{line.seconds / ours[0]:.1f}" if line.seconds and ours else "",
+            escape(line.fault),
         )
     return table
 
@@ -197,7 +274,8 @@ def loading_tables(found: Loading) -> Iterator[Table]:
     disk = f", disk {machine.disk / 1e9:.2f} GB/s" if machine.disk else ""
     title = (
         f"{size(found.nbytes)} to {machine.device}, {machine.cores} cores, bus "
-        f"{machine.bus / 1e9:.1f} GB/s{disk}, both measured now"
+        f"{machine.bus / 1e9:.1f} GB/s{disk}, page cache {machine.page_cache / 1e9:.0f}, plain "
+        f"copies {machine.memory / 1e9:.0f}, all measured now"
     )
     table = Table(title=escape(title), title_justify="left")
     table.add_column("from")
@@ -222,3 +300,28 @@ def loading_tables(found: Loading) -> Iterator[Table]:
         for text in report.lines(**{"disk" if state == "cold" else "bus": bound[state]}):
             phases.add_row(escape(text))
         yield phases
+
+
+def prompt_table(report: prompt.Report) -> Table:
+    """Prompts by chunks of several sizes and by steps alone."""
+    machine = report.machine
+    title = (
+        f"{report.model}, {report.layers} layers, prompts of {report.tokens} tokens, "
+        f"{machine.name}, {machine.matrix_rate / 1e12:.0f} TFLOP/s and "
+        f"{machine.bandwidth / 1e12:.2f} TB/s measured now; the reference in bfloat16 is "
+        f"{report.rounded} from float32 (median, rms, largest error of a token, same likeliest id)"
+    )
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("chunk", "ms", "tokens/s", "us a layer and 1,000 tokens", "from float32", ""):
+        table.add_column(column, justify="right")
+    for one in report.lines:
+        per_layer = one.seconds / one.tokens * 1e9 / report.layers
+        table.add_row(
+            str(one.chunk or "steps of 8"),
+            f"{one.seconds * 1e3:.1f}",
+            f"{one.tokens / one.seconds:,.0f}",
+            f"{per_layer:.0f}",
+            str(one.distance),
+            "right" if one.right else "WRONG",
+        )
+    return table

@@ -1,7 +1,6 @@
 """The command line: parses, calls one function, renders with rich. No logic lives here.
 
-Data goes to stdout, progress and warnings to stderr. Exit codes: 0 done, 1 a check failed,
-2 bad usage or bad input, 3 out of space or memory, 130 interrupted (resumable).
+Data goes to stdout, progress and warnings to stderr; exit codes are in `endings`.
 """
 
 from __future__ import annotations
@@ -9,15 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import dsv4
 from dsv4.bench_cli import bench
 from dsv4.console import err, out, print_json
-from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
-from dsv4.formats.plain_text import printable
+from dsv4.endings import EXIT_FAILED, endings
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
     keep_option,
@@ -27,41 +25,15 @@ from dsv4.options import (
     validate_options,
     workers_option,
 )
-
-if TYPE_CHECKING:
-    from dsv4.runtime.gpu.model import GpuModel
-    from dsv4.runtime.model import Model
-    from dsv4.runtime.sampling import Sampler
-    from dsv4.runtime.text import Text
-
-MAX_SENTENCE = 2000
-EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED = 1, 2, 3, 130
+from dsv4.parity_cli import bench_parity
+from dsv4.run_cli import run
 
 
 def main() -> None:
-    """Entry point: every error of ours, and of the machine, becomes one sentence."""
-    try:
+    """Entry point."""
+    with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_USAGE)
-    except (KeyboardInterrupt, click.Abort):
-        err.print("dsv4: interrupted")
-        sys.exit(EXIT_INTERRUPTED)
-    except Dsv4Error as error:
-        err.print(printable(f"dsv4: {error}", MAX_SENTENCE), markup=False)
-        sys.exit(error.exit_code)
-    except MemoryError:
-        err.print("dsv4: out of memory")
-        sys.exit(EXIT_SPACE)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_FAILED)
-    except OSError as error:
-        sentence = f"dsv4: {error.strerror or error}: {error.filename or ''}"
-        err.print(printable(sentence, MAX_SENTENCE), markup=False)
-        sys.exit(EXIT_USAGE)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -250,139 +222,7 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     out.print(f"{directory}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB")
 
 
-@cli.command()
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--prompt", help="Answer TEXT and leave; without it, an interactive chat.")
-@click.option("--tokens", metavar="1,2,3", help="Continue these token ids and leave.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Bound on the answer.")
-@click.option("--temperature", type=float, help="0 is greedy; default: the checkpoint's.")
-@click.option("--top-p", type=float, help="Nucleus; default: the checkpoint's.")
-@click.option("--seed", type=int, help="Equal seeds give equal answers.")
-@click.option(
-    "--device",
-    type=click.Choice(("auto", "cpu", "cuda")),
-    default="auto",
-    help="auto: the GPU where torch sees one, else the CPU.",
-)
-@click.option("--max-seq-len", type=click.IntRange(min=1), default=8192, show_default=True)
-@click.option("--raw", is_flag=True, help="Skip the chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
-def run(
-    directory: Path,
-    prompt: str | None,
-    tokens: str | None,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None,
-    device: str,
-    max_seq_len: int,
-    raw: bool,
-    as_json: bool,
-) -> None:
-    """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
-    from dsv4.runtime.answer import answer, encode_prompt, parse_tokens, sampling_defaults
-    from dsv4.runtime.sampling import Sampler
-    from dsv4.runtime.text import Text
-
-    if prompt is not None and tokens is not None:
-        raise click.UsageError("--prompt and --tokens exclude each other")
-    packed = dsv4.open(directory)
-    model = dsv4.load(packed, device=_device(device))
-    for line in model.load_lines():
-        err.print(line, markup=False, highlight=False)
-    assets = packed.store.assets
-    text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
-    defaults = sampling_defaults(assets.get("generation_config.json"))
-    sampler = Sampler(
-        defaults[0] if temperature is None else temperature,
-        defaults[1] if top_p is None else top_p,
-        seed,
-        allowed=model.config.vocab_size if text is None else text.vocab_size,
-    )
-    if prompt is None and tokens is None:
-        _chat(model, _required(text), sampler, max_new_tokens, max_seq_len, raw or as_json)
-        return
-    ids = (
-        parse_tokens(tokens)
-        if tokens is not None
-        else encode_prompt(prompt or "", _required(text), raw=raw)
-    )
-    limit = max_new_tokens or DEFAULT_NEW_TOKENS
-    result = answer(
-        model.session(max_seq_len=len(ids) + limit),
-        ids,
-        sampler,
-        text=text,
-        max_new_tokens=limit,
-        eos_token_ids=model.config.eos_token_ids,
-        write=(lambda piece: None) if as_json else _write,
-    )
-    if as_json:
-        print_json(result.to_dict())
-        return
-    _write("\n")
-    rate = result.timings.tokens_per_second
-    err.print(
-        f"{len(ids)} prompt tokens, {len(result.generated_tokens)} generated, "
-        f"first after {result.timings.first_token_seconds:.2f} s, then {rate:.1f} tokens/s"
-    )
-
-
-DEFAULT_NEW_TOKENS = 256
-
-
-def _device(chosen: str) -> str:
-    import torch
-
-    if chosen != "auto":
-        return chosen
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _required(text: Text | None) -> Text:
-    if text is None:
-        raise RuntimeRefusal(
-            "the store carries no tokenizer.json; give --tokens, or convert a source that has one"
-        )
-    return text
-
-
-def _chat(
-    model: Model | GpuModel,
-    text: Text,
-    sampler: Sampler,
-    max_new_tokens: int | None,
-    max_seq_len: int,
-    wrong_flags: bool,
-) -> None:
-    from dsv4.runtime.chat import Chat, interactive
-
-    if wrong_flags:
-        raise click.UsageError("--raw and --json need --prompt or --tokens")
-    chat = Chat(
-        model.session(max_seq_len=max_seq_len),
-        text,
-        sampler,
-        eos_token_ids=model.config.eos_token_ids,
-        max_new_tokens=max_new_tokens,
-    )
-
-    def read_line() -> str:
-        if sys.stdin.isatty():
-            return input("> ")
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    interactive(chat, read_line, _write, lambda note: click.echo(note, err=True, nl=False))
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
+bench.add_command(bench_parity)
+cli.add_command(run)
 cli.add_command(bench)
 cli.add_command(kernels)

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from dsv4.console import err, out
-from dsv4.kernels.names import OPERATIONS
 from dsv4.options import architectures_option, models_option, operations_option
 
 
@@ -40,19 +39,24 @@ def build_kernels(
     from dsv4.kernels.build import Built, build
     from dsv4.kernels.library import default_location
     from dsv4.kernels.operations import cases, checks
-    from dsv4.runtime.gpu import plan
+    from dsv4.runtime.gpu import plan, prefill_plan
 
     wanted = [
         kernel
         for model in models
         for case in (
-            *cases(MODELS[model], model, (1, 8), operations),
+            *cases(MODELS[model], model, (1, 8, 2048), operations),
             *(checks(MODELS[model], model, operations) if unusual else ()),
         )
         for kernel in case.kernels
     ]
-    if set(operations) == set(OPERATIONS):
-        wanted += [kernel for model in models for kernel in plan.kernels(MODELS[model])]
+    wanted += [
+        kernel
+        for model in models
+        for planned in (plan.kernels, prefill_plan.kernels)
+        for kernel in planned(MODELS[model])
+        if kernel.operation.startswith(operations)  # "attention_join" is of "attention"
+    ]
     target = location or default_location()
 
     def tell(one: Built) -> None:

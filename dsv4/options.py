@@ -74,9 +74,10 @@ def _words(
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _list_option(
+def words_option(
     name: str, field: str, allowed: Sequence[str], text: str
 ) -> Callable[[_Command], _Command]:
+    """Some of `allowed`, by default all, with commas between."""
     return click.option(
         name,
         field,
@@ -87,9 +88,9 @@ def _list_option(
     )
 
 
-architectures_option = _list_option("--arch", "archs", ARCHITECTURES, "Of the GPUs to run on.")
-operations_option = _list_option("--operations", "operations", OPERATIONS, "Which of them.")
-models_option = _list_option("--models", "models", tuple(MODELS), "Whose shapes.")
+architectures_option = words_option("--arch", "archs", ARCHITECTURES, "Of the GPUs to run on.")
+operations_option = words_option("--operations", "operations", OPERATIONS, "Which of them.")
+models_option = words_option("--models", "models", tuple(MODELS), "Whose shapes.")
 
 
 def shape_options(command: _Command) -> _Command:

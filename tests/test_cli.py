@@ -95,6 +95,10 @@ def test_run_json_is_the_greedy_continuation(standard_store: Path) -> None:
     text = Text.from_file(dsv4.open(standard_store).store.assets["tokenizer.json"])
     assert document["text"] == text.decode(expected)
     assert document["timings"]["generated_tokens"] == 6
+    start = document["start"]
+    first, *_, last = start
+    assert (first, last) == ("interpreter", "first token")
+    assert 0 < start["interpreter"] < start["weights ready"] < start["first token"] < 60
 
 
 def test_run_renders_the_chat_template_unless_raw(standard_store: Path) -> None:
@@ -139,6 +143,25 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(standard_store: Path) -> Non
         assert process.returncode == 0
     assert "(interrupted)" in errors
     assert "/reset" in errors  # the help came after the interruption
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_an_answer_that_is_ended_from_outside_leaves_nothing(
+    standard_store: Path, how: signal.Signals
+) -> None:
+    arguments = ["--tokens", "1,2,3", "--max-new-tokens", "400", "--temperature", "0"]
+    command = [sys.executable, "-m", "dsv4", "run", str(standard_store), *arguments]
+    before = sorted(standard_store.rglob("*"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.read(1)  # it answers
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=TIMEOUT)
+    if how is signal.SIGTERM:
+        assert (process.returncode, errors) == (143, b"dsv4: terminated\n")
+    else:
+        assert (process.returncode, errors) == (-signal.SIGKILL, b"")
+    assert sorted(standard_store.rglob("*")) == before
+    dsv4.open(standard_store)
 
 
 def test_inspect_shows_the_tree_and_a_tensor(standard_store: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
+from dsv4.bench.transformers_peer import Rivals, rivals
 from dsv4.formats.config import AttentionKind, ModelConfig
 from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
@@ -34,14 +35,17 @@ MORE = 7  # one by one
 @dataclasses.dataclass(frozen=True)
 class Step:
     """rows tokens at once. seconds: of a step with the head and the draw; layer_seconds: without
-    them, of a layer; nbytes: what it has to read; fraction: of the bound.
+    them, of a layer; layer_bound: of a layer's bytes; nbytes: what the step has to read; fraction:
+    of the bound; experts: how many a layer reads on average, of those that its rows chose.
     """
 
     rows: int
     seconds: float
     layer_seconds: float
+    layer_bound: float
     nbytes: int
     fraction: float
+    experts: float
     launches: int
 
 
@@ -74,6 +78,13 @@ class Report:
     context: int
     steps: tuple[Step, ...]
     agreement: Agreement | None
+    rivals: Rivals | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing that was compared differs by more than it may."""
+        compared = (self.agreement, self.rivals)
+        return all(one is None or one.right for one in compared)
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -91,15 +102,20 @@ def decode(
     context: int,
     rows: Sequence[int],
     check: bool,
+    transformers: bool = False,
 ) -> Report:
-    """Measure steps of `rows` tokens after `context` others; check: compare logits first."""
+    """Measure steps of `rows` tokens after `context` others; check: compare logits first.
+
+    transformers: its model on the same weights, too.
+    """
     weights = RandomWeights(config, device)
     gpu = GpuModel(weights, library, device)
-    session = gpu.session(context + MAX_ROWS)
+    session = gpu.session(context + MAX_ROWS, chunk=0)
     agreement = compare(session, weights) if check else None
     machine = measure_machine(device)
     steps = tuple(time_steps(session, context, rows, machine))
-    return Report(machine, model, config.num_hidden_layers, context, steps, agreement)
+    others = rivals(session, weights, context) if transformers else None
+    return Report(machine, model, config.num_hidden_layers, context, steps, agreement, others)
 
 
 def time_steps(
@@ -111,25 +127,37 @@ def time_steps(
         whole, body = session.programs_at(context, count)
         seconds = graph_seconds([whole.launch])
         layers = graph_seconds([body.launch]) / config.num_hidden_layers
-        nbytes = step_bytes(session, context, count)
+        chosen = [len(set(one.flatten().tolist())) for one in session.choices(count)]
+        nbytes, head = step_bytes(session, context, count, chosen)
         bound = nbytes / machine.bandwidth
-        yield Step(count, seconds, layers, nbytes, bound / seconds, len(whole))
+        layer_bound = (nbytes - head) / machine.bandwidth / config.num_hidden_layers
+        experts = sum(chosen) / len(chosen)
+        timed = (seconds, layers, layer_bound, nbytes, bound / seconds)
+        yield Step(count, *timed, experts, len(whole))
 
 
-def step_bytes(session: GpuSession, context: int, rows: int) -> int:
-    """Weights, of the experts those that are chosen on average, and caches of one sequence."""
+def step_bytes(
+    session: GpuSession, context: int, rows: int, chosen: Sequence[int]
+) -> tuple[int, int]:
+    """Weights, the experts that were chosen (how many, by layer), and caches of one sequence.
+
+    -> bytes of the step; those of them that the head takes.
+    """
     config, operands = session.model.config, session.model.operands
-    read = {
-        id(tensor): tensor.nbytes
+    read: dict[int, tuple[str, int]] = {
+        id(tensor): (name, tensor.nbytes)
         for name, tensor in operands.buffers.items()
-        if isinstance(tensor, Tensor) and not any(part in name for part in NOT_READ_WHOLE)
+        if isinstance(tensor, Tensor)
+        and name not in operands.stacks
+        and not any(part in name for part in NOT_READ_WHOLE)
     }
-    stacks = [operands.buffers[name] for name in operands.stacks]
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    share = 1 - (1 - chosen / experts) ** rows
-    stacked = sum(int(stack.nbytes) for stack in stacks)
-    whole = sum(read.values()) - stacked
-    return whole + int(share * stacked) + _cache_bytes(config, context, rows)
+    for name in operands.stacks:
+        stack = operands.buffers[name]
+        layer = int(name.split(".")[1])
+        read[id(stack)] = (name, stack.nbytes // config.n_routed_experts * chosen[layer])
+    head = sum(size for name, size in read.values() if name.startswith("head"))
+    whole = sum(size for _, size in read.values())
+    return whole + _cache_bytes(config, context, rows), head
 
 
 def _cache_bytes(config: ModelConfig, context: int, rows: int) -> int:

@@ -120,13 +120,19 @@ def time_case(case: Case, library: Library, device: torch.device) -> float:
     """Median seconds of one run of the case, its cold buffers outside the L2 cache."""
     rng = torch.Generator(device).manual_seed(1)
     buffers = case.make(rng)
-    cold_bytes = sum(buffers[name].nbytes for name in case.cold)
-    wanted = L2_TIMES * torch.cuda.get_device_properties(device).L2_cache_size
-    copies = min(MOST_COPIES, max(2, -(-wanted // cold_bytes))) if cold_bytes else 1
+    copies = copies_of(sum(buffers[name].nbytes for name in case.cold), device)
     sets: list[Buffers] = [buffers]
     for _ in range(copies - 1):
         sets.append(buffers | {name: buffers[name].clone() for name in case.cold})
     return graph_seconds([launcher(case, library, one) for one in sets])
+
+
+def copies_of(nbytes: int, device: torch.device) -> int:
+    """How many copies of so many bytes to take in turn, so that each comes from memory."""
+    if not nbytes or device.type != "cuda":
+        return 1
+    wanted = L2_TIMES * int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(MOST_COPIES, max(2, -(-wanted // nbytes)))
 
 
 def graph_seconds(runs: Sequence[Callable[[], object]]) -> float:

@@ -16,10 +16,8 @@ import dataclasses
 import gc
 import importlib.util
 import json
-import mmap
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.bench.first_load import first_load
+from dsv4.bench.machine_rates import (
+    PIECE,
+    Machine,
+    bus_rate,
+    disk_rate,
+    drop,
+    file_rate,
+    memory_rate,
+    settle,
+    touch,
+)
 from dsv4.bench.space import require_space
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
@@ -36,8 +46,6 @@ from dsv4.formats.store.schema import ELEMENTS, ArraySpec, FileSpec
 from dsv4.runtime.load import LoadReport, Settings, load_weights, plan_load
 from dsv4.runtime.load.files import DIRECT_ALIGNMENT
 
-BUS_BYTES = 64 << 20
-COPY_PIECE = 8 << 20
 FILE_BYTES = 4 << 30  # of a safetensors file, about
 COLD_LANES = ("dsv4", "safetensors, mapping", "fastsafetensors")
 COMPARED = 12  # arrays, the largest among them
@@ -46,16 +54,6 @@ _DTYPES = {1: "U8", 2: "BF16", 4: "F32", 8: "I64"}
 
 Result = Callable[[str], Tensor]
 """Path of an array -> its bytes on the device, uint8."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What it can do, measured now, in bytes a second. disk: None where files have no disk."""
-
-    device: str
-    cores: int
-    bus: float
-    disk: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """What a run found. reports: of dsv4's first load, and of its last turn, warm and cold."""
+    """What a run found. reports: of dsv4's first load, in a new process, and of its
+    last turn, warm and cold."""
 
     machine: Machine
     nbytes: int
@@ -114,18 +113,15 @@ def measure(
     if cold:
         os.sync()
         drop(everything)
-        disk = disk_rate(path, files, settings.threads)
-    machine = Machine(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        len(os.sched_getaffinity(0)),
-        bus_rate(device),
-        disk,
-    )
+        disk = disk_rate(path, files, settings.threads, settings.slot_nbytes)
+    machine = _machine(path, files, device, settings, disk)
     judge = _judge(store, specs)
+    kept: dict[str, LoadReport] = {}
     lines = []
     for state in ("warm", "cold") if disk else ("warm",):
         if state == "warm":
-            _touch(everything, settings.threads)
+            touch(everything, settings.threads)
+            kept["first"] = first_load(path, device, settings)
         bound = machine.bus if state == "warm" else disk or machine.bus
         chosen = {n: lane for n, lane in lanes.items() if state == "warm" or n in COLD_LANES}
         for name, rates, correct in _turns(
@@ -133,8 +129,27 @@ def measure(
         ):
             of_bound = statistics.median(rates) / bound
             lines.append(Line(name, state == "cold", rates, of_bound, correct))
-        reports[state] = reports.pop("last")
-    return Loading(machine, plan.payload_nbytes, tuple(lines), reports)
+        kept[state] = reports.pop("last")
+    return Loading(machine, plan.payload_nbytes, tuple(lines), kept)
+
+
+def _machine(
+    root: Path,
+    files: Sequence[FileSpec],
+    device: torch.device,
+    settings: Settings,
+    disk: float | None,
+) -> Machine:
+    """Measure it; afterwards the store's files are in the page cache."""
+    touch([root / file.key for file in files], settings.threads)
+    return Machine(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        len(os.sched_getaffinity(0)),
+        bus_rate(device),
+        disk,
+        file_rate(root, files, settings.threads, settings.slot_nbytes, direct=False) or 0.0,
+        memory_rate(settings.threads),
+    )
 
 
 def _turns(
@@ -156,7 +171,7 @@ def _turns(
                 drop(files)
             begin = time.perf_counter()
             result = run()
-            _settle(device)
+            settle(device)
             seconds = time.perf_counter() - begin
             what = "cold" if cold else "warm" if turn else "first"
             say(f"{what}: {name}: {seconds:.3f} s, {nbytes / seconds / 1e9:.2f} GB/s")
@@ -182,7 +197,6 @@ def _lanes(
     def ours(**how: Any) -> Result:
         weights = load_weights(store, device, settings=dataclasses.replace(settings, **how))
         if not how:
-            reports.setdefault("first", weights.reports[-1])
             reports["last"] = weights.reports[-1]
         return lambda path: weights.share_of(path).view(-1).view(torch.uint8)
 
@@ -221,11 +235,6 @@ def _fastsafetensors(copies: Sequence[Path], device: torch.device) -> Result:
     return result
 
 
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _judge(store: PackedStore, specs: Sequence[ArraySpec]) -> Callable[[Result], bool]:
     """Whether a lane's arrays are the store's: pieces of the largest and of some others."""
     by_size = sorted(specs, key=lambda spec: -spec.nbytes)
@@ -246,85 +255,6 @@ def _judge(store: PackedStore, specs: Sequence[ArraySpec]) -> Callable[[Result],
         return True
 
     return right
-
-
-def bus_rate(device: torch.device) -> float:
-    """Bytes a second from pinned memory to a GPU; to the CPU, from memory to memory."""
-    pinned = torch.empty(BUS_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
-    pinned.fill_(1)
-    best = 0.0
-    for _ in range(4):
-        _settle(device)
-        begin = time.perf_counter()
-        for _ in range(8):
-            for at in range(0, BUS_BYTES, COPY_PIECE):
-                piece = slice(at, at + COPY_PIECE)
-                target[piece].copy_(pinned[piece], non_blocking=True)
-        _settle(device)
-        best = max(best, 8 * BUS_BYTES / (time.perf_counter() - begin))
-    return best
-
-
-def disk_rate(root: Path, files: Sequence[FileSpec], threads: int) -> float | None:
-    """Bytes a second of O_DIRECT reads of the files' whole blocks; None where there are none."""
-    pieces = [
-        (root / file.key, at, min(COPY_PIECE, end - at))
-        for file in files
-        if (end := file.payload_nbytes // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT)
-        for at in range(0, end, COPY_PIECE)
-    ]
-    left = iter(pieces)
-    failed = threading.Event()
-
-    def read() -> None:
-        memory = memoryview(mmap.mmap(-1, COPY_PIECE))
-        for path, at, nbytes in left:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError:
-                failed.set()
-                return
-            try:
-                os.preadv(descriptor, [memory[:nbytes]], at)
-            finally:
-                os.close(descriptor)
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(read) for _ in range(threads)]:
-            done.result()
-    seconds = time.perf_counter() - begin
-    on_disk = not failed.is_set() and not _in_memory(root)
-    return sum(nbytes for *_, nbytes in pieces) / seconds if on_disk else None
-
-
-def _in_memory(root: Path) -> bool:
-    """Whether the folder lies in a file system that is memory: files there are never cold."""
-    best, kind = "", ""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, what, *_ = line.split(" ")
-        if str(root.resolve()).startswith(where) and len(where) >= len(best):
-            best, kind = where, what
-    return kind in ("tmpfs", "ramfs")
-
-
-def drop(paths: Sequence[Path]) -> None:
-    """Let files leave the page cache, as far as they are on disk."""
-    for path in paths:
-        with path.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _touch(paths: Sequence[Path], threads: int) -> None:
-    def one(path: Path) -> None:
-        buffer = bytearray(COPY_PIECE)
-        with path.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, paths))
 
 
 def _write_safetensors(store: PackedStore, specs: Sequence[ArraySpec], out: Path) -> list[Path]:
@@ -370,9 +300,9 @@ def _write_one(
             source = stack.enter_context((store.root / file.key).open("rb"))
             target = stack.enter_context(path.open("r+b"))
             done = 0
-            buffer = memoryview(bytearray(COPY_PIECE))
+            buffer = memoryview(bytearray(PIECE))
             while done < file.payload_nbytes:
-                piece = buffer[: min(COPY_PIECE, file.payload_nbytes - done)]
+                piece = buffer[: min(PIECE, file.payload_nbytes - done)]
                 os.preadv(source.fileno(), [piece], done)
                 os.pwrite(target.fileno(), piece, data + begin + done)
                 done += len(piece)

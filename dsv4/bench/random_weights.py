@@ -93,7 +93,7 @@ class RandomWeights:
         elif name.endswith("_scale"):
             values = 1 + values / 4
         elif name.endswith("bias"):
-            values = values / 4
+            values = values / 64  # scores of a token spread by 0.3: it chooses, not the bias
         elif len(shape) == 2 and name != "embed.weight" and not name.endswith("ape"):
             values = values * shape[1] ** -0.5
         plain = parameter.kind is Kind.FLOAT32

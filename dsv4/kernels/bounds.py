@@ -13,6 +13,8 @@ from torch import Tensor
 MMA_COLUMNS = 16
 _UNITS = 6 * 2.0**-23
 _ROWS_AT_ONCE = 2048
+_NUMBERS_AT_ONCE = 1 << 26
+BLOCK = 64
 
 
 def chained(x: Tensor, weight: Tensor, chains: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -33,6 +35,25 @@ def chained(x: Tensor, weight: Tensor, chains: int, kind: str) -> tuple[Tensor, 
         values.append(parts.sum(-1))
         errors.append(_UNITS * largest.sum((-2, -1)) + chains * 2.0**-24 * parts.abs().sum(-1))
     return torch.cat(values), torch.cat(errors)
+
+
+def blocked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`x @ weightᵀ` and its uncertainty, for float64 `[T, K]` and `[N, K]`, exactly: `[T, N]` each.
+
+    One chain sums 64 columns after 64, these in whatever order: no addend or sum there is larger
+    than the sum before them and their Σ|x w| together.
+    """
+    blocks = weight.shape[1] // BLOCK
+    columns = x.reshape(len(x), blocks, BLOCK).transpose(0, 1)
+    at_once = max(1, _NUMBERS_AT_ONCE // (len(x) * blocks))
+    values, errors = [], []
+    for first in range(0, len(weight), at_once):
+        rows = weight[first : first + at_once]
+        sums = (columns @ rows.reshape(len(rows), blocks, BLOCK).permute(1, 2, 0)).cumsum(0)
+        largest = sums[:-1].abs().sum(0) + x.abs() @ rows.abs().T
+        values.append(sums[-1])
+        errors.append(BLOCK // MMA_COLUMNS * _UNITS * largest)
+    return torch.cat(values, 1), torch.cat(errors, 1)
 
 
 def mma_order(columns: int, kind: str) -> Tensor:

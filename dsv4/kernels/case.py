@@ -60,7 +60,8 @@ class Case:
     make: buffers on a device, from a seeded generator; outputs are poisoned by who runs the case.
     expect: name -> what it must hold, computed from the buffers before the launches.
     cold: buffers that come from memory in real use: a benchmark rotates copies of them past the
-    L2 cache. note: what the figure includes.
+    L2 cache. note: what the figure includes. joint: a token's results depend on the others' (one
+    scale for all, say), so that none can be computed alone.
     """
 
     operation: str
@@ -74,6 +75,7 @@ class Case:
     cold: tuple[str, ...] = ()
     flops: int = 0
     note: str = ""
+    joint: bool = False
 
     def __str__(self) -> str:
         return f"{self.operation} {self.shape} {self.model} rows {self.rows}"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsv4.formats.errors import KernelError
 from dsv4.kernels.case import Buffers, Case, Expected
 from dsv4.kernels.library import Library
 
@@ -59,14 +60,21 @@ def check(case: Case, library: Library, device: torch.device, seed: int = 0) -> 
 def check_alone(case: Case, library: Library, device: torch.device, seed: int = 0) -> list[str]:
     """-> a sentence for every token whose results differ when it is computed alone.
 
-    A token's results are the outputs whose first dimension is "rows"; its inputs likewise.
+    A token's results are the outputs whose first dimension is "rows"; its inputs likewise. Raises
+    KernelError when such a buffer does not have the case's rows: cut to one, its kernel could read
+    beside it.
     """
+    if case.joint:
+        return []
     made = case.make(torch.Generator(device).manual_seed(seed))
     roles: dict[str, set[str]] = {}
     for launch in case.launches:
         for one in launch.kernel.leaves():
             if one.shape[:1] == ("rows",):
                 roles.setdefault(launch.buffer(one), set()).add(one.role)
+    for name in roles:
+        if len(made[name]) != case.rows:
+            raise KernelError(f"{case}: {name} has {len(made[name])} rows, not the case's")
     shared = {n for la in case.launches for n in la.written()} - roles.keys()
     outputs = [name for name, found in roles.items() if found != {"in"}]
     kept = {name: made[name].clone() for name in shared}

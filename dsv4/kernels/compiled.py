@@ -94,8 +94,13 @@ def kernel(
 
 def source_digest(kernel: Kernel) -> str:
     """SHA-256 of the module that the implementation lies in and of all of ours that it imports."""
+    return _digest(kernel.implementation.partition(":")[0])
+
+
+@functools.cache
+def _digest(implementation: str) -> str:
     whole = hashlib.sha256()
-    for module in sorted(_reachable(kernel.implementation.partition(":")[0])):
+    for module in sorted(_reachable(implementation)):
         whole.update(f"{module}\0".encode() + _source(module))
     return whole.hexdigest()
 
@@ -105,16 +110,23 @@ def _reachable(module: str) -> frozenset[str]:
     """`module` and the modules of this package that it imports, directly or not."""
     found, waiting = {module}, [module]
     while waiting:
-        for node in ast.walk(ast.parse(_source(waiting.pop()))):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                if name.startswith(_PACKAGE) and name not in found and _path(name).is_file():
-                    found.add(name)
-                    waiting.append(name)
+        new = _imported(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return frozenset(found)
+
+
+@functools.cache
+def _imported(module: str) -> frozenset[str]:
+    """The modules of this package that `module` imports; each is parsed once."""
+    found = set()
+    for node in ast.walk(ast.parse(_source(module))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name for name in names if name.startswith(_PACKAGE) and _path(name).is_file()}
     return frozenset(found)
 
 

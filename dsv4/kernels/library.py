@@ -85,7 +85,13 @@ class Library:
                 f"`{self._command()}` makes it again"
             )
         file = self.location / self.arch / f"{kernel.name}.so"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry.get("sha256"):
+        try:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise KernelError(
+                f"{file} cannot be read ({error.strerror}); `{self._command()}` makes it"
+            ) from None
+        if digest != entry.get("sha256"):
             raise KernelError(
                 f"{file} is not what the build wrote; remove it, and `{self._command()}` makes it"
             )
@@ -101,7 +107,13 @@ class Library:
             raise KernelError(
                 "apache-tvm-ffi is not installed; pip install 'dsv4[gpu]' brings it"
             ) from None
-        ctypes.CDLL(str(self.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        try:
+            ctypes.CDLL(str(self.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise KernelError(
+                f"the kernels' launch library cannot be loaded ({error}); `{self._command()}` "
+                "writes it again"
+            ) from None
 
     def _command(self) -> str:
         place = "" if self.location == default_location() else f" --out {self.location}"

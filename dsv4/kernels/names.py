@@ -17,4 +17,10 @@ OPERATIONS = (
     "quantize_activations",
     "fp4_gemm",
     "fp4_gemm_grouped",
+    "gemm",
+    "experts_prefill",
+    "swiglu",
 )
+PREFILL = ("gemm", "experts_prefill", "swiglu")
+"""Of those: for chunks of a prompt, of more rows than the others are timed with."""
+STEP_ROWS = 8

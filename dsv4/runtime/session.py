@@ -25,7 +25,10 @@ STEP_TOKENS = 512
 
 
 class Session:
-    """A sequence that grows by `forward`. Not for concurrent use; a model serves many sessions."""
+    """A sequence that grows by `forward`. Not for concurrent use; a model serves many sessions.
+
+    caches: what it remembers, by layer. step_tokens: most tokens that run at once.
+    """
 
     def __init__(self, model: Model, max_seq_len: int | None = None) -> None:
         limit = model.config.max_position_embeddings
@@ -36,9 +39,10 @@ class Session:
             )
         self.model = model
         self.max_seq_len = capacity
+        self.step_tokens = STEP_TOKENS
         self._position = 0
         self._interrupted = False
-        self._caches = allocate(model.config, capacity, model.dtype, model.device)
+        self.caches = allocate(model.config, capacity, model.dtype, model.device)
         self._tables = RopeTables.build(model.config, capacity, model.device)
 
     @property
@@ -48,10 +52,18 @@ class Session:
 
     def reset(self) -> None:
         """Empty the sequence. The memory is kept."""
-        for cache in self._caches:
+        for cache in self.caches:
             cache.clear()
         self._position = 0
         self._interrupted = False
+
+    def skip_to(self, position: int) -> None:
+        """Go on at `position`: the caller has filled the caches. Raises RuntimeRefusal past their
+        capacity.
+        """
+        if not 0 <= position <= self.max_seq_len:
+            raise RuntimeRefusal(f"position {position} is not in a session of {self.max_seq_len}")
+        self._position = position
 
     def forward(self, ids: Tensor, logits: Literal["all", "last"] = "all") -> Tensor:
         """Append `ids` and return the logits that follow them.
@@ -68,12 +80,13 @@ class Session:
         vocab = self.model.config.vocab_size
         result = torch.empty((rows, vocab), dtype=torch.float32, device=self.model.device)
         self._interrupted = True
+        count = self.step_tokens
         with torch.no_grad():
-            for start in range(0, ids.shape[0], STEP_TOKENS):
-                part = ids[start : start + STEP_TOKENS]
+            for start in range(0, ids.shape[0], count):
+                part = ids[start : start + count]
                 streams = self._append(part)
                 if logits == "all":
-                    self.model.head(streams, out=result[start : start + STEP_TOKENS])
+                    self.model.head(streams, out=result[start : start + count])
             if logits == "last":
                 self.model.head(streams[-1:], out=result)
         self._interrupted = False
@@ -96,9 +109,9 @@ class Session:
         return generate(self, prompt_ids, max_new_tokens, sampler, stop_ids)
 
     def _append(self, ids: Tensor) -> Tensor:
-        """Run at most STEP_TOKENS tokens through the layers: their streams `[T, m, D]`."""
+        """Run at most `step_tokens` tokens through the layers: their streams `[T, m, D]`."""
         step = Step(ids, self._position, self.model.config.sliding_window, self._tables)
-        streams = self.model.forward(step, self._caches)
+        streams = self.model.forward(step, self.caches)
         self._position += step.length
         return streams
 

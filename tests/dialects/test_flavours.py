@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
+from dsv4.bench.transformers_peer import RENAMES
 from dsv4.cli import tiny
 from dsv4.convert.experts import ExpertsOutput
 from dsv4.convert.open_source import open_source
@@ -25,7 +26,6 @@ from dsv4.formats.mxfp4 import CastReport
 from dsv4.formats.source_tensor import SourceTensor
 from tests.dialects.conftest import SMALL, FlavourSource, FlavourStore
 from tests.dialects.dequantisers import Outside
-from tests.runtime.transformers_oracle import _RENAMES
 
 EXPERT = "layers.1.ffn.experts.3.w1.weight"
 DRAFT_EXPERT = "mtp.0.ffn.experts.3.w1.weight"
@@ -48,7 +48,7 @@ def _their_stem(flavour: str, name: str) -> str:
     name = re.sub(r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj.", name)
     name = re.sub(r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj.", name)
     name = re.sub(r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj.", name)
-    for pattern, replacement in _RENAMES:
+    for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv4.bench.transformers_peer import RENAMES
 from dsv4.formats import dialects
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.dialects import group, hub_stem
@@ -16,7 +17,6 @@ from dsv4.formats.inventory import DraftKind
 from dsv4.formats.source_inventory import check_inventory
 from tests.dialects.headers import Entries, Stored, base, entries_of, entry, modelopt, official
 from tests.real_configs import FLASH
-from tests.runtime.transformers_oracle import _RENAMES
 
 CONFIG = dataclasses.replace(
     ModelConfig.from_hf(FLASH),
@@ -157,7 +157,7 @@ def test_malformed_checkpoints_are_refused_by_name(fault: str) -> None:
 
 
 def _theirs(name: str) -> str:
-    for pattern, replacement in _RENAMES:
+    for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 

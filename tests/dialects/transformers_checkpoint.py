@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
+from dsv4.bench.transformers_peer import its_config
 from dsv4.convert.tiny import HF_TINY
-from tests.runtime.transformers_oracle import _config, run
+from tests.runtime.transformers_oracle import run
 
 CONFIG = dataclasses.replace(
     HF_TINY,
@@ -25,7 +26,7 @@ POSITIONS = 200
 
 def random_model(dtype: torch.dtype) -> Any:
     """`DeepseekV4ForCausalLM` whose every parameter is random, rounded to `dtype`, in float32."""
-    model = DeepseekV4ForCausalLM(_config(CONFIG)).eval()
+    model = DeepseekV4ForCausalLM(its_config(CONFIG, "eager")).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

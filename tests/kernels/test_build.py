@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,24 @@ def test_the_bench_needs_a_gpu() -> None:
     done = CliRunner().invoke(cli, ["bench", "kernels"])
     assert isinstance(done.exception, KernelError)
     assert "CUDA device" in str(done.exception)
+
+
+def test_a_launch_library_that_is_missing_or_no_library_is_named(
+    built: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(built, copy)
+    (copy / library.RUNTIME_LIBRARY).write_bytes(b"")
+    with pytest.raises(KernelError, match=r"launch library cannot be loaded.*writes it again"):
+        Library(copy, "sm_90a")
+    (copy / library.RUNTIME_LIBRARY).unlink()
+    with pytest.raises(KernelError, match="launch library cannot be loaded"):
+        Library(copy, "sm_90a")
+
+
+def test_machine_code_that_is_gone_is_named(built: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(built, copy)
+    (copy / "sm_90a" / f"{SMALL.name}.so").unlink()
+    with pytest.raises(KernelError, match=f"{SMALL.name}.so cannot be read.*makes it"):
+        Library(copy, "sm_90a").function(SMALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4.formats.errors import KernelError
+from dsv4.formats.releases import FLASH
 from dsv4.kernels.case import Case, Expected, Launch
 from dsv4.kernels.check import GUARD_BYTES, check, check_alone
 from dsv4.kernels.compiled import Argument, Kernel, kernel
 from dsv4.kernels.library import Library
+from dsv4.kernels.operations import quantize_activations, xxh3
 
 DOUBLE = kernel(
     "double",
@@ -143,3 +147,23 @@ def test_a_token_that_depends_on_those_beside_it_is_caught() -> None:
         "y: token 1 differs alone and beside the others",
         "y: token 2 differs alone and beside the others",
     ]
+
+
+def test_tokens_that_share_something_are_not_held_alone() -> None:
+    """One scale for all tokens: by definition a token alone has other results."""
+    joint = dataclasses.replace(BATCH, joint=True)
+    assert check_alone(joint, Fake(_looks_at_the_others), torch.device("cpu")) == []
+    for case in quantize_activations.checks(FLASH, "none"):
+        config = dict(case.kernels[1].config)
+        assert case.joint is (not config["per_row"] or "groups" in config)
+
+
+def test_a_buffer_with_other_rows_than_the_case_is_not_cut() -> None:
+    wide = dataclasses.replace(BATCH, rows=2)
+    with pytest.raises(KernelError, match="rows test none rows 2: x has 3 rows, not the case's"):
+        check_alone(wide, Fake(_right), torch.device("cpu"))
+
+
+def test_the_arena_has_no_rows_to_cut() -> None:
+    [case] = xxh3.checks(FLASH, "none")
+    assert all("rows" not in one.shape for kernel in case.kernels for one in kernel.leaves())

@@ -120,6 +120,6 @@ def test_a_shortened_state_shows() -> None:
     whole = model.session(140).forward(ids)
     session = model.session(140)
     session.forward(ids[:100])
-    for cache in session._caches:
+    for cache in session.caches:
         cache.clear()
     assert deviation(session.forward(ids[100:]), whole[100:]) > 100 * TOLERANCE

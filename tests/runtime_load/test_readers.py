@@ -23,7 +23,7 @@ from dsv4.runtime.load import Settings, load_weights, plan_load
 from dsv4.runtime.load import files as reading
 from dsv4.runtime.load.arena import HostArena, Slot
 from dsv4.runtime.load.check import DeviceCheck, device_hash, on_device
-from dsv4.runtime.load.files import OpenFile, cached_share
+from dsv4.runtime.load.files import FileTable, OpenFile, cached_share
 from dsv4.runtime.load.jobs import make_jobs
 from dsv4.runtime.load.plan import Span
 from dsv4.runtime.load.readers import Readers
@@ -103,9 +103,9 @@ def test_a_slot_is_filled_again_only_when_it_was_copied(
     plan = plan_load(sample)
     wanted = load_weights(sample, "cpu", settings=Settings(readers=1))
     arena = kind(plan.nbytes)
-    slots = arena.slots(4, 16 << 10)
     jobs = make_jobs(plan.spans(), 16 << 10, lambda file: True)
-    Readers(sample, arena, hashes=lambda file: True).run(jobs, [slots[:2], slots[2:]])
+    with arena.slots(4, 16 << 10) as slots:
+        Readers(sample, arena, hashes=lambda file: True).run(jobs, [slots[:2], slots[2:]])
     equal = all(
         torch.equal(
             arena.bytes[placed.at : placed.at + placed.nbytes],
@@ -123,13 +123,13 @@ def test_the_device_s_checksums_prove_the_copy_too(
     """All that was read is right; a slot that was filled again too soon is not."""
     plan = plan_load(sample)
     arena = kind(plan.nbytes)
-    slots = arena.slots(4, 16 << 10)
     jobs = make_jobs(plan.spans(), 16 << 10, lambda file: not on_device(file))
     check = DeviceCheck(sample, plan, arena, jobs, device_hash(torch.device("cpu")))
     readers = Readers(sample, arena, hashes=lambda file: not on_device(file), check=check)
     if kind is HastyArena:
         arena.settle = lambda: None  # type: ignore[method-assign]  # hashing would deliver
-    readers.run(jobs, [slots[:2], slots[2:]])
+    with arena.slots(4, 16 << 10) as slots:
+        readers.run(jobs, [slots[:2], slots[2:]])
     LateArena.settle(arena)
     if kind is LateArena:
         check.finish()
@@ -138,6 +138,48 @@ def test_the_device_s_checksums_prove_the_copy_too(
         return
     with pytest.raises(StoreError, match="does not match its checksum"):
         check.finish()
+
+
+def _descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_file_that_many_open_at_once_is_open_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(100))
+    file = FileSpec("file", (0, 1), 1, 100, False)
+    table = FileTable(tmp_path, [file] * 8, direct=False)
+    table._open.popitem()[1].close()  # it was opened ahead
+    before = _descriptors()
+    together, found = threading.Barrier(8), set()
+
+    def get() -> None:
+        together.wait()
+        found.add(table.get(file))
+
+    threads = [threading.Thread(target=get) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 1 and _descriptors() == before + 1
+    for left in range(8):
+        assert _descriptors() == before + 1, f"closed after {left} of 8 uses"
+        table.release(file)
+    assert _descriptors() == before
+
+
+def test_files_are_opened_ahead_and_closed_behind(
+    sample: PackedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "AHEAD", 2)
+    files = [span.file for span in plan_load(sample).spans()]
+    before = _descriptors()
+    table = FileTable(sample.root, files, direct=False)
+    for number, file in enumerate(files):
+        assert _descriptors() == before + min(2, len(files) - number)
+        table.get(file)
+        table.release(file)
+    assert _descriptors() == before
 
 
 def _lock_is_free_during(work: Callable[[], object]) -> bool:

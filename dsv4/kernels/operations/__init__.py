@@ -11,16 +11,19 @@ from collections.abc import Iterator, Sequence
 
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.case import Case
-from dsv4.kernels.names import OPERATIONS
+from dsv4.kernels.names import OPERATIONS, PREFILL, STEP_ROWS
 
 
 def cases(
     config: ModelConfig, model: str, rows: Sequence[int], operations: Sequence[str] = OPERATIONS
 ) -> Iterator[Case]:
-    """The cases of `operations` on the shapes of `config`, for each number of rows."""
+    """The cases of `operations` on the shapes of `config`, for each number of rows that is theirs:
+    up to 8 those of a step, above those of a chunk of a prompt.
+    """
     for name in operations:
         module = importlib.import_module(f"dsv4.kernels.operations.{name}")
-        yield from module.cases(config, model, rows)
+        own = [count for count in rows if (count > STEP_ROWS) == (name in PREFILL)]
+        yield from module.cases(config, model, own)
 
 
 def checks(

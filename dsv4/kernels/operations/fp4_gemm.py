@@ -124,6 +124,7 @@ def case(product: Product, shape: str, model: str, rows: int, tile_n: int = TILE
         cold=("codes", "scales"),
         flops=2 * rows * product.n * product.k,
         note="FP4 x FP4; the matrix bound is bfloat16's",
+        joint=True,  # a tile of scales holds many tokens'
     )
 
 

@@ -132,6 +132,7 @@ def case(experts: Experts, shape: str, model: str, rows: int, tile_n: int = TILE
         cold=("codes", "scales"),
         flops=2 * rows * product.n * product.k,
         note="FP4 x FP4; bytes if every row had an expert of its own",
+        joint=True,  # a tile of scales holds many tokens'
     )
 
 

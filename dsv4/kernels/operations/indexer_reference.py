@@ -36,13 +36,13 @@ def queries(config: ModelConfig, buffers: Buffers) -> tuple[Tensor, Tensor]:
         Range.exactly(heads), buffers["cos"][position], buffers["sin"][position]
     ).to(torch.bfloat16)
     codes, scales = ranges.fp4_row(ranges.spread(turned))
-    ends = [_values(code, scale) for code in codes for scale in scales]
+    ends = [key_values(code, scale) for code in codes for scale in scales]
     whole = Range.hull(*ends)
-    return _values(codes.low, scales.low), whole.high - whole.low
+    return key_values(codes.low, scales.low), whole.high - whole.low
 
 
-def _values(codes: Tensor, scales: Tensor) -> Tensor:
-    """E2M1 bytes and E8M0 bytes -> float64."""
+def key_values(codes: Tensor, scales: Tensor) -> Tensor:
+    """Heads or keys as they are stored, E2M1 bytes and E8M0 bytes, -> float64."""
     values = e2m1_decode(unpack_nibbles(codes.to(torch.uint8))).to(torch.float64)
     powers = e8m0_decode(scales.to(torch.uint8)).to(torch.float64)
     return values * powers.repeat_interleave(BLOCK, -1)
@@ -63,7 +63,7 @@ def expect(config: ModelConfig, buffers: Buffers) -> dict[str, Expected]:
         cache = int(buffers["slot"][row])
         for first in range(0, seen, 1 << 14):
             part = slice(first, min(first + (1 << 14), seen))
-            keys = _values(buffers["keys"][cache, part], buffers["key_scales"][cache, part])
+            keys = key_values(buffers["keys"][cache, part], buffers["key_scales"][cache, part])
             score, error, certain = _scores(q[row], off[row], weights[row], keys)
             scores[row, part], bound[row, part] = score, error
             exact = exact and certain

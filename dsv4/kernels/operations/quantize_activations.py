@@ -157,6 +157,7 @@ def case(
         make,
         lambda buffers: expected(form, buffers),
         note="two launches",
+        joint=not form.per_row or form.groups > 0,
     )
 
 

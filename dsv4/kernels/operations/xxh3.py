@@ -18,15 +18,15 @@ from dsv4.kernels.reference.xxh3 import BLOCK_BYTES, LANES, accumulators, secret
 
 OPERATION = "xxh3"
 MODULE = "dsv4.kernels.sm90.xxh3"
-ROW_BYTES = 4096  # the arena's rows: their number stays below 2^31
+LINE_BYTES = 4096  # the arena as lines: their number stays below 2^31
 
 
 def xxh3() -> Kernel:
-    """Arguments: data uint8 `[rows, 4096]`; places int64 `[C, 2]`, first byte and length of each
+    """Arguments: data uint8 `[lines, 4096]`; places int64 `[C, 2]`, first byte and length of each
     chunk, multiples of 16 and of 1024; secret int64 `[32]`; acc int64 `[C, 8]`.
     """
     arguments = (
-        Argument("data", torch.uint8, ("rows", ROW_BYTES)),
+        Argument("data", torch.uint8, ("lines", LINE_BYTES)),
         Argument("places", torch.int64, ("chunks", 2)),
         Argument("secret", torch.int64, (32,)),
         Argument("acc", torch.int64, ("chunks", LANES), "out"),
@@ -50,12 +50,12 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
 def case(sizes: Sequence[int], shape: str, model: str) -> Case:
     """Chunks of `sizes` bytes, one behind the other in multiples of 1024."""
     begins = list(itertools.accumulate(sizes, initial=0))
-    rows = -(-begins[-1] // ROW_BYTES)
+    lines = -(-begins[-1] // LINE_BYTES)
 
     def make(rng: torch.Generator) -> Buffers:
         device = rng.device
         data = torch.randint(
-            256, (rows, ROW_BYTES), generator=rng, device=device, dtype=torch.uint8
+            256, (lines, LINE_BYTES), generator=rng, device=device, dtype=torch.uint8
         )
         places = [list(place) for place in zip(begins[:-1], sizes, strict=True)]
         return {

@@ -10,6 +10,7 @@ sequence gives the same logits, and a kernel is compared with the correctly roun
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,17 @@ WIDE = torch.float64
 # gives back to the system and pays for every page again: 64 MiB took 2.2 times the CPU time, for
 # a Flash layer decoding on one core of an AMD EPYC.
 TEMPORARY_ELEMENTS = 1 << 20
+
+
+@contextlib.contextmanager
+def temporaries(elements: int) -> Iterator[None]:
+    """Temporaries of up to `elements` meanwhile: a GPU wants fewer and larger ones."""
+    global TEMPORARY_ELEMENTS
+    before, TEMPORARY_ELEMENTS = TEMPORARY_ELEMENTS, elements
+    try:
+        yield
+    finally:
+        TEMPORARY_ELEMENTS = before
 
 
 def deliver(result: Tensor, out: Tensor | None) -> Tensor:

@@ -62,7 +62,7 @@ def _expert(
     gate_up = [split_gate_up(part[None], INTERLEAVE) for part in sums]
     scales = buffers["global_scale13"][expert].to(torch.float64)
     gate, up = ((gate_up[0][i][0] * scales[i], gate_up[1][i][0] * scales[i]) for i in range(2))
-    act, error = _swiglu(gate, up, shape.limit)
+    act, error = activated(gate, up, shape.limit)
     weight = buffers["topk_weights"][token, place].to(torch.float64)
     act, error = act * weight, error * weight.abs()
     value, off = _down(act, error, matrix(buffers, "2", expert), chains, "nvfp4")
@@ -77,7 +77,7 @@ def _shared(shape: Shape, buffers: Buffers, token: int) -> tuple[Tensor, Tensor]
         dequantize(shared_operand(shape, buffers, name)).to(torch.float64) for name in "123"
     )
     gate, up = (chained(x, w, shape.hidden // FP8_BLOCK, "fp8") for w in (w1, w3))
-    act, error = _swiglu(gate, up, shape.limit)
+    act, error = activated(gate, up, shape.limit)
     return _down(act, error, w2, shape.inter // FP8_BLOCK, "fp8")
 
 
@@ -90,7 +90,7 @@ def _down(act: Tensor, error: Tensor, w2: Tensor, chains: int, kind: str) -> tup
     return value, off + adds + w2.abs() @ spread
 
 
-def _swiglu(
+def activated(
     gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float
 ) -> tuple[Tensor, Tensor]:
     """SwiGLU of (value, uncertainty); |silu'| < 1.1, and float32's exponential and reciprocal are

@@ -30,7 +30,7 @@ THREADS = BLOCKS * PAIRS
 
 
 class Xxh3:
-    """data: uint8 `[rows, 4096]`; places: int64 `[C, 2]`; secret: int64 `[32]`; acc: `[C, 8]`."""
+    """data: uint8 `[lines, 4096]`; places: int64 `[C, 2]`; secret: int64 `[32]`; acc: `[C, 8]`."""
 
     @cute.jit
     def __call__(

@@ -6,12 +6,14 @@
         -> q; scores, blocks (CSA); o                  q_rope, indexer, attention
     o   -> z -> u                                      wo_a by groups, wo_b
 
+How products are launched depends on the number of rows: `few` here, `prefill_plan` otherwise.
+
 A buffer of one layer is called "layers.3." and what it is; activations are the same in all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dsv4.formats.config import AttentionKind, ModelConfig
 from dsv4.kernels.case import Launch
@@ -25,8 +27,32 @@ LayerWeights = Mapping[str, Weight]
 """Projection, as "attn.wq_a" -> its shape and format."""
 
 
+Products = Callable[[str, LayerWeights, str, Mapping[str, str], str], Iterator[Launch]]
+"""(prefix of the layer, its matrices, x, projection -> activation, dtype of those) -> launches"""
+
+
+def few(
+    own: str, weights: LayerWeights, x: str, outputs: Mapping[str, str], out: str
+) -> Iterator[Launch]:
+    """One launch of the projections that read `x`, for few rows.
+
+    gemv wants its weights numbered, and all of a kind of input.
+    """
+    binding = {"x": x}
+    for index, (projection, activation) in enumerate(outputs.items()):
+        binding[f"y{index}"] = activation
+        for part in ("codes", "scales", "global_scale"):
+            binding[f"{part}{index}"] = f"{own}{projection}.{part}"
+    yield Launch(gemv([weights[name] for name in outputs], out), binding)
+
+
 def attention_launches(
-    config: ModelConfig, layer: int, weights: LayerWeights, rows: int, capacity: int
+    config: ModelConfig,
+    layer: int,
+    weights: LayerWeights,
+    rows: int,
+    capacity: int,
+    products: Products = few,
 ) -> Iterator[Launch]:
     """The sublayer of `layer` for `rows` tokens: x bfloat16 `[T, D]` -> u bfloat16 `[T, D]`.
 
@@ -34,9 +60,9 @@ def attention_launches(
     """
     kind, own = config.attention_kind(layer), f"layers.{layer}."
     tables = {name: f"{rotation(kind)}.{name}" for name in ("cos", "sin")}
-    yield products(own, weights, "x", first_products(kind))
+    yield from products(own, weights, "x", first_products(kind), "float32")
     yield _append(config, own, kind, tables)
-    yield products(own, weights, "qr", second_products(kind))
+    yield from products(own, weights, "qr", second_products(kind), "float32")
     yield Launch(q_rope.q_rope(config), {"q": "q_raw", "out": "q", **tables})
     if kind is AttentionKind.CSA:
         keys = {"keys": f"{own}i_entries", "key_scales": f"{own}i_scales"}
@@ -53,8 +79,8 @@ def attention_launches(
     }
     for kernel in attention.attention(shape, rows):
         yield Launch(kernel, caches | tables)
-    yield products(own, weights, "o", {"attn.wo_a": "z"}, "bfloat16")
-    yield products(own, weights, "z", {"attn.wo_b": "u"}, "bfloat16")
+    yield from products(own, weights, "o", {"attn.wo_a": "z"}, "bfloat16")
+    yield from products(own, weights, "z", {"attn.wo_b": "u"}, "bfloat16")
 
 
 def choice_entries(config: ModelConfig, capacity: int) -> int:
@@ -97,21 +123,6 @@ def second_products(kind: AttentionKind) -> dict[str, str]:
     """Projection -> activation, of those that read the low-rank query."""
     found = {"attn.wq_b": "q_raw"}
     return found | ({"attn.indexer.wq_b": "i_query"} if kind is AttentionKind.CSA else {})
-
-
-def products(
-    own: str, weights: LayerWeights, x: str, outputs: Mapping[str, str], out: str = "float32"
-) -> Launch:
-    """One launch of the projections that read `x`; outputs: projection -> activation.
-
-    gemv wants its weights numbered, and all of a kind of input.
-    """
-    binding = {"x": x}
-    for index, (projection, activation) in enumerate(outputs.items()):
-        binding[f"y{index}"] = activation
-        for part in ("codes", "scales", "global_scale"):
-            binding[f"{part}{index}"] = f"{own}{projection}.{part}"
-    return Launch(gemv([weights[name] for name in outputs], out), binding)
 
 
 def _append(config: ModelConfig, own: str, kind: AttentionKind, tables: dict[str, str]) -> Launch:

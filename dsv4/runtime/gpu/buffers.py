@@ -15,12 +15,12 @@ from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
 
-def caches(config: ModelConfig, capacity: int, device: torch.device) -> Buffers:
-    """Empty caches of one sequence of up to `capacity` tokens, by layer."""
+def caches(config: ModelConfig, capacity: int, rows: int, device: torch.device) -> Buffers:
+    """Empty caches of one sequence of up to `capacity` tokens, written `rows` at once, by layer."""
     found: Buffers = {}
     for layer in range(config.num_hidden_layers):
         kind = config.attention_kind(layer)
-        sizes = cache_sizes(config, kind, capacity)
+        sizes = cache_sizes(config, kind, capacity, rows)
         for one in append.append(append.Layer.of(config, kind)).leaves():
             if one.role != "inout":
                 continue
@@ -40,9 +40,11 @@ def clear(caches: Buffers) -> None:
             tensor.zero_()
 
 
-def cache_sizes(config: ModelConfig, kind: AttentionKind, capacity: int) -> dict[str, int]:
-    """Sizes by the names that `append` gives them."""
-    layer, more = append.Layer.of(config, kind), MAX_ROWS - 1
+def cache_sizes(
+    config: ModelConfig, kind: AttentionKind, capacity: int, rows: int
+) -> dict[str, int]:
+    """Sizes by the names that `append` gives them. rows: the most of a step."""
+    layer, more = append.Layer.of(config, kind), rows - 1
     sizes = {"slots": 1, "window": config.sliding_window + more}
     if layer.ratio:
         ring = (2 if layer.overlap else 1) * layer.ratio + more
@@ -64,10 +66,15 @@ def tables(config: ModelConfig, capacity: int, device: torch.device) -> Buffers:
     return found
 
 
-def inputs(config: ModelConfig, device: torch.device) -> Buffers:
+def tables_nbytes(config: ModelConfig, positions: int) -> int:
+    """What `tables` takes, with what it needs while it computes them in FP64."""
+    return positions * config.qk_rope_head_dim // 2 * (4 * 4 + 3 * 8)
+
+
+def inputs(config: ModelConfig, rows: int, device: torch.device) -> Buffers:
     """What the host tells a step, a row for each token; `ids` is where a drawn token goes."""
     found: Buffers = {
-        name: torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        name: torch.zeros(rows, dtype=torch.int32, device=device)
         for name in ("ids", "position", "slot")
     }
     for one in sampling.sampling(config.vocab_size).leaves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import step_launches
+from dsv4.runtime.gpu.prefill_plan import SIZES, chunk_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
 from dsv4.runtime.load.report import LoadReport
@@ -28,7 +30,8 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
-        for launch in self.launches(1, 1):
+        plans = self.launches(1, 1), *(self.chunk_launches(rows, 1) for rows in SIZES)
+        for launch in itertools.chain(*plans):
             library.function(launch.kernel)
 
     def load_lines(self) -> Iterator[str]:
@@ -41,12 +44,18 @@ class GpuModel:
         own = self.operands
         return step_launches(self.config, own.layers, own.head, rows, capacity)
 
+    def chunk_launches(self, rows: int, capacity: int) -> Iterator[Launch]:
+        """A chunk of `rows` tokens, with caches for `capacity`; the head is not part of it."""
+        return chunk_launches(self.config, self.operands.layers, rows, capacity)
+
     def buffers(self, capacity: int) -> Buffers:
         """Weights, and the angles of `capacity` positions."""
         count = torch.cuda.get_device_properties(self.device).multi_processor_count
         angles = tables(self.config, capacity + MAX_ROWS, self.device)
         return self.operands.buffers | angles | {"ctas": int(count)}
 
-    def session(self, max_seq_len: int | None = None) -> GpuSession:
-        """An empty sequence with room for `max_seq_len` tokens."""
-        return GpuSession(self, max_seq_len)
+    def session(
+        self, max_seq_len: int | None = None, *, chunk: int | None = None, graphs: bool = True
+    ) -> GpuSession:
+        """An empty sequence with room for `max_seq_len` tokens. Arguments, errors: `GpuSession`."""
+        return GpuSession(self, max_seq_len, chunk=chunk, graphs=graphs)

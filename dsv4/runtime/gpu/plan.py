@@ -42,12 +42,20 @@ def step_launches(
         yield route(config, layer, layers[layer])
         yield mix_experts(config, own)
     yield connect(config, 2 * config.num_hidden_layers, "head_")
+    yield head_launch(head)
+
+
+def head_launch(head: Weight) -> Launch:
+    """x -> logits."""
     matrix = {f"{part}0": f"head.{part}" for part in MATRIX}
-    yield Launch(gemv([head]), matrix | {"y0": "logits"})
+    return Launch(gemv([head]), matrix | {"y0": "logits"})
 
 
-def connect(config: ModelConfig, sublayer: int, own: str) -> Launch:
-    """Hyper-connections before sublayer number `sublayer`, or before the head."""
+def connect(config: ModelConfig, sublayer: int, own: str, u: tuple[str, ...] = ("u",)) -> Launch:
+    """Hyper-connections before sublayer number `sublayer`, or before the head.
+
+    u: what the sublayer before left, in bfloat16, or two parts of it in float32.
+    """
     last = sublayer == 2 * config.num_hidden_layers
     place = "first" if sublayer == 0 else "last" if last else "middle"
     old, new = (sublayer + 1) % 2, sublayer % 2
@@ -55,7 +63,9 @@ def connect(config: ModelConfig, sublayer: int, own: str) -> Launch:
     binding |= {name: f"{name}{old}" for name in ("streams", "post", "comb")}
     binding |= {f"new_{name}": f"{name}{new}" for name in ("streams", "post", "comb")}
     binding["letters"] = "mhc_letters"
-    return Launch(mhc.mhc(mhc.Shape.of(config), place), binding)
+    output = mhc.PLAIN if len(u) == 1 else mhc.Output("float32", len(u))
+    binding |= dict(zip(output.names, u, strict=True))
+    return Launch(mhc.mhc(mhc.Shape.of(config), place, output), binding)
 
 
 def route(config: ModelConfig, layer: int, weights: LayerWeights) -> Launch:
@@ -87,9 +97,12 @@ def kernels(config: ModelConfig) -> Iterator[Kernel]:
                 yield launch.kernel
 
 
-def draw(config: ModelConfig) -> Launch:
-    """Draw the next token of each row of logits, where the next step reads it."""
-    return Launch(sampling.sampling(config.vocab_size), {"token": "ids"})
+def draw(config: ModelConfig, prefix: str = "") -> Launch:
+    """Draw the next token of each row of logits, where the next step reads it, and move its
+    position on. prefix: of the two buffers' names.
+    """
+    binding = {"token": f"{prefix}ids", "position": f"{prefix}position"}
+    return Launch(sampling.sampling(config.vocab_size), binding)
 
 
 def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weight]:

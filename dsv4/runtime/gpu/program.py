@@ -41,11 +41,17 @@ class Program:
     """What a step of `rows` tokens launches, on fixed buffers."""
 
     def __init__(
-        self, library: Library, launches: Iterable[Launch], buffers: Buffers, rows: int
+        self,
+        library: Library,
+        launches: Iterable[Launch],
+        buffers: Buffers,
+        rows: int,
+        graphs: bool = True,
     ) -> None:
         """Find every kernel now. Raises KernelError naming one that is missing or stale.
 
         A buffer that holds a row for each token may hold more: its first `rows` are taken.
+        graphs: False to launch one by one whatever is asked.
         """
         self._buffers = buffers  # a graph knows only addresses: they must stay
         self._calls: list[tuple[Callable[..., None], list[Any]]] = []
@@ -55,7 +61,7 @@ class Program:
                 views[launch.buffer(one)] = _view(one, buffers[launch.buffer(one)], rows)
             self._calls.append((library.function(launch.kernel), launch.arguments(views)))
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = False
+        self._warm, self._graphs = False, graphs
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -67,7 +73,7 @@ class Program:
 
     def replay(self) -> None:
         """The same as one graph, recorded the second time: the first loads the kernels' code."""
-        if not self._warm:
+        if not self._warm or not self._graphs:
             self._warm = True
             return self.launch()
         if self._graph is None:

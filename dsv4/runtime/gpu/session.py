@@ -10,13 +10,16 @@ from torch import Tensor
 
 from dsv4.formats.config import AttentionKind
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.kernels.case import Buffers, Launch
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.kernels.operations.indexer import chosen_of_parts
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.attention_plan import choice_entries
-from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs
-from dsv4.runtime.gpu.plan import draw
+from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs, tables_nbytes
+from dsv4.runtime.gpu.plan import draw, head_launch
+from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, chunk_rows
 from dsv4.runtime.gpu.program import Program, allocate
+from dsv4.runtime.load.arena import require_memory
 from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids
 
@@ -28,9 +31,24 @@ DECODE, DRAW = 0, -1  # programs besides those of so many tokens
 
 
 class GpuSession:
-    """A sequence that grows by `forward`, MAX_ROWS tokens a step at most. One user at a time."""
+    """A sequence that grows by `forward`. One user at a time.
 
-    def __init__(self, model: GpuModel, max_seq_len: int | None = None) -> None:
+    A prompt is read in chunks, by matrix products; its last tokens, and what comes after, by steps
+    of up to MAX_ROWS, whose results are the same bytes however they are cut.
+
+    caches: what it remembers, by the names of `buffers.caches`. chunk: most tokens of a chunk, by
+    default as many as are worth it; 0 for steps alone. graphs: False to launch a step's kernels one
+    by one. Raises OutOfSpaceError, before anything is allocated, if the device has not the room.
+    """
+
+    def __init__(
+        self,
+        model: GpuModel,
+        max_seq_len: int | None = None,
+        *,
+        chunk: int | None = None,
+        graphs: bool = True,
+    ) -> None:
         config, device = model.config, model.device
         limit = config.max_position_embeddings
         capacity = min(DEFAULT_MAX_SEQ_LEN, limit) if max_seq_len is None else max_seq_len
@@ -38,15 +56,17 @@ class GpuSession:
             raise RuntimeRefusal(
                 f"max_seq_len is {capacity}, expected 1 to {limit} (max_position_embeddings)"
             )
-        self.model, self.max_seq_len = model, capacity
+        self.model, self.max_seq_len, self._graphs = model, capacity, graphs
+        self.chunk = chunk_rows(capacity) if chunk is None else chunk
         self._position = 0
-        self._caches = caches(config, capacity, device)
-        self._inputs = inputs(config, device)
+        self._require_memory()
+        rows = max(self.chunk, MAX_ROWS)
+        self.caches = caches(config, capacity, rows, device)
+        self._inputs = inputs(config, rows, device)
         self._drawn: Tensor = self._inputs["ids"][:1]
         self._sampler: Sampler | None = None
-        known = model.buffers(capacity) | self._caches | self._inputs
-        launches = list(model.launches(MAX_ROWS, capacity))
-        self._buffers = known | allocate(launches, known, self._sizes(), device)
+        known = model.buffers(capacity) | self.caches | self._inputs
+        self._buffers = known | self._scratch(known, device)
         self._programs: dict[int, Program] = {}
 
     @property
@@ -56,34 +76,77 @@ class GpuSession:
 
     def reset(self) -> None:
         """Empty the sequence. The memory is kept."""
-        clear(self._caches)
+        clear(self.caches)
         self._position, self._sampler = 0, None
 
+    def _require_memory(self) -> None:
+        config, capacity, nowhere = self.model.config, self.max_seq_len, torch.device("meta")
+        rows = max(self.chunk, MAX_ROWS)
+        own = caches(config, capacity, rows, nowhere) | inputs(config, rows, nowhere)
+        scratch = self._scratch(self.model.operands.buffers | own, nowhere)
+        needed = sum(int(one.nbytes) for one in (own | scratch).values())
+        require_memory(
+            needed + tables_nbytes(config, capacity + MAX_ROWS),
+            self.model.device,
+            f"a session of {capacity} tokens needs",
+            "open it with a smaller max_seq_len",
+        )
+
+    def _scratch(self, known: Buffers, device: torch.device) -> Buffers:
+        """What chunks write, and what only steps write, which have fewer rows."""
+        model, capacity, found = self.model, self.max_seq_len, Buffers()
+        if self.chunk:
+            chunk = model.chunk_launches(self.chunk, capacity)
+            found = allocate(chunk, known, self._sizes(self.chunk), device)
+        step = model.launches(MAX_ROWS, capacity)
+        return found | allocate(step, known | found, self._sizes(MAX_ROWS), device)
+
     def _program(self, kind: int) -> Program:
-        """A step of `kind` tokens, or DECODE or DRAW."""
+        """A step or a chunk of `kind` tokens, or DECODE or DRAW."""
         if kind not in self._programs:
             model, rows = self.model, max(kind, 1)
-            launches = [] if kind == DRAW else list(model.launches(rows, self.max_seq_len))
+            launches: list[Launch] = []
+            if kind > MAX_ROWS:
+                launches += model.chunk_launches(rows, self.max_seq_len)
+            elif kind != DRAW:
+                launches += model.launches(rows, self.max_seq_len)
             if kind in (DECODE, DRAW):
                 launches.append(draw(model.config))
-            self._programs[kind] = Program(model.library, launches, self._buffers, rows)
+            buffers = self._buffers
+            self._programs[kind] = Program(model.library, launches, buffers, rows, self._graphs)
         return self._programs[kind]
 
     def programs_at(self, position: int, rows: int) -> tuple[Program, Program]:
         """For measuring: a step of `rows` tokens from `position` on, and the same of layers alone.
 
-        The first draws as well. Nothing of the sequence is kept: `reset` afterwards.
+        The first draws as well, but elsewhere than into its own input: repeated, its rows would
+        soon be the same token, which reads the same experts, and leave the caches at their end.
+        Nothing of the sequence is kept: `reset` afterwards.
         """
         model = self.model
         self._set_sampler(Sampler())
         torch.arange(position, position + rows, out=self._inputs["position"][:rows])
-        torch.randint(model.config.vocab_size, (rows,), out=self._inputs["ids"][:rows])
+        rng = torch.Generator().manual_seed(rows)
+        ids = torch.randint(model.config.vocab_size, (rows,), generator=rng)
+        self._inputs["ids"][:rows] = ids
+        for name in ("ids", "position"):
+            self._buffers[f"spare_{name}"] = self._inputs[name].clone()
         layers = list(model.launches(rows, self.max_seq_len))
-        whole = Program(model.library, [*layers, draw(model.config)], self._buffers, rows)
+        drawn = draw(model.config, "spare_")
+        whole = Program(model.library, [*layers, drawn], self._buffers, rows)
         body = Program(model.library, layers[:-2], self._buffers, rows)
         for program in (whole, body):
             program.launch()  # loads the kernels' code
         return whole, body
+
+    def choices(self, rows: int) -> list[Tensor]:
+        """For measuring: what the step of `programs_at` chooses, int32 `[T, k]` for each layer."""
+        found = []
+        for launch in self.model.launches(rows, self.max_seq_len):
+            Program(self.model.library, [launch], self._buffers, rows).launch()
+            if launch.kernel.operation == "router":
+                found.append(self._buffers["topk_idx"][:rows].clone())
+        return found
 
     def forward(self, ids: Tensor, logits: Literal["all", "last"] = "all") -> Tensor:
         """Append `ids` and return the logits that follow them, as `Session.forward` does.
@@ -93,16 +156,20 @@ class GpuSession:
         if logits not in ("all", "last"):
             raise RuntimeRefusal(f"logits is {logits!r}, expected 'all' or 'last'")
         ids, self._sampler = self._checked(ids), None
-        count = ids.shape[0]
+        count, start = ids.shape[0], 0
         result = torch.empty(
             (count if logits == "all" else 1, self.model.config.vocab_size), device=ids.device
         )
-        for start in range(0, count, MAX_ROWS):
-            found = self._step(ids[start : start + MAX_ROWS])
-            if logits == "all":
-                result[start : start + MAX_ROWS] = found
-            elif start + MAX_ROWS >= count:
-                result.copy_(found[-1:])
+        while start < count:
+            part = ids[start : start + self._next_rows(count - start)]
+            wanted = len(part) if logits == "all" else int(start + len(part) == count)
+            at = start if logits == "all" else 0
+            if len(part) > MAX_ROWS:
+                self._read_chunk(part, result[at : at + wanted])
+            else:
+                found = self._step(part)
+                result[at : at + wanted] = found[len(part) - wanted :]
+            start += len(part)
         return result
 
     def append_and_draw(self, ids: Tensor, sampler: Sampler) -> Tensor:
@@ -134,15 +201,42 @@ class GpuSession:
         sampler = Sampler(temperature, top_p, seed)
         return generate(self, prompt_ids, max_new_tokens, sampler, self.model.config.eos_token_ids)
 
+    def _next_rows(self, left: int) -> int:
+        """Tokens that are run next, of `left`."""
+        return min(left, self.chunk if min(left, self.chunk) >= LEAST_ROWS else MAX_ROWS)
+
     def _step(self, ids: Tensor) -> Tensor:
         """Run up to MAX_ROWS tokens: their logits, overwritten by the next step."""
-        rows, first = ids.shape[0], self._position
-        self._inputs["ids"][:rows] = ids
-        torch.arange(first, first + rows, out=self._inputs["position"][:rows])
+        rows = self._place(ids)
         self._program(rows).replay()
         self._position += rows
         logits: Tensor = self._buffers["logits"]
         return logits[:rows]
+
+    def _read_chunk(self, ids: Tensor, result: Tensor) -> None:
+        """Run many tokens. result: for the logits of the last of them, as many as it has rows."""
+        model, rows = self.model, self._place(ids)
+        if rows == self.chunk:
+            program = self._program(rows)
+        else:
+            launches = model.chunk_launches(rows, self.max_seq_len)
+            program = Program(model.library, launches, self._buffers, rows)
+        program.launch()
+        self._position += rows
+        for first in range(rows - result.shape[0], rows, MAX_ROWS):
+            few = min(MAX_ROWS, rows - first)
+            x = {"x": self._buffers["x"][first : first + few]}
+            head = head_launch(model.operands.head)
+            Program(model.library, [head], self._buffers | x, few).launch()
+            at = first - rows + result.shape[0]
+            result[at : at + few] = self._buffers["logits"][:few]
+
+    def _place(self, ids: Tensor) -> int:
+        """Tell the device what comes next; -> how many tokens."""
+        rows, first = ids.shape[0], self._position
+        self._inputs["ids"][:rows] = ids
+        torch.arange(first, first + rows, out=self._inputs["position"][:rows])
+        return rows
 
     def _checked(self, ids: Tensor) -> Tensor:
         """On the device; what the device drew is not looked at: kernels stay in their tables."""
@@ -164,12 +258,13 @@ class GpuSession:
         for name, value in parameters._asdict().items():
             self._inputs[name][:1] = value
 
-    def _sizes(self) -> dict[str, int]:
+    def _sizes(self, rows: int) -> dict[str, int]:
         """Of activations and scratch, by the names that kernels give them."""
         config, capacity = self.model.config, self.max_seq_len
         return {
-            "rows": MAX_ROWS,
-            "capacity": cache_sizes(config, AttentionKind.CSA, capacity)["c_capacity"],
+            "rows": rows,
+            "capacity": cache_sizes(config, AttentionKind.CSA, capacity, rows)["c_capacity"],
             "chosen": max(chosen_of_parts(config, choice_entries(config, capacity)), 1),
-            "activations": MAX_ROWS * (config.num_experts_per_tok + 1),
+            "activations": rows * (config.num_experts_per_tok + 1),
+            "choices": rows * config.num_experts_per_tok,
         }

@@ -98,8 +98,7 @@ class Operands:
             self.buffers[table] = self._weights.tensor(table).to(torch.int64)
         else:
             self._parameter(f"{own}ffn.gate.bias", f"{own}ffn.gate.bias")
-        self._experts(f"{own}ffn.")
-        return found
+        return found | self._experts(f"{own}ffn.")
 
     def _connection(self, prefix: str, norm: str, target: str) -> None:
         for name in ("fn", "base", "scale"):
@@ -137,8 +136,8 @@ class Operands:
         self.buffers[f"{name}.scales"] = found.scales.view(torch.uint8)
         return Weight("fp8", found.rows, found.cols, slabs)
 
-    def _experts(self, own: str) -> None:
-        """The expert stacks and the shared expert of a layer."""
+    def _experts(self, own: str) -> dict[str, Weight]:
+        """The expert stacks and the shared expert of a layer; the latter's matrices."""
         wanted = ((1, INTERLEAVE), (SLABS, 0))
         stacks = self._weights.stacks(f"{own}experts")
         for name, stack, (slabs, interleave) in zip(("13", "2"), stacks, wanted, strict=True):
@@ -152,12 +151,16 @@ class Operands:
             self.buffers[f"{own}scales{name}"] = stack.scales.squeeze(1)
             self.buffers[f"{own}global_scale{name}"] = stack.global_scales
             self.stacks += [f"{own}codes{name}", f"{own}scales{name}"]
+        found = {}
         for name in "123":
             shared = f"{own}shared_experts.w{name}"
-            if (kind := self._matrix(shared).kind) != "fp8":
-                raise RuntimeRefusal(f"{shared}.weight is {kind}, kernels read FP8 there")
+            weight = self._matrix(shared)
+            if weight.kind != "fp8":
+                raise RuntimeRefusal(f"{shared}.weight is {weight.kind}, kernels read FP8 there")
             for part in ("codes", "scales"):
                 self.buffers[f"{own}shared_{part}{name}"] = self.buffers[f"{shared}.{part}"]
+            found[f"ffn.shared_experts.w{name}"] = weight
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

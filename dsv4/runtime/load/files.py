@@ -25,6 +25,7 @@ from dsv4.formats.store.schema import FileSpec
 
 DIRECT_ALIGNMENT = 4096
 MOSTLY = 0.5  # of a range in the page cache, and it is read through it
+AHEAD = 32  # files that are open before somebody reads them
 SMALLEST_DIRECT = 1 << 20  # below, a plain read is as fast and needs no second descriptor
 _CACHESTAT = 451  # the system call's number, the same on x86-64 and Arm
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -60,7 +61,7 @@ def cached_share(descriptor: int, begin: int, nbytes: int) -> float | None:
 class OpenFile:
     """A file of a store, open for reading at offsets by any thread."""
 
-    def __init__(self, root: Path, file: FileSpec, *, direct: bool = False) -> None:
+    def __init__(self, root: Path, file: FileSpec, *, direct: bool) -> None:
         """Raises StoreError when it is missing, a symbolic link, or not `file.nbytes` long.
 
         direct: use O_DIRECT for what is not in the page cache.
@@ -140,36 +141,56 @@ class OpenFile:
 
 
 class FileTable:
-    """Files that several threads read: each is opened once, and closed after its last use."""
+    """Files that several threads read: each is opened ahead of its use, and closed after the last.
+
+    Ahead, because every system call hands over the interpreter's lock, and a dozen readers that
+    come to a new file at once would all open it.
+    """
 
     def __init__(self, root: Path, uses: Iterable[FileSpec], *, direct: bool) -> None:
-        """uses: a file as often as it will be released."""
+        """uses: a file as often as it will be released, in order. Raises StoreError as `get`."""
         self._root, self._direct = root, direct
-        self._left = collections.Counter(file.key for file in uses)
+        files = list(uses)
+        self._left = collections.Counter(file.key for file in files)
+        self._coming = iter({file.key: file for file in files}.values())
         self._open: dict[str, OpenFile] = {}
         self._directories: set[str] = set()
         self._lock = threading.Lock()
+        try:
+            for _ in range(AHEAD):
+                self._open_next()
+        except StoreError:
+            self.close()
+            raise
 
     def get(self, file: FileSpec) -> OpenFile:
         """The open file. Raises StoreError as `OpenFile`, or for a symbolic link on its way."""
         found = self._open.get(file.key)
         if found is not None:
             return found
-        with self._lock:
-            if file.key not in self._open:
-                directory = file.key.rpartition("/")[0]
-                link = integrity.symbolic_link(self._root, directory, self._directories)
-                if link:
-                    raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
-                self._open[file.key] = OpenFile(self._root, file, direct=self._direct)
-            return self._open[file.key]
+        directory = file.key.rpartition("/")[0]
+        link = integrity.symbolic_link(self._root, directory, self._directories)
+        if link:
+            raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
+        opened = OpenFile(self._root, file, direct=self._direct)
+        found = self._open.setdefault(file.key, opened)
+        if found is not opened:
+            opened.close()
+        return found
 
     def release(self, file: FileSpec) -> None:
-        """One use less."""
+        """One use less; after the last the file is closed, and another opened."""
         with self._lock:
             self._left[file.key] -= 1
-            if not self._left[file.key]:
-                self._open.pop(file.key).close()
+            unused = not self._left[file.key]
+        if unused:
+            self._open.pop(file.key).close()
+            self._open_next()
+
+    def _open_next(self) -> None:
+        file = next(self._coming, None)  # `next` of an iterator over a dict is atomic
+        if file is not None and self._left[file.key]:
+            self.get(file)
 
     def close(self) -> None:
         """Close what is still open."""

@@ -61,7 +61,7 @@ class Readers:
         *,
         hashes: Callable[[FileSpec], bool],
         check: DeviceCheck | None = None,
-        direct: bool = False,
+        direct: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.arena, self.hashes, self.check = arena, hashes, check
@@ -110,13 +110,13 @@ class Readers:
     def _work(self, left: Iterator[Job], ring: Sequence[Slot], ended: threading.Event) -> None:
         reader = _Reader(self, ring)
         try:
-            with self.arena.thread():
-                for job in left:
-                    if self._stop.is_set():
-                        break
-                    reader.do(job)
-                    if self._progress is not None:
-                        self._tell(job.nbytes, self._progress)
+            self.arena.enter()
+            for job in left:
+                if self._stop.is_set():
+                    break
+                reader.do(job)
+                if self._progress is not None:
+                    self._tell(job.nbytes, self._progress)
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from tests.kernels.interpreter.memory import GlobalMemory, SharedMemory
 
 COLUMNS, LANES = 512, 128
+_WIDTHS = {0: 8, 10: 16, 11: 4}  # of tensor maps: bits of an element
 _SWIZZLES = {0: 0, 6: 1, 4: 2, 2: 3}  # of matrix descriptors: bits of the row mixed in
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-    """address; rank; strides in bytes and sizes in elements of 4 bits, of a box as well.
+    """address; rank; strides in bytes; sizes in elements of `width` bits, of a box as well.
 
     swizzle: how many bits of the row number are mixed into the 16-byte column.
     """
@@ -34,6 +35,7 @@ class TensorMap:
     sizes: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int
+    width: int
 
     @classmethod
     def decode(cls, raw: bytes) -> TensorMap:
@@ -49,11 +51,12 @@ class TensorMap:
             tuple(s + 1 for s in sizes[:rank]),
             tuple(b + 1 for b in box[:rank]),
             flags >> 13 & 3,
+            _WIDTHS[flags >> 7 & 15],
         )
 
     def fetch(self, memory: GlobalMemory, at: tuple[int, ...]) -> NDArray[np.uint8]:
         """Bytes of the box at coordinates `at`, rows one after another; zero outside."""
-        row_bytes = self.box[0] // 2
+        row_bytes = self._bytes(self.box[0])
         rows = [(0, True)]
         for dim in range(self.rank - 1, 0, -1):
             rows = [
@@ -68,11 +71,13 @@ class TensorMap:
         begin, end = max(at[0], 0), min(at[0] + self.box[0], self.sizes[0])
         for row, (offset, inside) in enumerate(rows):
             if inside and begin < end:
-                place = self.address + offset + begin // 2
-                first = (begin - at[0]) // 2
-                count = (end - begin) // 2
+                place = self.address + offset + self._bytes(begin)
+                first, count = self._bytes(begin - at[0]), self._bytes(end - begin)
                 out[row, first : first + count] = memory.view(place, count)
         return out
+
+    def _bytes(self, elements: int) -> int:
+        return elements * self.width // 8
 
 
 def swizzled(address: NDArray[np.int64], width: int) -> NDArray[np.int64]:

@@ -6,12 +6,26 @@ from collections.abc import Sequence
 
 from tests.kernels.interpreter.arithmetic import LANES
 from tests.kernels.interpreter.blackwell import Device
-from tests.kernels.interpreter.memory import RANK, Bytes, GlobalMemory, SharedMemory
+from tests.kernels.interpreter.memory import RANK, Bytes, GlobalMemory, Memory, SharedMemory
 from tests.kernels.interpreter.source import Program
 from tests.kernels.interpreter.warps import Warp
 
 _MOST_STEPS = 3_000_000
 _PARAMETERS = 1 << 60  # where parameters have their addresses
+
+
+class ClusterMemory(Memory):
+    """Shared memory of all CTAs of a cluster, at addresses that `mapa` made."""
+
+    def __init__(self, cta: Cta) -> None:
+        self.cta = cta
+
+    def view(self, address: int, count: int) -> Bytes:
+        """`count` bytes of one of the CTAs, which must not have ended."""
+        rank, place = divmod(address, RANK)
+        owner = self.cta.cluster[rank - 1]
+        assert owner.alive, "shared memory of a CTA that has ended"
+        return owner.shared.view(place, count)
 
 
 class Cta:
@@ -39,6 +53,7 @@ class Cta:
         draw = self.device.random  # some are much slower than others, which ones differs
         self.eagerness = draw.choice((0.1, 0.7, 0.98))
         self.cluster: Sequence[Cta] = [self]
+        self.others = ClusterMemory(self)
         for warp in self.warps:
             warp.speed = draw.choice((0.02, 1.0))
 
@@ -46,12 +61,6 @@ class Cta:
     def alive(self) -> list[Warp]:
         """Warps that have not ended."""
         return [warp for warp in self.warps if not warp.done]
-
-    def remote(self, address: int, count: int) -> Bytes:
-        """Shared memory of a CTA of the cluster, at an address that `mapa` made."""
-        rank, place = divmod(address, RANK)
-        assert self.cluster[rank - 1].alive, "shared memory of a CTA that has ended"
-        return self.cluster[rank - 1].shared.view(place, count)
 
 
 def run(ctas: Sequence[Cta]) -> None:
@@ -73,7 +82,7 @@ def run(ctas: Sequence[Cta]) -> None:
                 if not warp.step():
                     break
         elif not any(cta.device.progress() for cta in draw.sample(ctas, len(ctas))) and not ready:
-            where = [warp.program[int(warp.pcs.min())].text for warp in alive]
+            where = [warp.program[warp.next].text for warp in alive]
             raise RuntimeError(f"all warps wait for ever: {where}")
     raise RuntimeError("the kernel does not end")
 
@@ -86,4 +95,4 @@ def _meet(alive: Sequence[Warp]) -> None:
         if wanted == {LANES * len(there)}:
             for warp in there:
                 warp.at_barrier = False
-                warp.pcs += 1
+                warp.go_to(warp.next + 1, warp.live)

@@ -29,6 +29,8 @@ class Lanes:
             self.registers[f"%nctaid.{axis}"] = np.full(LANES, count, dtype=np.uint64)
         self.pcs = np.zeros(LANES, dtype=np.int64)
         self.live = np.ones(LANES, dtype=np.bool_)
+        self.next = 0  # lowest address of a live lane; -1: there is none
+        self.abreast = True  # all lanes are live and there
         self.at_barrier = False
         self.barrier = self.wanted = self.arrivals = 0
         self.speed = 1.0
@@ -38,7 +40,27 @@ class Lanes:
     @property
     def done(self) -> bool:
         """Whether all lanes have returned."""
-        return not self.live.any()
+        return self.next < 0
+
+    def go_to(self, places: Any, lanes: Any) -> None:
+        """Where some or all lanes go on."""
+        if self.abreast and lanes is self.live and isinstance(places, int):
+            self.pcs.fill(places)
+            self.next = places
+            return
+        self.pcs[lanes] = places
+        self.find()
+
+    def find(self) -> None:
+        """Look again where the lanes are."""
+        there = self.pcs[self.live]
+        self.next = int(there.min()) if len(there) else -1
+        self.abreast = len(there) == LANES and int(there.max()) == self.next
+
+    @property
+    def furthest_behind(self) -> Any:
+        """The lanes that run next."""
+        return self.live if self.abreast else self.live & (self.pcs == self.next)
 
     def value(self, operand: Operand) -> Bits:
         """An operand's bits in all lanes."""

@@ -9,11 +9,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+Places = NDArray[np.int64]
 SHARED_BASE = 1024
+_NEAR = 1 << 20  # addresses farther apart may be of several buffers or CTAs
 _PAGE = 1 << 33  # apart, so that no offset leads from one buffer into another
 
 
-class GlobalMemory:
+class Memory:
+    """Bytes by address."""
+
+    def view(self, address: int, count: int) -> Bytes:
+        """`count` bytes at `address`; raises IndexError outside."""
+        raise NotImplementedError
+
+    def read(self, addresses: Places, count: int) -> Bytes:
+        """`count` bytes at each address: `[addresses, count]`."""
+        first, span = int(addresses.min()), int(np.ptp(addresses)) + count
+        if span > _NEAR:
+            return np.stack([self.view(address, count) for address in addresses.tolist()])
+        return np.asarray(self.view(first, span)[_bytes_of(addresses - first, count)])
+
+    def write(self, addresses: Places, data: Bytes) -> None:
+        """data: `[addresses, count]`; where some overlap, the last one stays."""
+        count = data.shape[1]
+        first, span = int(addresses.min()), int(np.ptp(addresses)) + count
+        if span > _NEAR:
+            for address, one in zip(addresses.tolist(), data, strict=True):
+                self.view(address, count)[:] = one
+        else:
+            self.view(first, span)[_bytes_of(addresses - first, count)] = data
+
+
+def _bytes_of(places: Places, count: int) -> Places:
+    return np.asarray(places[:, None] + np.arange(count))
+
+
+class GlobalMemory(Memory):
     """Buffers by address; nothing but them can be touched."""
 
     def __init__(self, buffers: Mapping[str, Bytes]) -> None:
@@ -57,7 +88,7 @@ class Barrier:
 RANK = 1 << 24  # from one CTA of a cluster to the next
 
 
-class SharedMemory:
+class SharedMemory(Memory):
     """Bytes from SHARED_BASE on, poisoned, and barriers by address."""
 
     def __init__(self, size: int) -> None:

@@ -19,13 +19,10 @@ from tests.kernels.interpreter.hopper import (
     transpose,
 )
 from tests.kernels.interpreter.lanes import Lanes
-from tests.kernels.interpreter.memory import (
-    RANK,
-    Barrier,
-)
-from tests.kernels.interpreter.source import Instruction
+from tests.kernels.interpreter.memory import RANK, Barrier, Memory, Places
+from tests.kernels.interpreter.source import Instruction, Operand
 
-_IGNORED = {"griddepcontrol", "fence", "prefetch"}
+_IGNORED = {"griddepcontrol", "fence", "prefetch", "setmaxnreg"}
 
 
 class Warp(Lanes):
@@ -33,7 +30,9 @@ class Warp(Lanes):
 
     def waits(self) -> bool:
         """Whether the next instruction is a wait that is not over."""
-        one = self.program[int(self.pcs[self.live].min())]
+        one = self.program[self.next]
+        if one.op[0] not in ("mbarrier", "barrier"):
+            return False
         if one.op[:3] == ("barrier", "cluster", "wait"):
             others = [warp for cta in self.cta.cluster for warp in cta.alive]
             return any(warp.arrivals < self.arrivals for warp in others)
@@ -43,39 +42,38 @@ class Warp(Lanes):
         return self.cta.shared.barriers[address].phase == parity
 
     def _wait_of(self, one: Instruction) -> tuple[int, int]:
-        return self._address(one.operands[1], self._first()), int(
-            self.value(one.operands[2])[self._first()]
-        )
-
-    def _first(self) -> int:
-        return int(np.flatnonzero(self.live & (self.pcs == self.pcs[self.live].min()))[0])
+        lane = int(np.argmax(self.furthest_behind))
+        return self._address(one.operands[1], lane), int(self.value(one.operands[2])[lane])
 
     def step(self) -> bool:
         """One instruction, of the lanes that are furthest behind; False when it has to wait."""
         if self.done or self.at_barrier or self.waits():
             return False
-        pc = int(self.pcs[self.live].min())
-        lanes = self.live & (self.pcs == pc)
+        pc, lanes = self.next, self.furthest_behind
         one = self.program[pc]
         active = lanes
         if one.guard:
             name, negated = one.guard
             active = lanes & ((self.registers[name] != 0) ^ negated)
         if one.op[0] == "bra":
-            self.pcs[lanes] = pc + 1
             self.pcs[active] = one.target
+            self.pcs[lanes & ~active] = pc + 1
+            self.find()
             return True
         if one.op[0] == "ret":
             self.live[active] = False
-        elif one.op == ("bar", "sync"):
+            self.pcs[lanes] = pc + 1
+            self.find()
+            return True
+        if one.op == ("bar", "sync"):
             assert lanes.sum() == LANES, "a barrier of the CTA in a branch of a warp"
             numbers = [int(self.value(operand)[0]) for operand in one.operands]
             self.barrier, self.wanted = (*numbers, 0)[:2]
             self.at_barrier = True
             return False
-        elif active.any():
+        if active is lanes or active.any():
             self._execute(one, active)
-        self.pcs[lanes] = pc + 1
+        self.go_to(pc + 1, lanes)
         return True
 
     def _execute(self, one: Instruction, active: Any) -> None:
@@ -118,13 +116,18 @@ class Warp(Lanes):
     def _cvta(self, one: Instruction, active: Any) -> None:
         self.assign(one.operands[0], self.value(one.operands[1]), active)
 
-    def _transfer(self, one: Instruction) -> tuple[int, int, Any]:
+    def _transfer(self, one: Instruction, place: Operand, active: Any) -> tuple[int, int, Places]:
+        """Bytes of an element, elements, and the addresses of the active lanes."""
         width = int(one.op[-1][1:]) // 8
         count = int(one.op[-2][1:]) if one.op[-2] in ("v2", "v4") else 1
+        addresses = self.value(place[1])[active].astype(np.int64) + place[2]
+        assert not (addresses % (width * count)).any(), f"{one.text} at {addresses}"
+        return width, count, addresses
+
+    def _space(self, one: Instruction) -> Memory:
         if one.op[1] == "shared::cluster":
-            return width, count, self.cta.remote
-        space = self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
-        return width, count, space.view
+            return self.cta.others
+        return self.cta.shared if one.op[1].startswith("shared") else self.cta.memory
 
     def _ld(self, one: Instruction, active: Any) -> None:
         target, source = one.operands
@@ -136,16 +139,13 @@ class Warp(Lanes):
                 number = int.from_bytes(raw[at : at + width], "little")
                 self.assign(part, np.full(LANES, number, dtype=np.uint64), active)
             return
-        width, count, view = self._transfer(one)
-        parts = target[1] if target[0] == "v" else [target]
+        width, count, addresses = self._transfer(one, source, active)
+        wide = np.zeros((len(addresses), count, 8), dtype=np.uint8)
+        read = self._space(one).read(addresses, width * count)
+        wide[:, :, :width] = read.reshape(-1, count, width)
         found = np.zeros((count, LANES), dtype=np.uint64)
-        for lane in np.flatnonzero(active):
-            address = self._address(source, int(lane))
-            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            raw = view(address, width * count).tobytes()
-            for i in range(count):
-                found[i, lane] = int.from_bytes(raw[width * i : width * (i + 1)], "little")
-        for part, value in zip(parts, found, strict=True):
+        found[:, active] = wide.view(np.uint64)[:, :, 0].T
+        for part, value in zip(target[1] if target[0] == "v" else [target], found, strict=True):
             self.assign(part, value, active)
 
     def _st(self, one: Instruction, active: Any) -> None:
@@ -153,14 +153,11 @@ class Warp(Lanes):
             self._st_async(one, active)
             return
         target, source = one.operands
-        width, count, view = self._transfer(one)
+        width, count, addresses = self._transfer(one, target, active)
         values = [self.value(p) for p in (source[1] if source[0] == "v" else [source])]
-        for lane in np.flatnonzero(active):
-            address = self._address(target, int(lane))
-            assert address % (width * count) == 0, f"{one.text} at {address:#x}"
-            mask = (1 << (8 * width)) - 1
-            raw = b"".join((int(v[lane]) & mask).to_bytes(width, "little") for v in values)
-            view(address, width * count)[:] = np.frombuffer(raw, dtype=np.uint8)
+        raw = np.stack([value[active] for value in values], 1)[:, :, None].view(np.uint8)
+        data = raw[:, :, :width].reshape(-1, width * count)
+        self._space(one).write(addresses, data)
 
     def _st_async(self, one: Instruction, active: Any) -> None:
         """A number to a CTA of the cluster, some time."""
@@ -260,6 +257,16 @@ class Warp(Lanes):
     def _movmatrix(self, one: Instruction, active: Any) -> None:
         self._all(active)
         self.assign(one.operands[0], transpose(self.value(one.operands[1])), active)
+
+    def _stmatrix(self, one: Instruction, active: Any) -> None:
+        self._all(active)
+        assert one.op[3:] == ("m8n8", "x4", "trans", "shared", "b16"), one.text
+        for matrix, part in enumerate(one.operands[1][1]):
+            columns = transpose(self.value(part)).astype(np.uint32).reshape(8, 4)
+            for column, words in enumerate(columns):
+                address = self._address(one.operands[0], 8 * matrix + column)
+                assert address % 16 == 0, one.text
+                self.cta.shared.view(address, 16)[:] = words.view(np.uint8)
 
     def _mma(self, one: Instruction, active: Any) -> None:
         self._all(active)

@@ -1,8 +1,9 @@
 """A library whose kernels are the operations' references, on buffers in host memory.
 
 So everything but the kernels themselves is what runs on a GPU: the order of launches, which buffer
-each reads and writes, caches, positions, what the host puts in. `sums` of an attention kernel are
-not emulated: what joins them gets the inputs instead.
+each reads and writes, caches, positions, what the host puts in. What one kernel hands to the next
+of the same operation is not emulated (an attention kernel's `sums`, an expert's list of tokens):
+the last of them gets the inputs instead.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from dsv4.kernels.operations import (
     append_reference,
     attention_rows,
     experts,
+    gemm,
     gemv,
     indexer_reference,
     mhc,
     q_rope,
     router,
+    swiglu,
 )
 from dsv4.kernels.reference import experts as experts_reference
+from dsv4.kernels.reference import experts_prefill as prefill_reference
 from dsv4.kernels.reference.sampling import Parameters, sample
 from dsv4.runtime.gpu.attention_plan import attention_shape
 
@@ -41,6 +45,7 @@ class Emulator(Library):
         self.location, self.config = Path(), config
         self.launched: list[str] = []
         self._attended: Buffers = {}
+        self._routed: Buffers = {}
 
     def function(self, kernel: Kernel) -> Callable[..., None]:
         """The reference of `kernel`, on its arguments."""
@@ -65,6 +70,32 @@ class Emulator(Library):
             weight = gemv.Weight(kind, *(int(size) for size in sizes))
             found[f"y{index}"] = gemv.expected(weight, buffers, str(index)).value
         return found
+
+    def _gemm_arrange(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        return {"arranged": buffers["x"].clone()}
+
+    def _gemm(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        fields = (given[name] for name in gemv.Weight._fields)
+        return {"y": gemm.expected(gemv.Weight(*fields), buffers).value}
+
+    def _experts_route(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        self._routed = {name: buffers[name] for name in ("topk_idx", "topk_weights")}
+        return {}
+
+    def _experts_up(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        self._routed |= {name: buffers[name] for name in buffers if name.endswith(("x", "13"))}
+        return {}
+
+    def _experts_down(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        self._routed |= {name: buffers[name] for name in buffers if name.endswith("2")}
+        return {}
+
+    def _experts_combine(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        shape = experts.Shape.of(self.config)
+        return {"y": prefill_reference.expected(shape, self._routed | {"y": buffers["y"]}).value}
+
+    def _swiglu(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        return {"h": swiglu.expected(self.config, buffers).value}
 
     def _append(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         kinds = {0: AttentionKind.SLIDING, self.config.csa_ratio: AttentionKind.CSA}

@@ -64,8 +64,10 @@ def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Program, "replay", Program.launch)
 
 
-def session_of(weights: RandomWeights, config: ModelConfig = SMALL) -> GpuSession:
-    return HostModel(weights, Emulator(config), CPU).session(64)
+def session_of(
+    weights: RandomWeights, config: ModelConfig = SMALL, chunk: int | None = None
+) -> GpuSession:
+    return HostModel(weights, Emulator(config), CPU).session(64, chunk=chunk)
 
 
 def reference(weights: RandomWeights, ids: Tensor) -> Tensor:
@@ -76,15 +78,34 @@ def reference(weights: RandomWeights, ids: Tensor) -> Tensor:
 IDS = torch.randint(0, SMALL.vocab_size, (41,), generator=torch.Generator().manual_seed(7))
 
 
-def test_logits_are_the_references(weights: RandomWeights) -> None:
-    found, wanted = session_of(weights).forward(IDS), reference(weights, IDS)
+@pytest.mark.parametrize("chunk", [0, 32, None])
+def test_logits_are_the_references(weights: RandomWeights, chunk: int | None) -> None:
+    """By steps; a chunk and what is left; one chunk."""
+    found, wanted = session_of(weights, chunk=chunk).forward(IDS), reference(weights, IDS)
     error = (found - wanted).square().mean(1).sqrt() / wanted.std()
     assert float(error.median()) < 0.03  # both round to bfloat16, not always alike
     assert float((found.argmax(1) == wanted.argmax(1)).float().mean()) > 0.9
 
 
+def test_chunks_go_on_in_the_same_caches(weights: RandomWeights) -> None:
+    """The window and the rings wrap within a chunk, and between chunks."""
+    ids = torch.cat((IDS, IDS.flip(0)[:23]))
+    session = session_of(weights, chunk=32)
+    whole, wanted = session.forward(ids), reference(weights, ids)
+    error = (whole - wanted).square().mean(1).sqrt() / wanted.std()
+    assert float(error.median()) < 0.03
+    launched = session.model.library.launched  # type: ignore[attr-defined]
+    assert launched.count("experts_route") == 2 * SMALL.num_hidden_layers
+    assert "experts" not in launched
+    session.reset()
+    assert torch.equal(session.forward(ids, "last"), whole[-1:])
+    session.reset()
+    session.forward(ids[:32])
+    assert torch.equal(session.forward(ids[32:]), whole[32:])
+
+
 def test_any_cuts_give_the_same_bytes(weights: RandomWeights) -> None:
-    session = session_of(weights)
+    session = session_of(weights, chunk=0)
     whole = session.forward(IDS)
     session.reset()
     parts, first = [], 0
@@ -120,21 +141,22 @@ def test_another_turn_goes_on_where_the_last_one_ended(weights: RandomWeights) -
     assert whole[len(prompt) + len(first) + 1 :].argmax(1)[:3].tolist() == second
 
 
+@pytest.mark.parametrize("chunk", [0, 64])
 def test_a_launch_that_reads_another_buffer_is_noticed(
-    weights: RandomWeights, monkeypatch: pytest.MonkeyPatch
+    weights: RandomWeights, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    from dsv4.runtime.gpu import plan
+    from dsv4.runtime.gpu import plan, prefill_plan
 
     right = plan.connect
 
-    def wrong(config: ModelConfig, sublayer: int, own: str) -> Any:
-        launch = right(config, sublayer, own)
+    def wrong(config: ModelConfig, sublayer: int, own: str, *u: Any) -> Any:
+        launch = right(config, sublayer, own, *u)
         if sublayer != 3:
             return launch
         return dataclasses.replace(launch, binding={**launch.binding, "post": "post1"})
 
-    monkeypatch.setattr(plan, "connect", wrong)
-    found, wanted = session_of(weights).forward(IDS), reference(weights, IDS)
+    monkeypatch.setattr(prefill_plan if chunk else plan, "connect", wrong)
+    found, wanted = session_of(weights, chunk=chunk).forward(IDS), reference(weights, IDS)
     error = (found - wanted).square().mean(1).sqrt() / wanted.std()
     assert float(error.median()) > 0.03
 

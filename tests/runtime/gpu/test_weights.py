@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv4.bench.decode import few_layers
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.releases import FLASH, MODELS
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.operations.gemv import Weight, weights_of
-from dsv4.runtime.gpu import plan
+from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.weights import Loaded, Operands
 from dsv4.runtime.load import Part, load_weights
 
@@ -81,3 +82,15 @@ def test_a_step_is_thirteen_launches_a_layer() -> None:
     launches = list(plan.step_launches(FLASH, layers, head, 1, 1 << 15))
     by_layer = (len(launches) - 2) / FLASH.num_hidden_layers
     assert 12 < by_layer < 14
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_whatever_a_chunk_holds_its_kernels_are_built(model: str) -> None:
+    config = few_layers(MODELS[model], 4)  # every kind
+    layers, _ = plan.standard_weights(config)
+    built = {kernel.name for kernel in prefill_plan.kernels(config)}
+    least, most = prefill_plan.LEAST_ROWS, prefill_plan.MOST_ROWS
+    for rows in (*range(least, 5 * least), *range(5 * least, most, 61), most):
+        chunk = prefill_plan.chunk_launches(config, layers, rows, 1)
+        missing = {launch.kernel.name for launch in chunk} - built
+        assert not missing, f"{rows} rows"

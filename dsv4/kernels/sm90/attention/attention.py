@@ -19,8 +19,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import ring
-from dsv4.kernels.sm90.attention import barriers, fragments, shared, wgmma
+from dsv4.kernels.sm90 import ring, wgmma
+from dsv4.kernels.sm90.attention import barriers, fragments, shared
 from dsv4.kernels.sm90.attention.join import HEAD_DIM, LOG2E, LOWEST, Output
 from dsv4.kernels.sm90.attention.rows import ROW_BYTES, SCALE_BYTES, TILE, WARPS, Rows
 

@@ -1,0 +1,1 @@
+"""Products of packed weights with many tokens: warpgroup products, dense and by expert."""

@@ -1,0 +1,53 @@
+"""`dsv4 bench prompt`: chunks of every size are compared, and a wrong one is noticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4.bench import prompt
+from dsv4.bench.parity_logits import distance, forward_whole, random_ids, reference
+from dsv4.bench.random_weights import RandomWeights
+from dsv4.kernels.case import Buffers
+from tests.runtime.gpu.emulator import Emulator
+from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
+
+
+@pytest.fixture(scope="module")
+def weights() -> RandomWeights:
+    return RandomWeights(SMALL, CPU)
+
+
+def lines(weights: RandomWeights) -> list[prompt.Line]:
+    gpu, first = HostModel(weights, Emulator(SMALL), CPU), random_ids(SMALL.vocab_size, 40, 1)
+    exact = forward_whole(reference(weights, torch.float32), first)
+    rounded = distance(forward_whole(reference(weights, torch.bfloat16), first), exact)
+    return list(prompt._lines(gpu, first, first, exact, rounded, (40, 0)))
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4.runtime.gpu.program import Program
+
+    monkeypatch.setattr(Program, "replay", Program.launch)
+    monkeypatch.setattr(prompt, "COMPARED", 40)
+    monkeypatch.setattr(prompt, "TURNS", 1)
+
+
+def test_chunks_and_steps_are_right(weights: RandomWeights) -> None:
+    found = lines(weights)
+    assert [(one.chunk, one.tokens, one.right) for one in found] == [(40, 40, True), (0, 40, True)]
+
+
+def test_a_wrong_product_of_a_chunk_is_noticed(
+    weights: RandomWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Emulator._gemm
+
+    def wrong(self: Emulator, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        return {"y": right(self, given, buffers)["y"].roll(1, 0)}
+
+    monkeypatch.setattr(Emulator, "_gemm", wrong)
+    assert [one.right for one in lines(weights)] == [False, True]
