@@ -20,11 +20,13 @@ def weights() -> RandomWeights:
     return RandomWeights(SMALL, CPU)
 
 
-def lines(weights: RandomWeights) -> list[prompt.Line]:
-    gpu, first = HostModel(weights, Emulator(SMALL), CPU), random_ids(SMALL.vocab_size, 40, 1)
+def lines(
+    weights: RandomWeights, chunks: tuple[int, ...] = (40, 0), tokens: int = 40
+) -> list[prompt.Line]:
+    gpu, first = HostModel(weights, Emulator(SMALL), CPU), random_ids(SMALL.vocab_size, tokens, 1)
     exact = forward_whole(reference(weights, torch.float32), first)
     rounded = distance(forward_whole(reference(weights, torch.bfloat16), first), exact)
-    return list(prompt._lines(gpu, first, first, exact, rounded, (40, 0)))
+    return list(prompt._lines(gpu, first, first, exact, rounded, chunks))
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +53,22 @@ def test_a_wrong_product_of_a_chunk_is_noticed(
 
     monkeypatch.setattr(Emulator, "_gemm", wrong)
     assert [one.right for one in lines(weights)] == [False, True]
+
+
+def test_a_chunk_of_another_size_gives_the_same_bytes(
+    weights: RandomWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [one.right for one in lines(weights, (64, 32), 64)] == [True, True]
+    right = Emulator._gemm
+
+    def almost(self: Emulator, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        y = right(self, given, buffers)["y"]
+        return {"y": y * 1.01 if len(y) == 32 else y}
+
+    monkeypatch.setattr(Emulator, "_gemm", almost)
+    assert [one.right for one in lines(weights, (64, 32), 64)] == [True, False]
+
+
+def test_what_is_left_for_steps_is_not_held_against_chunks() -> None:
+    found = [prompt._in_chunks(chunk, 96) for chunk in (96, 64, 48, 40, 0)]
+    assert found == [True, True, True, False, False]
