@@ -12,7 +12,7 @@ from dsv4.kernels.check import fault
 from dsv4.kernels.operations.attention import DECODE_ROWS, attention, case, cases, checks
 from dsv4.kernels.operations.attention_inputs import Plan
 from dsv4.kernels.operations.attention_rows import Shape, expected, seen_rows, shapes_of
-from tests.kernels.interpreter.alterations import without
+from tests.kernels.interpreter.alterations import instead, without
 from tests.kernels.interpreter.run import faults
 from tests.kernels.machine_code import machine_code
 
@@ -108,10 +108,13 @@ def test_cases_are_the_layers_of_both_models() -> None:
     assert {"CSA listed scattered", "HCA extreme scales", "sliding first token"} <= names
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("rows", [1, 8, DECODE_ROWS + 1])
-def test_kernels_multiply_in_warpgroups_without_spilling(rows: int) -> None:
-    first, *others = (machine_code(one, "sm_90a") for one in attention(shapes_of(PRO)["CSA"], rows))
-    assert "wgmma.mma_async" in first.ptx and "cp.async.cg.shared.global" in first.ptx
+def test_kernels_multiply_in_warpgroups_without_spilling(rows: int, arch: str) -> None:
+    first, *others = (machine_code(one, arch) for one in attention(shapes_of(PRO)["CSA"], rows))
+    assert ("wgmma.mma_async" in first.ptx) == (arch == "sm_90a")
+    assert ("mma.sync.aligned.m16n8k16" in first.ptx) == (arch == "sm_100a")
+    assert "cp.async.cg.shared.global" in first.ptx
     assert len(others) == (rows <= DECODE_ROWS)
     assert not any(one.spilled for one in (first, *others))
 
@@ -129,20 +132,30 @@ def test_interpreted(name: str) -> None:
     assert faults(_case(kind, plan, **({"cuts": 1} | tuning)), "sm_90a") == []
 
 
+@pytest.mark.parametrize("name", ["scattered", "extreme"])
+def test_interpreted_where_warps_multiply_on_their_own(name: str) -> None:
+    kind, plan, tuning = RUNS[name]
+    assert faults(_case(kind, plan, **({"cuts": 1} | tuning)), "sm_100a") == []
+
+
 ALTERATIONS = {
-    "rows are not waited for": without(r"\{ \.reg \.pred p; WAIT_\d+:.*?\}", 0),
-    "one product is missing": without(r"wgmma\.mma_async[^;]*;", 7),
-    "sums are not waited for": without(r"wgmma\.wait_group[^;]*;", 1),
-    "probabilities are not awaited": without(r"bar\.sync[^;]*;", 4),
+    "rows are not waited for": ("sm_90a", without(r"\{ \.reg \.pred p; WAIT_\d+:.*?\}", 0)),
+    "one product is missing": ("sm_90a", without(r"wgmma\.mma_async[^;]*;", 7)),
+    "sums are not waited for": ("sm_90a", without(r"wgmma\.wait_group[^;]*;", 1)),
+    "probabilities are not awaited": ("sm_90a", without(r"bar\.sync[^;]*;", 4)),
+    "one of a warp's products is missing": ("sm_100a", without(r"mma\.sync[^;]*;", 9)),
+    "values are not turned": ("sm_100a", instead(r"x4\.trans\.shared", "x4.shared")),
+    "a warp's probabilities are not awaited": ("sm_100a", without(r"bar\.sync[^;]*;", 4)),
 }
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
 def test_an_altered_kernel_is_caught(name: str) -> None:
+    arch, alteration = ALTERATIONS[name]
     one = _case("sliding", Plan((190,), (0,)), most_splits=1, cuts=1)
     for seed in range(4):
         try:
-            if faults(one, "sm_90a", seed, ALTERATIONS[name]):
+            if faults(one, arch, seed, alteration):
                 return
         except (AssertionError, RuntimeError):
             return

@@ -139,11 +139,14 @@ KERNELS = {
 }
 
 
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_machine_code(name: str) -> None:
+def test_machine_code(name: str, arch: str) -> None:
     kernel = KERNELS[name]
-    code = machine_code(kernel, "sm_90a")
-    assert f"wgmma.mma_async.sync.aligned.m64n{_width(kernel)}k16.f32.bf16.bf16" in code.ptx
+    code = machine_code(kernel, arch)
+    whole = f"wgmma.mma_async.sync.aligned.m64n{_width(kernel)}k16.f32.bf16.bf16"
+    assert (whole in code.ptx) == (arch == "sm_90a")
+    assert ("mma.sync.aligned.m16n8k16" in code.ptx) == (arch == "sm_100a")
     assert "cp.async.bulk.tensor.3d.shared::cta.global" in code.ptx
     assert code.spilled == 0
 
@@ -162,18 +165,25 @@ def test_products_interpreted(name: str, hard: bool) -> None:
     assert faults(one, "sm_90a") == []
 
 
+@pytest.mark.parametrize(("name", "hard"), [("nvfp4", True), ("bf16", False)])
+def test_products_interpreted_where_warps_multiply_on_their_own(name: str, hard: bool) -> None:
+    one = gemm.case(WEIGHTS[name], name, "none", 37, hard=hard, tuning={**CUT, "ctas": 2})
+    assert faults(one, "sm_100a") == []
+
+
 def test_experts_interpreted() -> None:
     cut = {**CUT, "ctas": 2}
     one = experts_prefill.case(NARROW, "none", 7, routing=_few, hard=True, tuning=cut)
     assert faults(one, "sm_90a") == []
 
 
-def test_one_expert_interpreted() -> None:
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_one_expert_interpreted(arch: str) -> None:
     """Twice for each token, in several tiles of tokens, the last one narrow."""
     cut = {**CUT, "ctas": 3, "runs": 1, "unroll": 2, "narrow": 1}
     routing = experts_prefill.one_expert
     one = experts_prefill.case(NARROW, "none", 20, "bfloat16", routing=routing, tuning=cut)
-    assert faults(one, "sm_90a") == []
+    assert faults(one, arch) == []
 
 
 def test_the_cut_follows_the_number_of_tokens() -> None:
@@ -187,26 +197,28 @@ def test_the_cut_follows_the_number_of_tokens() -> None:
 
 
 ALTERATIONS = {
-    "copies do not wait for room": without(WAIT, 0),
-    "copies are not waited for": without(WAIT, 1),
-    "products are not waited for": without(r"wgmma\.wait_group[^;]*;", 2),
-    "a product is missing": without(r"wgmma\.mma_async[^;]*;", 1),
-    "bytes are announced wrongly": instead(r"16384;", "16368;"),
+    "copies do not wait for room": ("sm_90a", without(WAIT, 0)),
+    "copies are not waited for": ("sm_90a", without(WAIT, 1)),
+    "products are not waited for": ("sm_90a", without(r"wgmma\.wait_group[^;]*;", 2)),
+    "a product is missing": ("sm_90a", without(r"wgmma\.mma_async[^;]*;", 1)),
+    "bytes are announced wrongly": ("sm_90a", instead(r"16384;", "16368;")),
+    "a warp's copies are not waited for": ("sm_100a", without(WAIT, 1)),
+    "one of a warp's products is missing": ("sm_100a", without(r"mma\.sync[^;]*;", 1)),
 }
 
 
 @pytest.mark.parametrize("name", ALTERATIONS)
 def test_an_altered_kernel_is_caught(name: str) -> None:
-    assert _caught(ALTERATIONS[name])
+    assert _caught(*ALTERATIONS[name])
 
 
-def _caught(alter: Alteration) -> bool:
+def _caught(arch: str, alter: Alteration) -> bool:
     """Whether some order of events shows it."""
     cut = {**CUT, "ctas": 1}
     one = gemm.case(Weight("bf16", 128, 768), "altered", "none", 9, tuning=cut)
     for seed in range(6):
         try:
-            if faults(one, "sm_90a", seed, alter):
+            if faults(one, arch, seed, alter):
                 return True
         except (AssertionError, RuntimeError):
             return True

@@ -28,7 +28,6 @@ from dsv4.kernels.operations.attention_rows import (
 
 SOURCES = "dsv4.kernels.sm90.attention"
 DECODE_ROWS = 16  # up to here a token's rows are cut into parts
-ARCHITECTURES = ("sm_90a",)  # warpgroup products
 TILE = 64  # rows that are multiplied at once
 HEADS = 64  # likewise
 MULTIPROCESSORS = 132  # of an H100
@@ -82,13 +81,12 @@ def attention(
             Argument("slot", number, ("rows",), align=4),
             scratch("out") if splits > 1 else end,
         ),
-        ARCHITECTURES,
     )
     if splits == 1:
         return (first,)
     config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
     join = (*scratch("in"), position, *end)
-    last = kernel("attention_join", f"{SOURCES}.join:Join", config, join, ARCHITECTURES)
+    last = kernel("attention_join", f"{SOURCES}.join:Join", config, join)
     return first, last
 
 

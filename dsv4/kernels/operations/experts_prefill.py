@@ -25,7 +25,6 @@ from dsv4.kernels.operations.gemm import CTAS, MODULE, RAGGED, arrange
 from dsv4.kernels.reference.experts import SLABS
 from dsv4.kernels.reference.experts_prefill import expected
 
-ARCHITECTURES = ("sm_90a",)
 FEW = {"warpgroups": 4, "m_each": 1, "n_tile": 64, "runs": 2, "stages": 6, "narrow": 4}
 MANY = {"warpgroups": 2, "m_each": 2, "n_tile": 128, "runs": 2, "stages": 4}
 """How the work is cut: a tile of 256 rows of a weight by 64 tokens of an expert, or by 128."""
@@ -74,7 +73,6 @@ def up(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
             *shape.stack("13"),
             choices("h", torch.bfloat16, "out", shape.inter),
         ),
-        ARCHITECTURES,
     )
 
 
@@ -91,7 +89,6 @@ def down(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
             *shape.stack("2"),
             choices("partial", torch.bfloat16, "out", shape.hidden),
         ),
-        ARCHITECTURES,
     )
 
 

@@ -20,7 +20,6 @@ from dsv4.kernels.operations.gemv import MAX_ROWS, Weight
 from dsv4.kernels.reference.linear import dequantize_rows
 
 MODULE = "dsv4.kernels.sm90.prefill"
-ARCHITECTURES = ("sm_90a",)
 ROWS_AT_ONCE = 8192  # of a weight, for the reference
 RAGGED = (1, 8, 17, 300)
 WEIGHT_ROWS = 128  # of a tile, 64 a warpgroup
@@ -44,7 +43,6 @@ def gemm(weight: Weight, out: str = "bfloat16", tuning: Mapping[str, int] | None
             weight.operands(),
             Argument("y", getattr(torch, out), ("rows", weight.n), "out"),
         ),
-        ARCHITECTURES,
     )
 
 

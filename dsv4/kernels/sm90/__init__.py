@@ -1,1 +1,1 @@
-"""Kernels in CuTe DSL for sm_90a; those without Hopper's own instructions serve sm_100a too."""
+"""Kernels in CuTe DSL for sm_90a, which sm_100a has too; what differs there is chosen within."""

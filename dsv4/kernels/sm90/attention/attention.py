@@ -19,15 +19,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.sm90 import ring, wgmma
+from dsv4.kernels.sm90 import ring
 from dsv4.kernels.sm90.attention import barriers, fragments, shared
 from dsv4.kernels.sm90.attention.join import HEAD_DIM, LOG2E, LOWEST, Output
 from dsv4.kernels.sm90.attention.rows import ROW_BYTES, SCALE_BYTES, TILE, WARPS, Rows
+from dsv4.kernels.sm90.warpgroup import product
+from dsv4.kernels.sm90.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 
 HEADS = 64  # of a CTA
 SLICE = 64  # dimensions of a tile
 SLICES = HEAD_DIM // SLICE
-SLICE_BYTES = TILE * wgmma.TILE_ROW_BYTES
+SLICE_BYTES = TILE * TILE_ROW_BYTES
 PHASES = 2  # of a tile: the second is made bfloat16 while the first is multiplied
 LIVE_BYTES = TILE // 8
 
@@ -61,9 +63,9 @@ class Attention:
         self.output = Output(heads)
         self.scale = HEAD_DIM**-0.5 * LOG2E
         sizes = {
-            "q": SLICES * HEADS * wgmma.TILE_ROW_BYTES,
+            "q": SLICES * HEADS * TILE_ROW_BYTES,
             "tiles": SLICES * SLICE_BYTES,
-            "probabilities": HEADS * wgmma.TILE_ROW_BYTES,
+            "probabilities": HEADS * TILE_ROW_BYTES,
             "rows": stages * TILE * ROW_BYTES,
             "scales": stages * TILE * SCALE_BYTES,
             "live": (stages + 1) * LIVE_BYTES,
@@ -138,13 +140,11 @@ class Attention:
         head, piece = thread // 8, thread % 8
         row = Int64(token * self.heads + block * HEADS + head)
         source = q.iterator.toint() + row * (2 * HEAD_DIM) + piece * 16
-        target = base + self.at["q"] + head * wgmma.TILE_ROW_BYTES + (piece ^ (head % 8)) * 16
+        target = base + self.at["q"] + head * TILE_ROW_BYTES + (piece ^ (head % 8)) * 16
         for turn in range_constexpr(HEADS // 32):
             for cut in range_constexpr(SLICES):
                 ring.copy_or_zero(
-                    target
-                    + cut * (HEADS * wgmma.TILE_ROW_BYTES)
-                    + turn * (32 * wgmma.TILE_ROW_BYTES),
+                    target + cut * (HEADS * TILE_ROW_BYTES) + turn * (32 * TILE_ROW_BYTES),
                     source + cut * (2 * SLICE) + turn * (32 * 2 * HEAD_DIM),
                     16,
                     Int32(1),
@@ -191,7 +191,7 @@ class Attention:
             before = slot - 1 if slot > 0 else Int32(self.stages)
             if ahead < find[4]:
                 self.rows.fetch(find, then, ahead, self._stage(base, stage, before))
-            scores = wgmma.wait_for(scores)
+            scores = product.wait_for(scores)
             self._soften(scores, base, slot, acc, largest, weight)
             self._add_values(base, acc, cut)
             cute.arch.sync_threads()
@@ -224,7 +224,7 @@ class Attention:
         rows, scales, _, _ = self._stage(base, stage, Int32(0))
         source = rows + row * ROW_BYTES + piece * SLICE
         scales += row * SCALE_BYTES + piece
-        target = base + self.at["tiles"] + piece * SLICE_BYTES + row * wgmma.TILE_ROW_BYTES
+        target = base + self.at["tiles"] + piece * SLICE_BYTES + row * TILE_ROW_BYTES
         places = target + ((2 * t) ^ g) * 16, target + ((2 * t + 1) ^ g) * 16
         if piece == SLICES - 1:
             for group in range_constexpr(TILE // 16):
@@ -252,16 +252,16 @@ class Attention:
         """Products of all heads with the tile's rows, over half of the dimensions."""
         tiles = base + self.at["tiles"] + cute.arch.warp_idx() // 4 * (SLICE_BYTES // 2)
         if cutlass.const_expr(phase == 0):
-            wgmma.fence()
+            product.fence()
         for index in range_constexpr(SLICES // PHASES):
             piece = phase * (SLICES // PHASES) + index
-            query = wgmma.descriptor(base + self.at["q"] + piece * (HEADS * wgmma.TILE_ROW_BYTES))
-            tile = wgmma.descriptor(tiles + piece * SLICE_BYTES)
-            for step in range_constexpr(SLICE // wgmma.MMA_COLS):
-                scores = wgmma.multiply(
-                    scores, wgmma.advance(query, step), wgmma.advance(tile, step)
+            query = product.tile(base + self.at["q"] + piece * (HEADS * TILE_ROW_BYTES))
+            tile = product.tile(tiles + piece * SLICE_BYTES)
+            for step in range_constexpr(SLICE // MMA_COLS):
+                scores = product.multiply(
+                    scores, product.columns(query, step), product.columns(tile, step)
                 )
-        wgmma.commit()
+        product.commit()
         return scores
 
     @cute.jit
@@ -304,7 +304,7 @@ class Attention:
                 kept[index] = fragments.exp2(kept[index] * self.scale - top)
                 total += kept[index]
             weight[head] = total
-            target = base + self.at["probabilities"] + (own + 8 * head) * wgmma.TILE_ROW_BYTES
+            target = base + self.at["probabilities"] + (own + 8 * head) * TILE_ROW_BYTES
             for j in range_constexpr(TILE // 16):
                 word = fragments.pack_bf16x2(kept[4 * j + 2 * head], kept[4 * j + 2 * head + 1])
                 shared.store_word(target + ((4 * half + j) ^ g) * 16 + t * 4, word)
@@ -319,15 +319,15 @@ class Attention:
         """The warpgroup's own dimensions."""
         group = 2 * cut + cute.arch.warp_idx() // 4
         tiles = base + self.at["tiles"] + group * (self.own // SLICE * SLICE_BYTES)
-        values = wgmma.transposed(tiles, SLICE_BYTES)
-        probabilities = wgmma.descriptor(base + self.at["probabilities"])
+        values = product.turned_tiles(tiles, SLICE_BYTES)
+        probabilities = product.tile(base + self.at["probabilities"])
         sums = [acc[index] for index in range(self.own // 2)]
-        wgmma.fence()
-        for step in range_constexpr(TILE // wgmma.MMA_COLS):
-            a = wgmma.advance(probabilities, step)
-            sums = wgmma.multiply(sums, a, values + Int64(step * 128), True)
-        wgmma.commit()
-        sums = wgmma.wait_for(sums)
+        product.fence()
+        for step in range_constexpr(TILE // MMA_COLS):
+            a = product.columns(probabilities, step)
+            sums = product.multiply(sums, a, product.rows(values, step), True)
+        product.commit()
+        sums = product.wait_for(sums)
         for j in range_constexpr(self.own // 8):
             for c in range_constexpr(4):
                 acc[4 * j + c] = sums[4 * j + c]

@@ -15,8 +15,10 @@ from typing import Any
 
 from cutlass import Int32, Int64, Uint32
 
-from dsv4.kernels.sm90 import ptx, wgmma
+from dsv4.kernels.sm90 import ptx
 from dsv4.kernels.sm90.prefill import shared
+from dsv4.kernels.sm90.warpgroup import product
+from dsv4.kernels.sm90.warpgroup.layout import TILE_ROW_BYTES
 
 RUN = 64  # columns
 MAX_BOX = 256  # rows that the copy unit copies at once
@@ -194,7 +196,7 @@ class Bf16Fragments(Fragments):
     """Plain bfloat16, multiplied out of shared memory, hence swizzled there."""
 
     row_elements = RUN
-    row_bytes = wgmma.TILE_ROW_BYTES
+    row_bytes = TILE_ROW_BYTES
     swizzled = True
     arranged = False
 
@@ -203,12 +205,12 @@ class Bf16Fragments(Fragments):
         return Int32(self.row_place(row // 64 * 64)), Int32(0)
 
     def load(self, stage: Int32, run: int, lane: tuple[Int32, Int32]) -> Any:
-        """The tile's descriptor."""
-        return wgmma.descriptor(stage + run * self.run_bytes + lane[0])
+        """The tile."""
+        return product.tile(stage + run * self.run_bytes + lane[0])
 
     def a(self, loaded: Any, block_scale: Uint32) -> list[Any]:
         """The A operands of a run's four products."""
-        return [wgmma.advance(loaded, step) for step in range(4)]
+        return [product.columns(loaded, step) for step in range(4)]
 
 
 FRAGMENTS: dict[str, Any] = {"nvfp4": Nvfp4Fragments, "fp8": Fp8Fragments, "bf16": Bf16Fragments}

@@ -15,10 +15,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
-from dsv4.kernels.sm90 import wgmma
 from dsv4.kernels.sm90.prefill import shared
 from dsv4.kernels.sm90.prefill.fragments import FRAGMENTS, RUN
 from dsv4.kernels.sm90.prefill.tiles import Tile, copy_tile
+from dsv4.kernels.sm90.warpgroup import product
+from dsv4.kernels.sm90.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 
 WARPGROUP = 128
 PRODUCERS = 128  # threads; those of the first warp alone drive the copy unit
@@ -62,7 +63,7 @@ class Mainloop:
         self.m_tiles = n // self.rows
         if self.steps % unroll or runs * unroll * m_each < 2 or m_each > 2:
             raise ValueError(f"{self.steps} steps, unrolled {unroll} x {runs} runs x {m_each}")
-        self.token_bytes = n_tile * wgmma.TILE_ROW_BYTES  # of one run
+        self.token_bytes = n_tile * TILE_ROW_BYTES  # of one run
         self.weight_bytes = -(-self.weight.stage_bytes // 1024) * 1024
         self.stage_bytes = self.weight_bytes + runs * self.token_bytes
         self.threads = PRODUCERS + WARPGROUP * warpgroups
@@ -157,15 +158,15 @@ class Mainloop:
         x, offsets, present = tokens
         thread, _, _ = cute.arch.thread_idx()
         chunk, row = thread % 8, thread // 8
-        swizzled = row * wgmma.TILE_ROW_BYTES + (chunk ^ (row % 8)) * 16
+        swizzled = row * TILE_ROW_BYTES + (chunk ^ (row % 8)) * 16
         from_x = x + Int64(step * (2 * RUN * self.runs) + chunk * 16)
         to_x = ring.toint() + stage * self.stage_bytes + self.weight_bytes + swizzled
         for i in range_constexpr(self.own_rows):
             nbytes = ((present >> i) & 1) * 16
             source_row = from_x + Int64(offsets[i]) * 16
             for run in range_constexpr(self.runs):
-                to = i * (PRODUCERS // 8) * wgmma.TILE_ROW_BYTES + run * self.token_bytes
-                of = run * wgmma.TILE_ROW_BYTES
+                to = i * (PRODUCERS // 8) * TILE_ROW_BYTES + run * self.token_bytes
+                of = run * TILE_ROW_BYTES
                 shared.copy_async(to_x, source_row, nbytes, to, of)
 
     @cute.jit
@@ -209,7 +210,7 @@ class Mainloop:
                 before = stage
                 stage, turn = self._following(stage, turn)
         for m in range_constexpr(self.m_each):
-            sums = wgmma.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
+            sums = product.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
             _put(sums, acc, m * self.sums)
         if lane == 0:
             cute.arch.mbarrier_arrive(empty + before)
@@ -218,7 +219,7 @@ class Mainloop:
     def _await(self, full: Any, phase: Int32) -> None:
         """A warp waits for a stage."""
         cute.arch.mbarrier_wait(full, phase)
-        if cutlass.const_expr(self.gathers):  # by cp.async, to be read by wgmma
+        if cutlass.const_expr(self.gathers):  # by cp.async, and `wgmma` reads otherwise
             cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
@@ -238,14 +239,14 @@ class Mainloop:
         at least two in the body of the loop.
         """
         a = self.weight.a(self.weight.load(stage, run, place), block_scale)
-        tile = wgmma.descriptor(stage + self.weight_bytes + run * self.token_bytes)
+        tile = product.tile(stage + self.weight_bytes + run * self.token_bytes)
         sums = [acc[m * self.sums + i] for i in range(n // 2)]
-        wgmma.fence()
-        for step in range_constexpr(RUN // wgmma.MMA_COLS):
-            sums = wgmma.multiply(sums, a[step], wgmma.advance(tile, step))
-        wgmma.commit()
+        product.fence()
+        for step in range_constexpr(RUN // MMA_COLS):
+            sums = product.multiply(sums, a[step], product.columns(tile, step))
+        product.commit()
         _put(sums, acc, m * self.sums)
-        wgmma.wait(1)
+        product.wait(1)
 
     @cute.jit
     def first_row(self) -> Int32:

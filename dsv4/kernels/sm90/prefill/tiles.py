@@ -1,7 +1,8 @@
 """Tiles of a matrix, copied by Hopper's copy unit (TMA) into stages of shared memory.
 
 A tile is `rows` rows of some runs of columns, each run apart: `[run][row][columns of a run]`. Rows
-outside the matrix come as zeros. With a swizzle, a run is what `wgmma` multiplies (wgmma.py).
+outside the matrix come as zeros. With a swizzle, a run is a tile
+as warpgroups multiply it (warpgroup/layout.py).
 """
 
 from __future__ import annotations
