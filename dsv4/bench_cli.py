@@ -16,6 +16,7 @@ from dsv4.formats.releases import MODELS
 from dsv4.options import (
     Size,
     models_option,
+    numbers,
     operations_option,
     shape_options,
     workers_option,
@@ -101,7 +102,7 @@ def bench_validate(
 @bench.command("kernels")
 @operations_option
 @models_option
-@click.option("--rows", default="1,2,4,8,2048", show_default=True, help="Tokens at once.")
+@click.option("--rows", help="Tokens at once.  [default: 1,2,4,8, and 2048 without --peers]")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
 @click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
 @click.option("--peers", is_flag=True, help="Only what torch, Triton and humming-kernels do too.")
@@ -110,7 +111,7 @@ def bench_validate(
 def bench_kernels(
     operations: tuple[str, ...],
     models: tuple[str, ...],
-    rows: str,
+    rows: str | None,
     shape: str,
     unusual: bool,
     peers: bool,
@@ -118,16 +119,19 @@ def bench_kernels(
     as_json: bool,
 ) -> None:
     """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
+    from dsv4.kernels.operations.gemv import MAX_ROWS
+
     if peers:
-        _kernel_peers(models, _numbers(rows), shape, location, as_json)
+        few = numbers(rows or "1,2,4,8", most=MAX_ROWS)
+        _kernel_peers(models, few, shape, location, as_json)
         return
+    counts = numbers(rows or "1,2,4,8,2048")
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
     from dsv4.bench_render import kernel_line, kernels_table
     from dsv4.kernels.operations import cases, checks
 
-    counts = _numbers(rows)
     device = torch.device("cuda")
     library = open_library(device, location)
     machine = measure_machine(device)
@@ -208,6 +212,9 @@ def bench_decode(
     as_json: bool,
 ) -> None:
     """A step of the first layers of a real model, random weights: correctness, time, bound."""
+    from dsv4.kernels.operations.gemv import MAX_ROWS
+
+    counts = numbers(rows, most=MAX_ROWS)
     import torch
 
     from dsv4.bench.decode import decode, few_layers
@@ -223,7 +230,7 @@ def bench_decode(
         library,
         device,
         context=context,
-        rows=_numbers(rows),
+        rows=counts,
         check=not no_check,
         transformers=transformers,
     )
@@ -257,7 +264,7 @@ def bench_prompt(
 
     device = torch.device("cuda")
     library = open_library(device, location)
-    config, sizes = few_layers(MODELS[model], layers), _numbers(chunks)
+    config, sizes = few_layers(MODELS[model], layers), numbers(chunks, least=0)
     report = measure(config, model, library, device, tokens=tokens, chunks=sizes)
     if as_json:
         print_json(
@@ -269,13 +276,6 @@ def bench_prompt(
         out.print(prompt_table(report))
     if not all(one.right for one in report.lines):
         raise SystemExit(1)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r}, expected numbers such as 1,8") from None
 
 
 @bench.command("store")

@@ -71,6 +71,19 @@ def _words(
     return parse
 
 
+def numbers(text: str, least: int = 1, most: int | None = None) -> list[int]:
+    """A list separated by commas. Raises BadParameter for anything but numbers of this range."""
+    words = text.split(",")
+    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+        raise click.BadParameter(f"{text!r}, expected numbers such as 1,8")
+    found = [int(word) for word in words]
+    for number in found:
+        if number < least or (most is not None and number > most):
+            limit = "" if most is None else f" and at most {most}"
+            raise click.BadParameter(f"{number} in {text!r}, expected at least {least}{limit}")
+    return found
+
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 

@@ -292,3 +292,19 @@ def test_an_interrupted_conversion_resumes(
     assert "units were done already" in done.stdout
     expected = dsv4.open(standard_store).store.manifest["root"]
     assert dsv4.open(out).store.manifest["root"] == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            ("kernels", "--peers", "--rows", "1,2048"),
+            "2048 in '1,2048', expected at least 1",
+        ),
+        (("kernels", "--rows", "0"), "0 in '0', expected at least 1"),
+        (("decode", "--rows", "9"), "9 in '9', expected at least 1 and at most 8"),
+        (("decode", "--rows", "one"), "'one', expected numbers such as 1,8"),
+    ],
+)
+def test_rows_that_no_kernel_takes_are_refused(command: tuple[str, ...], expected: str) -> None:
+    assert expected in refused("bench", *command)
