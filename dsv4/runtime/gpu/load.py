@@ -9,7 +9,7 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.plan import standard_weights, step_launches
+from dsv4.runtime.gpu.plan import different_layers, standard_weights, step_launches
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
 from dsv4.runtime.timeline import Mark
@@ -39,6 +39,8 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
 
 def require_kernels(config: ModelConfig, library: Library) -> None:
     """Find what a step needs whatever its weights' formats are. Raises KernelError."""
-    for launch in step_launches(config, *standard_weights(config), rows=1, capacity=1):
+    layers, head = standard_weights(config)
+    layers = different_layers(config, layers)
+    for launch in step_launches(config, layers, head, rows=1, capacity=1):
         if launch.kernel.operation not in BY_FORMAT:
             library.function(launch.kernel)

@@ -12,7 +12,7 @@ from dsv4.kernels.case import Buffers, Launch
 from dsv4.kernels.library import Library
 from dsv4.kernels.operations.gemv import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
-from dsv4.runtime.gpu.plan import step_launches
+from dsv4.runtime.gpu.plan import different_layers, step_launches
 from dsv4.runtime.gpu.prefill_plan import SIZES, chunk_launches
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights, Operands
@@ -30,8 +30,10 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_report: LoadReport | None = None
         self.operands = Operands(weights)
-        plans = self.launches(1, 1), *(self.chunk_launches(rows, 1) for rows in SIZES)
-        for launch in itertools.chain(*plans):
+        config, head = self.config, self.operands.head
+        layers = different_layers(config, self.operands.layers)
+        chunks = (chunk_launches(config, layers, rows, 1) for rows in SIZES)
+        for launch in itertools.chain(step_launches(config, layers, head, 1, 1), *chunks):
             library.function(launch.kernel)
 
     def load_lines(self) -> Iterator[str]:

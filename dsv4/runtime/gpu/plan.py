@@ -32,9 +32,10 @@ def step_launches(
 ) -> Iterator[Launch]:
     """A step of `rows` tokens: ids, position, slot int32 `[T]` -> logits float32 `[T, V]`.
 
-    layers: the matrices of each layer, by projection. capacity: tokens that the caches hold.
+    layers: those to run, and the matrices of each, by projection. capacity: tokens that the caches
+    hold.
     """
-    for layer in range(config.num_hidden_layers):
+    for layer in layers:
         own = f"layers.{layer}."
         yield connect(config, 2 * layer, f"{own}attn_")
         yield from attention_launches(config, layer, layers[layer], rows, capacity)
@@ -43,6 +44,18 @@ def step_launches(
         yield mix_experts(config, own)
     yield connect(config, 2 * config.num_hidden_layers, "head_")
     yield head_launch(head)
+
+
+def different_layers(
+    config: ModelConfig, layers: Mapping[int, LayerWeights]
+) -> dict[int, LayerWeights]:
+    """The first layer of every kind: together they launch each kernel that `layers` launch."""
+    found: dict[object, int] = {}
+    for layer, weights in layers.items():
+        attention = config.attention_kind(layer), config.compress_ratio(layer)
+        key = (layer == 0, attention, config.is_hash_layer(layer), frozenset(weights.items()))
+        found.setdefault(key, layer)
+    return {layer: layers[layer] for layer in found.values()}
 
 
 def head_launch(head: Weight) -> Launch:

@@ -36,12 +36,12 @@ def chunk_launches(
 ) -> Iterator[Launch]:
     """A chunk of `rows` tokens, many: ids, position, slot int32 `[T]` -> x for the head.
 
-    layers: the matrices of each layer, by projection. rows: what kernels are chosen for; any number
-    gives the same bytes. capacity: tokens that the caches hold.
+    layers: those to run, and the matrices of each, by projection. rows: what kernels are chosen
+    for; any number gives the same bytes. capacity: tokens that the caches hold.
     """
     many = functools.partial(products, rows)
-    for layer in range(config.num_hidden_layers):
-        own, weights = f"layers.{layer}.", layers[layer]
+    for layer, weights in layers.items():
+        own = f"layers.{layer}."
         yield connect(config, 2 * layer, f"{own}attn_", PARTS if layer else ("u",))
         yield from attention_launches(config, layer, weights, rows, capacity, many)
         yield connect(config, 2 * layer + 1, f"{own}ffn_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dsv4.formats.releases import FLASH, MODELS
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.operations.gemv import Weight, weights_of
 from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu.attention_plan import LayerWeights
 from dsv4.runtime.gpu.weights import Loaded, Operands
 from dsv4.runtime.load import Part, load_weights
 
@@ -82,6 +84,25 @@ def test_a_step_is_thirteen_launches_a_layer() -> None:
     launches = list(plan.step_launches(FLASH, layers, head, 1, 1 << 15))
     by_layer = (len(launches) - 2) / FLASH.num_hidden_layers
     assert 12 < by_layer < 14
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_layers_of_every_kind_launch_what_all_layers_do(model: str) -> None:
+    config = MODELS[model]
+    layers, head = plan.standard_weights(config)
+    some = plan.different_layers(config, layers)
+    assert len(some) < 8
+    for rows in (1, 32, 64):
+
+        def kernels(own: Mapping[int, LayerWeights], rows: int = rows) -> set[str]:
+            if rows == 1:
+                launches = plan.step_launches(config, own, head, rows, 1)
+            else:
+                launches = prefill_plan.chunk_launches(config, own, rows, 1)
+            return {launch.kernel.name for launch in launches}
+
+        assert kernels(some) == kernels(layers)
+        assert kernels({0: layers[0]}) != kernels(layers)
 
 
 @pytest.mark.parametrize("model", MODELS)
