@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from torchao.prototype.mx_formats.utils import from_blocked
 from dsv4.formats.releases import FLASH, PRO
 from dsv4.kernels.case import Case
 from dsv4.kernels.check import fault
-from dsv4.kernels.operations.gemv import Weight, case, cases, gemv, weights_of
+from dsv4.kernels.operations.gemv import Weight, case, cases, gemv, tuned, weights_of
+from tests.kernels.interpreter.run import faults
 from tests.kernels.machine_code import machine_code
 
 NVFP4 = Weight("nvfp4", 256, 512, slabs=2)
@@ -89,3 +92,46 @@ def test_machine_code(shape: str, arch: str) -> None:
     assert code.ptx.index("cp.async.cg") < code.ptx.index("griddepcontrol.wait")
     assert code.spilled == 0
     assert code.resources["REG"] <= 128  # two CTAs of 8 warps on a multiprocessor
+
+
+def test_weights_that_differ_in_rows_share_code() -> None:
+    weights = weights_of(FLASH)["wq_a wkv CSA"]
+    assert len(weights) == 7
+    one_of_each = machine_code(gemv([weights[0], weights[2]]), "sm_90a").nbytes
+    assert machine_code(gemv(weights), "sm_90a").nbytes < 1.25 * one_of_each
+
+
+MIXED = [
+    Weight("fp8", 256, 256),
+    Weight("bf16", 64, 256),
+    Weight("fp8", 128, 256),
+    Weight("bf16", 192, 256),
+    Weight("nvfp4", 128, 256),
+    Weight("bf16", 128, 256),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_weights_of_one_launch_interpreted(arch: str) -> None:
+    cut = {"warps": 2, "stages": 2, "pdl": True}
+    assert faults(case(MIXED, "mixed", "none", 3, cut), arch) == []
+
+
+def test_a_kernel_that_takes_another_weight_is_caught() -> None:
+    one = case([Weight("bf16", 128, 256)] * 2, "two", "none", 2, {"warps": 2, "stages": 2})
+    assert faults(one, "sm_90a") == []
+
+    def other(ptx: str) -> str:
+        """Of two pointers, the wrong one."""
+        choice = re.compile(r"selp\.b64(\s+\S+), (\S+), (\S+), ")
+        altered, count = choice.subn(r"selp.b64\1, \3, \2, ", ptx, count=1)
+        assert count
+        return altered
+
+    assert faults(one, "sm_90a", 0, other)
+
+
+def test_the_cut_fills_waves() -> None:
+    found = {name: tuned(weights) for name, weights in weights_of(FLASH).items()}
+    assert (found["wq_b"]["warps"], found["wq_b"]["stages"]) == (2, 2)
+    assert (found["wq_b indexer"]["warps"], found["wq_b indexer"]["stages"]) == (2, 3)

@@ -6,6 +6,7 @@ shared expert and the head; with groups for `wo_a`, whose rows of one group meet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,13 @@ from dsv4.kernels.reference.linear import dequantize_rows
 MAX_ROWS = 8
 STEP = 128  # columns a warp takes at once; K is a multiple of it
 IMPLEMENTATION = "dsv4.kernels.sm90.gemv:Gemv"
+
+SMALL_CUTS = ((2, 2), (2, 3), (4, 2))  # warps and stages, the better one first
+MULTIPROCESSORS = 132  # of an H100 or an H200
+SHARED_BYTES = 228 << 10  # of a multiprocessor,
+RESERVED_BYTES = 1 << 10  # of which every CTA takes this much besides its own
+FP8_STAGE_BYTES = 6 << 10  # of a warp: 4 KiB of weights and 2 of activations
+SUM_BYTES = 1 << 10  # likewise
 
 
 class Weight(NamedTuple):
@@ -100,18 +108,29 @@ def tuned(weights: Sequence[Weight]) -> dict[str, int | bool]:
     """Warps that share a row's columns, and steps in flight: measured on an H100 and an H200.
 
     Few rows mean few CTAs, which then want more warps; a warp with few steps needs no deep ring.
-    NVFP4 is bound by its unpacking: many small CTAs keep all schedulers busy.
+    NVFP4 is bound by its unpacking: many small CTAs keep all schedulers busy. Where FP8 has many
+    CTAs of few steps, their last wave should be a full one.
     """
     steps = max(weight.k for weight in weights) // STEP
     bands = sum(-(-weight.n // SF_ROWS) * 4 for weight in weights)
     if weights[0].kind == "nvfp4" and bands >= 2048:
         return {"warps": 2, "stages": 3, "pdl": True}
+    if all(weight.kind == "fp8" for weight in weights) and bands > 512 and steps < 16:
+        warps, stages = max(SMALL_CUTS, key=lambda cut: _full_waves(bands, *cut))
+        return {"warps": warps, "stages": stages, "pdl": True}
     plain = any(weight.kind == "bf16" for weight in weights)
     warps = 4 if plain or bands >= 256 else 8
     if steps <= 16 and bands <= 128:
         warps = 16
     deep = 3 if weights[0].kind == "nvfp4" else 4
     return {"warps": warps, "stages": deep if steps >= 4 * warps else 2, "pdl": True}
+
+
+def _full_waves(bands: int, warps: int, stages: int) -> float:
+    """How full the waves of CTAs are that FP8 takes, by the shared memory that a CTA has."""
+    nbytes = warps * (stages * FP8_STAGE_BYTES + SUM_BYTES) + RESERVED_BYTES
+    waves = bands / (MULTIPROCESSORS * (SHARED_BYTES // nbytes))
+    return waves / math.ceil(waves)
 
 
 def weights_of(config: ModelConfig) -> dict[str, list[Weight]]:

@@ -26,7 +26,7 @@ _SIGNS = 0x80008000
 
 
 class Operand:
-    """A weight `[rows, cols]` in `slabs` along its columns.
+    """A weight `[rows, cols]` in `slabs` along its columns. whole: rows are whole tiles of 128.
 
     pieces: of 16 bytes that a lane reads for a step. factor: what the sums are multiplied by.
     step_scales: whether a step's sums have a scale of their own, read by `step_scale`.
@@ -36,20 +36,22 @@ class Operand:
     factor = 1.0
     step_scales = False
 
-    def __init__(self, rows: int, cols: int, slabs: int) -> None:
-        self.rows, self.cols, self.slabs = rows, cols, slabs
+    def __init__(self, rows: Any, cols: int, slabs: int, whole: bool = True) -> None:
+        self.rows, self.cols, self.slabs, self.whole = rows, cols, slabs, whole
         self.slab_cols = cols // slabs
         self.steps = cols // STEP
 
     def place(self, step: Int32) -> tuple[Int32, Int32]:
         """-> (slab, first column in it) of a step; slabs are whole steps."""
+        if self.slabs == 1:
+            return Int32(0), step * STEP
         per_slab = self.slab_cols // STEP
         return step // per_slab, (step % per_slab) * STEP
 
     def row(self, row: Int32, i: int) -> Int32:
         """Row `i` of the lane's four; the last row again where a tile of 128 is not full."""
         at = row + ROW_STRIDE * i
-        return at if self.rows % 128 == 0 else cutlass.min(at, self.rows - 1)
+        return at if self.whole else cutlass.min(at, self.rows - 1)
 
     def addresses(
         self, codes: Any, scales: Any, row: Int32, step: Int32, t: Int32
