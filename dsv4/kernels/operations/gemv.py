@@ -120,6 +120,8 @@ def tuned(weights: Sequence[Weight]) -> dict[str, int | bool]:
         return {"warps": warps, "stages": stages, "pdl": True}
     plain = any(weight.kind == "bf16" for weight in weights)
     warps = 4 if plain or bands >= 256 else 8
+    if plain and bands > MULTIPROCESSORS:
+        warps = 2  # two CTAs on a multiprocessor
     if steps <= 16 and bands <= 128:
         warps = 16
     deep = 3 if weights[0].kind == "nvfp4" else 4
