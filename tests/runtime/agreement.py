@@ -9,8 +9,10 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 
+from dsv4.kernels.reference.router import route_by_score
+from dsv4.runtime import moe
 from dsv4.runtime.cache import CompressedCache
 from dsv4.runtime.indexer import Indexer
 from dsv4.runtime.step import Step
@@ -55,4 +57,24 @@ def chosen_by_others(choices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         return theirs
 
     with patch.object(Indexer, "__call__", call):
+        yield gaps
+
+
+@contextmanager
+def expert_gaps() -> Iterator[list[Tensor]]:
+    """Yields a list that fills, router by router, with each token's gap `[T]` between the last
+    expert that is chosen and the first that is not, in standard deviations of the scores.
+
+    Where it is within rounding, processors differ in the choice, and one token's logits by much.
+    """
+    gaps: list[Tensor] = []
+
+    def call(logits: Tensor, bias: Tensor, top_k: int, scaling: float) -> tuple[Tensor, Tensor]:
+        scores = softplus(logits).sqrt() + bias
+        best = scores.sort(1, descending=True).values
+        if best.shape[1] > top_k:
+            gaps.append((best[:, top_k - 1] - best[:, top_k]) / scores.std())
+        return route_by_score(logits, bias, top_k, scaling)
+
+    with patch.object(moe, "route_by_score", call):
         yield gaps

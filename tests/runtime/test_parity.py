@@ -11,7 +11,13 @@ from torch import Tensor
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.model import load
-from tests.runtime.agreement import FLOAT32_TOLERANCE, chosen_by_others, deviation, token_errors
+from tests.runtime.agreement import (
+    FLOAT32_TOLERANCE,
+    chosen_by_others,
+    deviation,
+    expert_gaps,
+    token_errors,
+)
 from tests.runtime.in_memory import InMemoryWeights, Packing, fp8, nvfp4, plain
 from tests.runtime.official_oracle import official_model
 from tests.runtime.small_models import (
@@ -33,12 +39,22 @@ def logits_of(weights: InMemoryWeights, ids: Tensor, **options: object) -> Tenso
     return load(weights, **options).session(len(ids)).forward(ids)  # type: ignore[arg-type]
 
 
+def deviation_of_clear_tokens(weights: InMemoryWeights, ids: Tensor, expected: Tensor) -> float:
+    """Of the tokens, nearly all, none of whose experts is chosen by a hair's breadth."""
+    with expert_gaps() as gaps:
+        found = logits_of(weights, ids)
+    clear = torch.stack(gaps).amin(0) > 1e-5
+    assert clear.float().mean() > 0.98
+    return deviation(found[clear], expected[clear])
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_plain_weights(config: ModelConfig) -> None:
     weights = random_weights(config)
     ids = random_ids(config, TOKENS)
-    found = logits_of(InMemoryWeights(config, weights), ids)
-    assert deviation(found, transformers_logits(config, weights, ids)) < FLOAT32_TOLERANCE
+    expected = transformers_logits(config, weights, ids)
+    found = deviation_of_clear_tokens(InMemoryWeights(config, weights), ids, expected)
+    assert found < FLOAT32_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -58,7 +74,7 @@ def test_packed_weights(config: ModelConfig, experts: Packing, dense: Packing) -
     )
     ids = random_ids(config, TOKENS, seed=1)
     expected = transformers_logits(config, packed.held, ids)
-    assert deviation(logits_of(packed, ids), expected) < FLOAT32_TOLERANCE
+    assert deviation_of_clear_tokens(packed, ids, expected) < FLOAT32_TOLERANCE
 
 
 @pytest.mark.parametrize(
