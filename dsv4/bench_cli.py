@@ -122,10 +122,10 @@ def bench_kernels(
     from dsv4.kernels.operations.gemv import MAX_ROWS
 
     if peers:
-        few = numbers(rows or "1,2,4,8", most=MAX_ROWS)
+        few = numbers("1,2,4,8" if rows is None else rows, most=MAX_ROWS)
         _kernel_peers(models, few, shape, location, as_json)
         return
-    counts = numbers(rows or "1,2,4,8,2048")
+    counts = numbers("1,2,4,8,2048" if rows is None else rows)
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library

@@ -302,6 +302,7 @@ def test_an_interrupted_conversion_resumes(
             "2048 in '1,2048', expected at least 1",
         ),
         (("kernels", "--rows", "0"), "0 in '0', expected at least 1"),
+        (("kernels", "--rows", ""), "'', expected numbers such as 1,8"),
         (("decode", "--rows", "9"), "9 in '9', expected at least 1 and at most 8"),
         (("decode", "--rows", "one"), "'one', expected numbers such as 1,8"),
     ],
