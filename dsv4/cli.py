@@ -14,7 +14,7 @@ import click
 
 import dsv4
 from dsv4.bench_cli import bench
-from dsv4.console import err, out, print_json
+from dsv4.console import err, notice, out, print_json
 from dsv4.endings import EXIT_FAILED, endings
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
@@ -76,6 +76,8 @@ def plan(
     planned = make_plan(opened, make_recipe(recipe, keep))
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = planned.to_dict() | expected.to_dict()
+    for sentence in planned.notices:
+        notice(sentence)
     if as_json:
         print_json(document)
     else:
@@ -126,6 +128,8 @@ def convert(
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
+    for sentence in summary.plan.notices:
+        notice(sentence)
     if as_json:
         print_json(summary.to_dict())
     else:

@@ -16,6 +16,11 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def notice(sentence: str) -> None:
+    """One line on stderr about something that was left out, ignored, or is worth knowing."""
+    err.print(f"note: {sentence}", markup=False)
+
+
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,7 +1,7 @@
 """How a command ends: every error of ours, and of the machine, becomes one sentence and a code.
 
 Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, 3 out of space or memory,
-130 interrupted (resumable), 143 terminated.
+4 the network failed, 130 interrupted (resumable), 143 terminated.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class Plan:
     outputs: tuple[Output, ...]
     source_files: tuple[str, ...]
     inventory: Inventory
+    notices: tuple[str, ...] = ()  # what is left out, ignored or worth knowing: whole sentences
 
     @functools.cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -82,6 +83,7 @@ class Plan:
             "skipped_tensors": len(self.inventory.vision),
             "ignored_input_scales": self.inventory.input_scales,
             "ignored_draft_copies": [tensor.name for tensor, _ in self.inventory.copies],
+            "notices": list(self.notices),
         }
 
 
@@ -99,7 +101,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         ),
     ]
     outputs.sort(key=lambda output: natural_key(output.path))
-    return Plan(config, recipe, tuple(outputs), files, inventory)
+    return Plan(config, recipe, tuple(outputs), files, inventory, source.notices)
 
 
 def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:

@@ -93,6 +93,7 @@ class Source(Reader):
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
+    notices: sentences about files that are there and are not used.
     Reads may come from several threads at once.
     """
 
@@ -100,6 +101,7 @@ class Source(Reader):
     entries: Mapping[str, TensorEntry]
     sizes: Mapping[str, int]
     commit: str | None = None
+    notices: tuple[str, ...] = ()
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""

@@ -17,6 +17,12 @@ class SourceError(Dsv4Error):
     """The source checkpoint is malformed, incomplete, or holds something unexplained."""
 
 
+class NetworkError(SourceError):
+    """The hub, or the way to it, does not answer: worth trying again, unlike a wrong name."""
+
+    exit_code = 4
+
+
 class ChangedSourceError(SourceError):
     """What was read of the source is not what it is, or was: output made from it is dropped."""
 
