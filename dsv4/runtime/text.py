@@ -21,6 +21,8 @@ from tokenizers.decoders import DecodeStream
 
 from dsv4.formats.errors import RuntimeRefusal, StoreError
 
+_BAR = "｜"
+
 
 class Text:
     """A tokenizer. Ids are ints, text is str; nothing is added to either (no BOS, no EOS)."""
@@ -57,6 +59,15 @@ class Text:
         """One more than the largest token id; rows of the head from here on mean nothing."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @functools.cached_property
+    def marks(self) -> frozenset[int]:
+        """Ids of special tokens, which are structure and not text.
+
+        Those flagged special, and those spelt with DeepSeek's bar, of which only some are flagged.
+        """
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(id_ for id_, token in added if token.special or _BAR in token.content)
+
     def token_id(self, spelling: str) -> int | None:
         """The id of the token spelt exactly so, None when there is none."""
         return self._tokenizer.token_to_id(spelling)
@@ -83,6 +94,10 @@ class Text:
         Bytes that are not UTF-8 come out as U+FFFD.
         """
         return self._tokenizer.decode(ids, skip_special_tokens=not show_special)
+
+    def spoken(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids: `decode` without any special token."""
+        return self.decode([token for token in ids if token not in self.marks])
 
     def stream(self, *, show_special: bool = False) -> TextStream:
         """A detokeniser for ids that come one by one; what it gives adds up to `decode`."""
