@@ -25,7 +25,9 @@ def stored_text_files(packed: PackedCheckpoint) -> TextFiles:
         return read_text_files(files, packed.config)
     except TextFileError as error:
         listed = _listed_sha256(packed, error.file)
-        if listed in (None, hashlib.sha256(files[error.file]).hexdigest()):
+        if listed is None:
+            advice = "correct the file in the source and convert again"
+        elif listed == hashlib.sha256(files[error.file]).hexdigest():
             advice = "the source had the same file, so correct it there and convert again"
         else:
             advice = "the file is not what was packed: `dsv4 repair` makes it again from the source"
