@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.settings import GENERATION_FILE, GenerationSettings
 from dsv4.runtime.chat import Finish
 from dsv4.runtime.generate import Timings, TokenSession, generate
 from dsv4.runtime.pieces import Part, Reader
@@ -37,6 +39,21 @@ class Answer:
             "finish": self.finish,
             "timings": self.timings.to_dict(),
         }
+
+
+def answer_limit(settings: GenerationSettings, prompt_tokens: int, fallback: int) -> int:
+    """Most tokens of an answer that nobody bounded: the checkpoint's bound, or `fallback`.
+
+    Raises RuntimeRefusal when the prompt alone reaches the checkpoint's max_length.
+    """
+    limit = settings.new_tokens(prompt_tokens)
+    if limit is not None and limit < 1:
+        raise RuntimeRefusal(
+            f"the prompt has {prompt_tokens} tokens and {GENERATION_FILE} allows "
+            f"{settings.max_length} for prompt and answer together (max_length); "
+            "give --max-new-tokens"
+        )
+    return fallback if limit is None else limit
 
 
 def answer(

@@ -213,10 +213,17 @@ class Chat:
         room = self._session.max_seq_len - len(prompt)
         limit = room if self._max_new_tokens is None else min(room, self._max_new_tokens)
         if room < 1:
-            raise ConversationFull(len(prompt), self._session.max_seq_len)
         answer = Reader(self._text, thinking=self.template.thinking, stop=self._stop)
-        new = prompt[self._follow(prompt) :]
-        tokens = generate(self._session, new, limit, self._sampler, self._stop_ids, self.timings)
+        held = self._follow(prompt)
+        tokens = generate(
+            self._session,
+            prompt[held:],
+            limit,
+            self._sampler,
+            self._stop_ids,
+            self.timings,
+            history=prompt[:held],
+        )
         finish: Finish = "interrupted"
         try:
             yield from answer.read(tokens)
