@@ -3,8 +3,8 @@
 Importing torch imports numpy from C++, which takes any exception to mean that numpy is not there: a
 KeyboardInterrupt raised meanwhile is dropped and the program goes on. So a SIGINT that arrives
 during an import ends the process at once, and so does one that Python itself drops, in a destructor
-or a callback of the garbage collector. Nothing is lost: everything that is written to disk is written
-so that the process may be killed at any moment.
+or a callback of the garbage collector. Nothing is lost: everything that is written to disk is
+written so that the process may be killed at any moment.
 
 Imports nothing but the standard library: `__main__` comes here before all else.
 """

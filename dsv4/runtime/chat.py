@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Literal, Protocol
 
 from deepseek_recipe import (
@@ -146,8 +146,8 @@ class Chat:
     """A conversation with one model, held by one session, which is the chat's alone from here.
 
     `max_new_tokens` bounds an answer besides the session's room, each string of `stop` ends it.
-    `template` may be replaced between answers. After an answer, `finish` says what ended it and
-    `timings` what it cost.
+    `template` may be replaced between answers. After an answer, `finish` says what ended it, `full`
+    whether that was the session's room, and `timings` what it cost.
     """
 
     def __init__(
@@ -165,6 +165,7 @@ class Chat:
         self.turns: list[Turn] = []
         self.timings = Timings()
         self.finish: Finish | None = None
+        self.full = False
         self._session = session
         self._text = text
         self._sampler = sampler
@@ -208,11 +209,12 @@ class Chat:
         self._answering = None
 
     def _stream(self, message: str) -> Generator[Part, None, None]:
-        self.finish, self.timings = None, Timings()
+        self.finish, self.full, self.timings = None, False, Timings()
         prompt = self.template.encode([*self.turns, Turn(message)], self._text)
         room = self._session.max_seq_len - len(prompt)
         limit = room if self._max_new_tokens is None else min(room, self._max_new_tokens)
         if room < 1:
+            raise ConversationFull(len(prompt), self._session.max_seq_len)
         answer = Reader(self._text, thinking=self.template.thinking, stop=self._stop)
         held = self._follow(prompt)
         tokens = generate(
@@ -228,6 +230,7 @@ class Chat:
         try:
             yield from answer.read(tokens)
             cut = self.timings.generated_tokens == limit and not answer.stopped
+            self.full = cut and limit == room
             finish = "length" if cut else "stop"
         except GeneratorExit:
             raise
