@@ -10,11 +10,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from dsv4.runtime.generate import Timings
-from dsv4.runtime.pieces import Part
-
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+
+    from dsv4.runtime.generate import Timings
+    from dsv4.runtime.pieces import Part
 
 PROMPT, MORE = "> ", ". "
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -148,7 +148,7 @@ def _prompt_session() -> PromptSession[str]:
     from prompt_toolkit.output.vt100 import Vt100_Output
     from prompt_toolkit.styles import Style
 
-    # Nothing is drawn below the line, so where the cursor stands need not be asked for.
-    output = Vt100_Output.from_pty(sys.stderr, os.environ.get("TERM"), enable_cpr=False)
+    output = Vt100_Output.from_pty(sys.stderr, os.environ.get("TERM"))
+    output.enable_cpr = False  # nothing is drawn below the line: no need to ask where it is
     style = Style.from_dict({"prompt": "ansicyan bold"} if colourful(sys.stderr) else {})
     return PromptSession(output=output, style=style)

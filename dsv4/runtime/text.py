@@ -21,7 +21,8 @@ from tokenizers.decoders import DecodeStream
 
 from dsv4.formats.errors import RuntimeRefusal, StoreError
 
-_BAR = "｜"
+_BAR = "｜"  # in the spelling of DeepSeek's special tokens, but for two
+_REASONING = ("<think>", "</think>")
 
 
 class Text:
@@ -63,10 +64,14 @@ class Text:
     def marks(self) -> frozenset[int]:
         """Ids of special tokens, which are structure and not text.
 
-        Those flagged special, and those spelt with DeepSeek's bar, of which only some are flagged.
+        Those flagged special, and DeepSeek's own, of which only some are flagged.
         """
         added = self._tokenizer.get_added_tokens_decoder().items()
-        return frozenset(id_ for id_, token in added if token.special or _BAR in token.content)
+        return frozenset(
+            number
+            for number, token in added
+            if token.special or _BAR in token.content or token.content in _REASONING
+        )
 
     def token_id(self, spelling: str) -> int | None:
         """The id of the token spelt exactly so, None when there is none."""
