@@ -13,7 +13,7 @@ import torch
 
 from dsv4.formats.errors import KernelError, OutOfSpaceError
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.load import require_kernels
 from dsv4.runtime.load.arena import free_memory
 from dsv4.runtime.load.plan import Part, plan_load
