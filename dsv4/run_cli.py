@@ -15,7 +15,7 @@ from dsv4.endings import terminate
 from dsv4.formats.errors import RuntimeRefusal
 
 if TYPE_CHECKING:
-    from dsv4.formats.settings import GenerationSettings
+    from dsv4.formats.text_files import TextFiles
     from dsv4.runtime.generate import Timings
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
@@ -78,15 +78,12 @@ def run(
     found = stored_text_files(packed)
     settings = found.settings
     text = None if found.tokenizer is None else Text(found.tokenizer)
+    vocab = packed.config.vocab_size if text is None else text.vocab_size
     sampler = Sampler.from_settings(
-        settings,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        allowed=packed.config.vocab_size if text is None else text.vocab_size,
+        settings, temperature=temperature, top_p=top_p, seed=seed, allowed=vocab
     )
-    for sentence in (*found.tokenizer_notices, *settings.notices(greedy=sampler.greedy)):
-        notice(sentence)
+    place = _device(device)
+    _say_notices(found, sampler, place)
     ids = None
     if tokens is not None:
         ids = parse_tokens(tokens)
@@ -95,21 +92,25 @@ def run(
     limit = max_new_tokens
     if ids is not None and limit is None:
         limit = answer_limit(settings, len(ids), DEFAULT_NEW_TOKENS)
-    place = _device(device)
-    reason = sampler.host_reason()
-    if place == "cuda" and reason is not None:
-        notice(reason)
     timeline.mark("tokenizer")
     model = dsv4.load(packed, device=place, mark=timeline.mark)
     timeline.mark("weights ready")
     for line in model.load_lines():
         err.print(line, markup=False, highlight=False)
     if ids is None or limit is None:
-        _chat(
-            model, _required(text), sampler, settings, max_new_tokens, max_seq_len, raw or as_json
-        )
+        limit = max_new_tokens or settings.max_new_tokens
+        wrong = raw or as_json
+        _chat(model, _required(text), sampler, settings.eos_token_ids, limit, max_seq_len, wrong)
         return
     _answer_once(model, text, ids, sampler, settings.eos_token_ids, limit, timeline, as_json)
+
+
+def _say_notices(found: TextFiles, sampler: Sampler, device: str) -> None:
+    """Once: what the checkpoint asks for in vain, and what takes longer than it could."""
+    reason = sampler.host_reason() if device == "cuda" else None
+    own = found.settings.notices(greedy=sampler.greedy)
+    for sentence in (*found.tokenizer_notices, *own, *([] if reason is None else [reason])):
+        notice(sentence)
 
 
 def _answer_once(
@@ -176,7 +177,7 @@ def _chat(
     model: Model | GpuModel,
     text: Text,
     sampler: Sampler,
-    settings: GenerationSettings,
+    eos_token_ids: tuple[int, ...],
     max_new_tokens: int | None,
     max_seq_len: int,
     wrong_flags: bool,
@@ -189,8 +190,8 @@ def _chat(
         model.session(max_seq_len=max_seq_len),
         text,
         sampler,
-        eos_token_ids=settings.eos_token_ids,
-        max_new_tokens=max_new_tokens or settings.max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        max_new_tokens=max_new_tokens,
     )
 
     def read_line() -> str:
