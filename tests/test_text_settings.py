@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ from dsv4.runtime.text import Text
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"c" * 64 + b"\nsize 9\n"
 PROMPT = ("--prompt", "hello", "--device", "cpu", "--json")
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """`run` answers SIGTERM in a way of its own, for good."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def changed(source: Path, target: Path, **files: bytes | None) -> Path:
@@ -137,8 +147,8 @@ def test_a_damaged_copy_is_repaired_and_a_faithful_one_is_not(
 
 
 def test_settings_of_the_checkpoint_are_obeyed(standard_store: Path, tmp_path: Path) -> None:
-    greedy, _ = run(standard_store, "--temperature", "0", "--max-new-tokens", "6")
-    sampled, _ = run(standard_store, "--max-new-tokens", "6", "--seed", "3")
+    greedy, _ = run(standard_store, "--temperature", "0", "--max-new-tokens", "4")
+    sampled, _ = run(standard_store, "--max-new-tokens", "4", "--seed", "3")
     assert sampled["generated_tokens"] != greedy["generated_tokens"]
     for number, settings in enumerate(
         (
@@ -150,7 +160,7 @@ def test_settings_of_the_checkpoint_are_obeyed(standard_store: Path, tmp_path: P
         )
     ):
         store = settings_store(standard_store, tmp_path / str(number), settings)
-        found, said = run(store, "--max-new-tokens", "6", "--seed", "3")
+        found, said = run(store, "--max-new-tokens", "4", "--seed", "3")
         assert found["generated_tokens"] == greedy["generated_tokens"], settings
         assert said == ""
 
@@ -177,7 +187,7 @@ def test_a_penalty_of_the_checkpoint_changes_the_greedy_text(
     standard_store: Path, tmp_path: Path
 ) -> None:
     store = settings_store(standard_store, tmp_path / "p", {"repetition_penalty": 1e9})
-    found, _ = run(store, "--max-new-tokens", "12")
+    found, _ = run(store, "--max-new-tokens", "5")
     tokens = found["generated_tokens"]
     text = Text.from_file(store / "assets" / "tokenizer.json")
     assert len(set(tokens)) == len(tokens) and not set(tokens) & set(found["prompt_tokens"])
