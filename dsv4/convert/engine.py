@@ -86,9 +86,7 @@ def convert(
     Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
     """
     source = open_source(src, revision)
-    plan = make_whole_plan(source, make_recipe(recipe, keep))
-    for sentence in plan.notices if notice is not None else ():
-        notice(sentence)
+    plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     budget = budget_for(plan, source, memory, workers)
     out = Path(out)
     if Path(src).is_dir():

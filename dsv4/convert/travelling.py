@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import Recipe
@@ -14,13 +15,20 @@ from dsv4.formats.text_files import TOKENIZER_FILE, TextFileError, read_text_fil
 NO_TOKENIZER = f"the source has no {TOKENIZER_FILE}; `dsv4 run` will need --tokens"
 
 
-def make_whole_plan(source: Source, recipe: Recipe) -> Plan:
+def make_whole_plan(
+    source: Source, recipe: Recipe, notice: Callable[[str], object] | None = None
+) -> Plan:
     """`make_plan`, with notices about the tokenizer and the generation settings.
 
-    Raises as `make_plan`, and SourceError for a file that `run` could not use.
+    notice: gets each of the plan's notices. Raises as `make_plan`, and SourceError for a file that
+    `run` could not use.
     """
     plan = make_plan(source, recipe)
-    return dataclasses.replace(plan, notices=plan.notices + text_notices(source, plan.config))
+    plan = dataclasses.replace(plan, notices=plan.notices + text_notices(source, plan.config))
+    if notice is not None:
+        for sentence in plan.notices:
+            notice(sentence)
+    return plan
 
 
 def text_notices(source: Source, config: ModelConfig) -> tuple[str, ...]:

@@ -167,7 +167,7 @@ def _object(raw: bytes) -> Mapping[str, Any]:
     except DuplicateKeyError as error:
         raise ConfigError(f"{GENERATION_FILE}: the key {error} stands twice") from None
     except ValueError as error:
-        raise ConfigError(f"{GENERATION_FILE} is not JSON: {error}") from None
+        raise ConfigError(f"{GENERATION_FILE} cannot be read as JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{GENERATION_FILE} is {_shown(document)}, expected a JSON object")
     return document
