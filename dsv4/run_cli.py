@@ -134,10 +134,10 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
         print_json(result.to_dict() | {"start": timeline.phases})
     else:
         writer.end()
-    if result.finish == "length":
-        say(f"cut after {limit} tokens; {request.cut}")
-    if not (wish.quiet or wish.as_json):
-        say(_summary(result.timings))
+        if result.finish == "length":
+            say(f"cut after {limit} tokens; {request.cut}")
+        if not wish.quiet:
+            say(_summary(result.timings))
     if wish.verbose:
         say(timeline.line())
     if result.finish == "interrupted":

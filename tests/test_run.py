@@ -140,10 +140,12 @@ def test_an_answer_that_is_cut_says_what_allows_a_longer_one(standard_store: Pat
     greedy = ("--tokens", "5,6,7", "--temperature", "0")
     short = run(standard_store, *greedy, "--max-new-tokens", "3")
     assert b"cut after 3 tokens; --max-new-tokens N raises the limit" in short.stderr
-    full = run(standard_store, *greedy, "--max-seq-len", "7", "--json")
-    document = json.loads(full.stdout)
-    assert (len(document["generated_tokens"]), document["finish"]) == (4, "length")
+    full = run(standard_store, *greedy, "--max-seq-len", "7")
     assert b"cut after 4 tokens; --max-seq-len N makes room, which is 7 now" in full.stderr
+    told = run(standard_store, *greedy, "--max-seq-len", "7", "--json")
+    document = json.loads(told.stdout)
+    assert (len(document["generated_tokens"]), document["finish"]) == (4, "length")
+    assert told.stderr == b"", "the document says it"
     small = run(standard_store, *greedy, "--max-seq-len", "3")
     assert small.returncode == 2
     assert b"the prompt has 3 tokens, and --max-seq-len 3 leaves no room" in small.stderr
