@@ -211,14 +211,14 @@ def _attributes(typist: Typist) -> set[bytes]:
 def test_no_colour_where_none_is_wanted() -> None:
     quiet = Typist("-c", READER, colour=False)
     try:
-        quiet.until("> ")
+        quiet.until(">")
         quiet.type(b"a")
         quiet.until("a")
         shown = _attributes(quiet)
         quiet.forget()
         quiet.type(b"\r")
         quiet.until('"a"', on_stdout=True)
-        quiet.until("> ")
+        quiet.until(">")
         quiet.type(CTRL_D)
         assert quiet.left() == 0
         assert shown | _attributes(quiet) <= {b"", b"0"}, "plain, and nothing else"
