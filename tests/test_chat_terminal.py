@@ -91,6 +91,14 @@ class Typist:
                 assert text in (self.stdout if on_stdout else self.screen), self.screen
                 return
 
+    def press_ctrl_d(self) -> None:
+        """Until it is seen: pressed between two prompts, it is nobody's."""
+        end = time.monotonic() + TIMEOUT
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.screen
+            self.type(CTRL_D)
+            self._listen(0.5)
+
     def left(self) -> int:
         """The exit code."""
         end = time.monotonic() + TIMEOUT
@@ -170,7 +178,7 @@ def test_ctrl_c_drops_the_line_and_ctrl_d_ends_with_a_newline(reader: Typist) ->
     reader.type(CTRL_C)
     reader.until('"^C"', on_stdout=True)
     reader.until("> ")
-    reader.type(CTRL_D)
+    reader.press_ctrl_d()
     assert reader.left() == 0
     assert _lines(reader) == ["^C"]
     assert reader.screen.endswith("\n")
@@ -197,7 +205,7 @@ def test_a_chat_at_a_terminal(standard_store: Path) -> None:
         chat.type(CTRL_C)
         chat.until("/exit or Ctrl-D leaves")
         chat.until("> ")
-        chat.type(CTRL_D)
+        chat.press_ctrl_d()
         assert chat.left() == 0
         assert chat.screen.endswith("\n")
     finally:
@@ -219,7 +227,7 @@ def test_no_colour_where_none_is_wanted() -> None:
         quiet.type(b"\r")
         quiet.until('"a"', on_stdout=True)
         quiet.until(">")
-        quiet.type(CTRL_D)
+        quiet.press_ctrl_d()
         assert quiet.left() == 0
         assert shown | _attributes(quiet) <= {b"", b"0"}, "plain, and nothing else"
     finally:
