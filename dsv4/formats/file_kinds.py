@@ -94,7 +94,7 @@ def misfit(name: str, first_bytes: bytes, *, json: bool = False) -> str | None:
 def _begins_as_safetensors(head: bytes) -> bool:
     """Whether a header of a possible length follows: first bytes of lengths look like anything."""
     length = int.from_bytes(head[:8], "little")
-    return 2 <= length <= _MAX_HEADER_BYTES and head[8:9] == b"{"
+    return 2 <= length <= _MAX_HEADER_BYTES and head[8:9] in (b"{", b"") and len(head) >= 8
 
 
 def _text(start: bytes, *, json: bool) -> str | None:
