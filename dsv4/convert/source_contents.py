@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dsv4.convert.index import check_index, first_names, merge_headers, parse_index, parse_json
@@ -73,24 +73,25 @@ def _unlisted(
     listed: Header,
     config: Mapping[str, Any],
     remedy: str,
-) -> Iterator[str]:
+) -> list[str]:
     """A sentence on each file that the index does not list. Raises SourceError for a needed one."""
     extra: dict[str, Header] = {}
+    why: dict[str, str] = {}
     for name in names:
         try:
             (found,) = headers([name])
         except NetworkError:
             raise
         except SourceError as error:
-            yield f"{INDEX_FILE} does not list {name}, which is not read ({error})"
+            why[name] = str(error)
             continue
-        extra[name] = {tensor: entry for tensor, entry in found.items() if tensor not in listed}
+        new = {tensor: entry for tensor, entry in found.items() if tensor not in listed}
+        extra[name] = new
+        why[name] = "all of its tensors are in files that are listed"
+        if new:
+            why[name] = f"the model does not need its tensors ({first_names(sorted(new))})"
     _refuse_needed(extra, listed, config, remedy)
-    for name, new in extra.items():
-        why = f"the model does not need its tensors ({first_names(sorted(new))})"
-        if not new:
-            why = "all of its tensors are in files that are listed"
-        yield f"{INDEX_FILE} does not list {name}, which is not read: {why}"
+    return [f"{INDEX_FILE} does not list {n}, which is not read: {why[n]}" for n in names]
 
 
 def _refuse_needed(
@@ -104,8 +105,8 @@ def _refuse_needed(
     if needed:
         holders = sorted({entry.file for entry in new.values()})
         raise SourceError(
-            f"{INDEX_FILE} does not list {first_names(holders)}, where {len(needed)} tensors are "
-            f"that the model needs and no listed file has ({first_names(needed)}); {remedy}"
+            f"{INDEX_FILE} does not list {first_names(holders)}, but {len(needed)} of the tensors "
+            f"that the model needs are only there ({first_names(needed)}); {remedy}"
         )
 
 
