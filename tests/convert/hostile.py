@@ -273,7 +273,8 @@ INDEXES: dict[str, Hostile] = {
         (INDEX_FILE, "'layers.1.attn.attn_sink'", "twice"),
     ),
     "index is a dangling link": Hostile(
-        replaced(INDEX_FILE, _link("../outside/nowhere")), (INDEX_FILE, "download it again")
+        replaced(INDEX_FILE, _link("../outside/nowhere")),
+        (INDEX_FILE, "is a link to a file that does not exist"),
     ),
     "index is a pipe": Hostile(replaced(INDEX_FILE, os.mkfifo), (INDEX_FILE, "regular file")),
 }

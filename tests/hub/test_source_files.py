@@ -11,9 +11,10 @@ from safetensors.torch import load
 from dsv4.convert.hub_source import HubSource
 from dsv4.convert.source import INDEX_FILE
 from dsv4.formats.errors import NetworkError, SourceError
+from dsv4.formats.safetensors_header import TensorEntry
 from tests.formats.test_file_kinds import KINDS
 from tests.hub.conftest import Open
-from tests.hub.loopback import FOREVER, Loopback, says
+from tests.hub.loopback import Loopback
 
 SHARD = "model-00002-of-00004.safetensors"
 LAST = "model-00004-of-00004.safetensors"
@@ -124,8 +125,17 @@ def test_a_cached_snapshot_is_accounted_for_offline(
         HubSource("some-org/some-model", cache=tmp_path / "cache")
 
 
-def test_a_network_that_fails_is_not_taken_for_a_file(hub: Loopback, opened: Open) -> None:
+def test_a_network_that_fails_is_not_taken_for_a_file(
+    hub: Loopback, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _put(hub, "extra.safetensors", hub.contents[SHARD])
-    hub.faults.plant(says(503), host="hub", file="extra.safetensors", times=FOREVER)
-    with pytest.raises(NetworkError):
+    inner = HubSource._header
+
+    def header(source: HubSource, name: str) -> dict[str, TensorEntry]:
+        if name == "extra.safetensors":
+            raise NetworkError("the hub does not answer")
+        return inner(source, name)
+
+    monkeypatch.setattr(HubSource, "_header", header)
+    with pytest.raises(NetworkError, match="the hub does not answer"):
         opened()
