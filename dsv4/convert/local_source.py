@@ -115,15 +115,21 @@ class LocalSource(Source):
 
         In a directory without config.json, folders that have one are named by it.
         """
+        # os.path's functions take what cannot be looked at for absent; Path's raise.
+        try:
+            found = [path.name for path in self._directory.iterdir()]
+        except OSError as error:
+            raise SourceError(f"{self._directory} cannot be read: {error.strerror}") from None
         names = []
-        for entry in self._directory.iterdir():
-            if entry.is_dir() and not is_read(entry.name):
-                names.append(f"{entry.name}/")
-            elif entry.exists() or not is_shard_name(entry.name):
-                names.append(entry.name)
+        for name in found:
+            path = self._directory / name
+            if os.path.isdir(path) and not is_read(name):  # noqa: PTH112
+                names.append(f"{name}/")
+            elif os.path.exists(path) or not is_shard_name(name):  # noqa: PTH110
+                names.append(name)
         if CONFIG_FILE not in names:
             below = [f"{name}{CONFIG_FILE}" for name in names if name.endswith("/")]
-            names += [name for name in below if (self._directory / name).is_file()]
+            names += [n for n in below if os.path.isfile(self._directory / n)]  # noqa: PTH113
         return names
 
     def _listed(self, name: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -355,11 +357,31 @@ def test_no_pickle_is_opened(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (copy / "pytorch_model.bin").chmod(0)
     opened: list[str] = []
     inner = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda self, *a, **k: opened.append(self.name) or inner(self, *a, **k)
-    )
+
+    def noted(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return inner(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", noted)
     source = LocalSource(copy)
     source.fingerprint()
     assert source.notices == ()
     assert SHARD in opened
     assert set(opened) <= {*source.sizes, *AUX_FILES, INDEX_FILE}
+
+
+def test_what_cannot_be_looked_at_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in /tmp, where services keep folders for themselves."""
+    (tmp_path / "private" / "config.json").mkdir(parents=True)
+    inner = os.stat
+
+    def denied(path: Any, *args: Any, **options: Any) -> Any:
+        if "private/" in os.fspath(path):
+            raise PermissionError(13, "Permission denied")
+        return inner(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(SourceError, match=f"^{tmp_path} is not a checkpoint: it has no config"):
+        open_source(tmp_path)
