@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 import dsv4
-from dsv4.console import err, print_json
+from dsv4.console import err, notice, print_json
 from dsv4.endings import terminate
 from dsv4.formats.errors import RuntimeRefusal
 
 if TYPE_CHECKING:
+    from dsv4.formats.text_files import TextFiles
     from dsv4.runtime.generate import Timings
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
@@ -63,7 +64,8 @@ def run(
     timeline.mark("interpreter")
     if device != "cpu":
         wake()
-    from dsv4.runtime.answer import encode_prompt, parse_tokens, sampling_defaults
+    from dsv4.formats.stored_text import stored_text_files
+    from dsv4.runtime.answer import answer_limit, encode_prompt, parse_tokens
     from dsv4.runtime.sampling import Sampler
     from dsv4.runtime.text import Text
 
@@ -72,28 +74,43 @@ def run(
     signal.signal(signal.SIGTERM, terminate)
     timeline.mark("imports")
     packed = dsv4.open(directory)
-    model = dsv4.load(packed, device=_device(device), mark=timeline.mark)
+    # All that text needs is read before the weights are: what is refused is refused at once.
+    found = stored_text_files(packed)
+    settings = found.settings
+    text = None if found.tokenizer is None else Text(found.tokenizer)
+    vocab = packed.config.vocab_size if text is None else text.vocab_size
+    sampler = Sampler.from_settings(
+        settings, temperature=temperature, top_p=top_p, seed=seed, allowed=vocab
+    )
+    place = _device(device)
+    _say_notices(found, sampler, place)
+    ids = None
+    if tokens is not None:
+        ids = parse_tokens(tokens)
+    elif prompt is not None:
+        ids = encode_prompt(prompt, _required(text), raw=raw)
+    limit = max_new_tokens
+    if ids is not None and limit is None:
+        limit = answer_limit(settings, len(ids), DEFAULT_NEW_TOKENS)
+    timeline.mark("tokenizer")
+    model = dsv4.load(packed, device=place, mark=timeline.mark)
     timeline.mark("weights ready")
     for line in model.load_lines():
         err.print(line, markup=False, highlight=False)
-    assets = packed.store.assets
-    text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
-    defaults = sampling_defaults(assets.get("generation_config.json"))
-    sampler = Sampler(
-        defaults[0] if temperature is None else temperature,
-        defaults[1] if top_p is None else top_p,
-        seed,
-        allowed=model.config.vocab_size if text is None else text.vocab_size,
-    )
-    if prompt is None and tokens is None:
-        _chat(model, _required(text), sampler, max_new_tokens, max_seq_len, raw or as_json)
+    if ids is None or limit is None:
+        limit = max_new_tokens or settings.max_new_tokens
+        wrong = raw or as_json
+        _chat(model, _required(text), sampler, settings.eos_token_ids, limit, max_seq_len, wrong)
         return
-    ids = (
-        parse_tokens(tokens)
-        if tokens is not None
-        else encode_prompt(prompt or "", _required(text), raw=raw)
-    )
-    _answer_once(model, text, ids, sampler, max_new_tokens or DEFAULT_NEW_TOKENS, timeline, as_json)
+    _answer_once(model, text, ids, sampler, settings.eos_token_ids, limit, timeline, as_json)
+
+
+def _say_notices(found: TextFiles, sampler: Sampler, device: str) -> None:
+    """Once: what the checkpoint asks for in vain, and what takes longer than it could."""
+    reason = sampler.host_reason() if device == "cuda" else None
+    own = found.settings.notices(greedy=sampler.greedy)
+    for sentence in (*found.tokenizer_notices, *own, *([] if reason is None else [reason])):
+        notice(sentence)
 
 
 def _answer_once(
@@ -101,6 +118,7 @@ def _answer_once(
     text: Text | None,
     ids: list[int],
     sampler: Sampler,
+    eos_token_ids: tuple[int, ...],
     limit: int,
     timeline: Timeline,
     as_json: bool,
@@ -121,7 +139,7 @@ def _answer_once(
         sampler,
         text=text,
         max_new_tokens=limit,
-        eos_token_ids=model.config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         write=write,
     )
     if as_json:
@@ -159,6 +177,7 @@ def _chat(
     model: Model | GpuModel,
     text: Text,
     sampler: Sampler,
+    eos_token_ids: tuple[int, ...],
     max_new_tokens: int | None,
     max_seq_len: int,
     wrong_flags: bool,
@@ -171,7 +190,7 @@ def _chat(
         model.session(max_seq_len=max_seq_len),
         text,
         sampler,
-        eos_token_ids=model.config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         max_new_tokens=max_new_tokens,
     )
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from dsv4.formats.errors import RuntimeRefusal, StoreError
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.settings import GENERATION_FILE, GenerationSettings
 from dsv4.runtime.chat import Template, Turn, stop_ids
 from dsv4.runtime.generate import Timings, TokenSession, generate
 from dsv4.runtime.sampling import Sampler
@@ -53,6 +52,21 @@ def parse_tokens(spelling: str) -> list[int]:
     return ids
 
 
+def answer_limit(settings: GenerationSettings, prompt_tokens: int, fallback: int) -> int:
+    """Most tokens of an answer that nobody bounded: the checkpoint's bound, or `fallback`.
+
+    Raises RuntimeRefusal when the prompt alone reaches the checkpoint's max_length.
+    """
+    limit = settings.new_tokens(prompt_tokens)
+    if limit is not None and limit < 1:
+        raise RuntimeRefusal(
+            f"the prompt has {prompt_tokens} tokens and {GENERATION_FILE} allows "
+            f"{settings.max_length} for prompt and answer together (max_length); "
+            "give --max-new-tokens"
+        )
+    return fallback if limit is None else limit
+
+
 def answer(
     session: TokenSession,
     prompt_ids: Sequence[int],
@@ -84,19 +98,3 @@ def answer(
         "length" if len(drawn) == max_new_tokens else "stop",
         timings,
     )
-
-
-def sampling_defaults(path: Path | None) -> tuple[float, float]:
-    """-> (temperature, top_p) of a `generation_config.json`; (1, 1) when there is none."""
-    if path is None:
-        return 1.0, 1.0
-    try:
-        raw = json.loads(path.read_text())
-        sampled = bool(raw.get("do_sample", True))
-        return (float(raw.get("temperature", 1.0)) if sampled else 0.0), float(
-            raw.get("top_p", 1.0)
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path.name}: not a generation config ({error}); copy it again from the source"
-        ) from None

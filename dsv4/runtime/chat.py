@@ -212,8 +212,16 @@ class Chat:
                 f"{self._session.max_seq_len}; start anew, or open it with a larger max_seq_len"
             )
         answer = _Answer(self._text, self.template.thinking)
-        new = prompt[self._follow(prompt) :]
-        tokens = generate(self._session, new, limit, self._sampler, self._stop_ids, self.timings)
+        held = self._follow(prompt)
+        tokens = generate(
+            self._session,
+            prompt[held:],
+            limit,
+            self._sampler,
+            self._stop_ids,
+            self.timings,
+            history=prompt[:held],
+        )
         finish: Finish = "interrupted"
         try:
             yield from answer.read(tokens)

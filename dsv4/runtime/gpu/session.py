@@ -175,8 +175,11 @@ class GpuSession:
     def append_and_draw(self, ids: Tensor, sampler: Sampler) -> Tensor:
         """Append `ids` and draw the next id: int32 `[1]` on the device, which may be fed as it is.
 
-        Everything that a draw needs lies on the device: a step of one token is a single graph.
+        Everything that a draw needs lies on the device: a step of one token is a single graph. But
+        what the kernel does not know (`Sampler.host_reason`) is drawn on the host: int64 `[1]`.
         """
+        if sampler.host_reason() is not None:
+            return sampler(self.forward(ids, "last").cpu())
         if ids is self._drawn and sampler is self._sampler:
             self._check_room(1)
             self._program(DECODE).replay()
