@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import dsv4
+from dsv4 import interrupts
 from dsv4.bench_cli import bench
 from dsv4.console import err, notice, out, print_json
 from dsv4.endings import EXIT_FAILED, endings
@@ -30,7 +31,8 @@ from dsv4.run_cli import run
 
 
 def main() -> None:
-    """Entry point."""
+    """The command line as a program. `__main__` is where the process begins."""
+    interrupts.install()
     with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(cli.main(standalone_mode=False) or 0)

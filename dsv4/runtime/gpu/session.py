@@ -21,7 +21,7 @@ from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, chunk_rows
 from dsv4.runtime.gpu.program import Program, allocate
 from dsv4.runtime.load.arena import require_memory
 from dsv4.runtime.sampling import Sampler
-from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids
+from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids, require_tensor
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel
@@ -243,6 +243,7 @@ class GpuSession:
 
     def _checked(self, ids: Tensor) -> Tensor:
         """On the device; what the device drew is not looked at: kernels stay in their tables."""
+        require_tensor(ids)
         self._check_room(ids.shape[0])
         if not ids.is_cuda:
             check_ids(ids, self._position, self.max_seq_len, self.model.config.vocab_size)
