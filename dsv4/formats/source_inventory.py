@@ -200,7 +200,7 @@ def _refuse_differences(
     ]
     if problems:
         closest = closest_name(extra[0], missing or known) if extra else None
-        hint = f"; the closest known name to {extra[0]} is {closest}" if closest else ""
+        hint = f"; the closest known name is {closest}, for {extra[0]}" if closest else ""
         raise SourceError(
             f"of {len(known)} tensors that config.json implies: {', '.join(problems)}{hint}; check "
             "that every shard arrived and that config.json belongs to this checkpoint"

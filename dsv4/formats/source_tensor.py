@@ -10,8 +10,9 @@ by the entries themselves (their roles and dtypes), never by what the config cla
     PLAIN   weight (or the tensor itself) BF16, F32 or integers
 
 FP8 has one scale per 128x128 tile, `[N/128, K/128]`, one per row, `[N, 1]` or `[N]`, or one for the
-matrix, `[]` or `[1]`. ModelOpt's `weight_scale_2` multiplies, compressed-tensors' `weight_global_scale` divides. Scales of
-activations may stand beside quantised weights; weights do not need them.
+matrix, `[]` or `[1]`. ModelOpt's `weight_scale_2` multiplies, compressed-tensors'
+`weight_global_scale` divides. Scales of activations may stand beside quantised weights; weights do
+not need them.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class SourceTensor:
     @property
     def tiled(self) -> bool:
         """Whether it is FP8 with one scale per 128x128 tile."""
-        return self.encoding is Encoding.FP8 and self.scale is not None and (
-            self.scale.shape == _fp8_tiles(self.shape)
+        return (
+            self.encoding is Encoding.FP8
+            and self.scale is not None
+            and (self.scale.shape == _fp8_tiles(self.shape))
         )
 
     @property
