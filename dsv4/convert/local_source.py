@@ -42,6 +42,8 @@ class LocalSource(Source):
     that travel along is not in order.
     """
 
+    here = True
+
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         if not self._directory.is_dir():

@@ -24,7 +24,8 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_RANK = 8
 MAX_TENSOR_BITS = 1 << 62
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+# transformers 5.8.1 writes `mlp.experts..3.w1.weight`.
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(?:(?:\.|(?<=\.experts)\.\.)[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 256
 METADATA_KEY = "__metadata__"
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
