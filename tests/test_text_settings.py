@@ -150,15 +150,14 @@ def test_settings_of_the_checkpoint_are_obeyed(standard_store: Path, tmp_path: P
     greedy, _ = run(standard_store, "--temperature", "0", "--max-new-tokens", "4")
     sampled, _ = run(standard_store, "--max-new-tokens", "4", "--seed", "3")
     assert sampled["generated_tokens"] != greedy["generated_tokens"]
-    for number, settings in enumerate(
-        (
-            {"do_sample": True, "top_k": 1},
-            {"do_sample": True, "top_p": 0, "temperature": None},
-            {"do_sample": True, "min_p": 1},
-            {"do_sample": False},
-            {},
-        )
-    ):
+    alike: list[dict[str, Any]] = [
+        {"do_sample": True, "top_k": 1},
+        {"do_sample": True, "top_p": 0, "temperature": None},
+        {"do_sample": True, "min_p": 1},
+        {"do_sample": False},
+        {},
+    ]
+    for number, settings in enumerate(alike):
         store = settings_store(standard_store, tmp_path / str(number), settings)
         found, said = run(store, "--max-new-tokens", "4", "--seed", "3")
         assert found["generated_tokens"] == greedy["generated_tokens"], settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
-from dsv4.convert.cluster import Job, run_on_cluster
+from dsv4.convert.cluster import Job, require_dask, run_on_cluster
 from dsv4.convert.describe import describe, manifest_of
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
@@ -85,6 +85,8 @@ def convert(
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
     Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
     """
+    if scheduler is not None:
+        require_dask()
     source = open_source(src, revision)
     plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     budget = budget_for(plan, source, memory, workers)

@@ -25,7 +25,7 @@ _ADVICE = {
     "a pickle, which is never opened": _OTHER_FORMAT,
     "a zip archive, as torch.save writes pickles": _OTHER_FORMAT,
     "an HTML page": f"{_FETCH}; its repository may ask for a login first",
-    "an XML document": f"{_FETCH}; a server's answer was saved in its place",
+    "an XML document": f"{_FETCH}; a server's answer may have been saved in its place",
     "a gzip archive": _UNPACK,
     "a zstd archive": _UNPACK,
     "an xz archive": _UNPACK,
@@ -35,7 +35,7 @@ _ADVICE = {
     "empty": _FETCH,
     "a file that begins with zeros": f"{_FETCH}; a download that was cut leaves such files",
 }
-_ANSWER = f"{_FETCH}; a server's answer was saved in its place"
+_ANSWER = f"{_FETCH}; a server's answer may have been saved in its place"
 
 _MAGIC = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer"),
@@ -94,7 +94,7 @@ def misfit(name: str, first_bytes: bytes, *, json: bool = False) -> str | None:
 def _begins_as_safetensors(head: bytes) -> bool:
     """Whether a header of a possible length follows: first bytes of lengths look like anything."""
     length = int.from_bytes(head[:8], "little")
-    return 2 <= length <= _MAX_HEADER_BYTES and head[8:9] == b"{"
+    return 2 <= length <= _MAX_HEADER_BYTES and head[8:9] in (b"{", b"") and len(head) >= 8
 
 
 def _text(start: bytes, *, json: bool) -> str | None:

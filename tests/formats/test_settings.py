@@ -36,6 +36,9 @@ CHOICES: dict[str, list[Any]] = {
 }
 
 
+WRONG: tuple[Any, ...] = ("hot", {}, -2)
+
+
 def read(document: dict[str, Any]) -> GenerationSettings:
     return GenerationSettings.from_json(json.dumps(document).encode(), FLASH)
 
@@ -125,7 +128,7 @@ def test_the_bound_on_an_answer() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *((name, value) for name in CHOICES if name in _READ for value in ("hot", {}, -2)),
+        *((name, value) for name in CHOICES if name in _READ for value in WRONG),
         ("temperature", True),
         ("temperature", [1]),
         ("temperature", 1e39),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -32,6 +32,9 @@ NOTHING = torch.empty(1, 0, dtype=torch.int64)
 
 # Drawn before there was anything but temperature and top-p, from `random_logits(11, 1)`.
 BEFORE = [17, 25, 1, 10, 59, 10, 10, 10, 47, 10, 59, 28]
+
+
+GREEDY = GenerationSettings((1,), do_sample=False)
 
 
 def random_logits(seed: int, rows: int = 4) -> Tensor:
@@ -206,8 +209,8 @@ class Ranked(FakeSession):
 
 
 def test_generate_tells_prompt_history_and_answer() -> None:
-    def said(history: list[int], **penalty: float) -> list[int]:
-        session, sampler = Ranked(lambda ids: 0), Sampler(0.0, 1.0, None, **penalty)
+    def said(history: list[int], **penalty: Any) -> list[int]:
+        session, sampler = Ranked(lambda ids: 0), Sampler.from_settings(GREEDY, **penalty)
         return list(generate(session, [1], 4, sampler, history=history))
 
     assert said([]) == [0, 0, 0, 0]
