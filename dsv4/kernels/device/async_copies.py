@@ -1,204 +1,101 @@
-"""Loads, stores and asynchronous copies of vectors.
+"""Asynchronous copies from global to shared memory.
 
-Addresses in global memory are 64-bit numbers of bytes (`pointer.toint()`), those in shared memory
-32-bit ones. Loads from global memory are volatile only to keep their order: the assembler moves
-others next to their first use, and what should be one wait becomes several.
+A slot is a 32-bit number of bytes in shared memory; an address in global memory is a 64-bit number
+of bytes, or a pointer. Plain loads, however early they are asked for, are moved next to their use
+by the assembler; copies keep tens of kilobytes in flight on a multiprocessor at no cost in
+registers.
+
+A warp's own ring is shared memory where only the copying thread reads what it copied: a slot is
+`pieces` times 16 bytes for each lane, `[piece][lane][16]`, so that a warp reads it without bank
+conflicts. A thread waits for its own copies and needs no barrier.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from cutlass import Float32, Int32, Int64, Uint32
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
+from cutlass import Int32, Int64
 
-_FOUR_FLOATS = "!llvm.struct<(f32, f32, f32, f32)>"
-_TWO_FLOATS = "!llvm.struct<(f32, f32)>"
-_TWO_WORDS = "!llvm.struct<(i32, i32)>"
-_FOUR_WORDS = "!llvm.struct<(i32, i32, i32, i32)>"
+from dsv4.kernels.device.asm import at, effect
+
+LANE_BYTES = 16
+PIECE_BYTES = 32 * LANE_BYTES
 
 
-def _effect(result: Any, text: str, constraints: str, args: list[Any], loc: Any, ip: Any) -> Any:
-    values = [arg.ir_value(loc=loc, ip=ip) for arg in args]
-    return llvm.inline_asm(result, values, text, constraints, has_side_effects=True, loc=loc, ip=ip)
-
-
-def _parts(packed: Any, kind: Any, count: int, loc: Any, ip: Any) -> tuple[Any, ...]:
-    return tuple(
-        kind(llvm.extractvalue(kind.mlir_type, packed, [n], loc=loc, ip=ip)) for n in range(count)
-    )
-
-
-@dsl_user_op
-def load_f32x4(address: Int64, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Four float32 from global memory."""
-    text, out = "ld.volatile.global.v4.f32 {$0, $1, $2, $3}, [$4];", ir.Type.parse(_FOUR_FLOATS)
-    return _parts(_effect(out, text, "=f,=f,=f,=f,l", [address], loc, ip), Float32, 4, loc, ip)
-
-
-@dsl_user_op
-def load_f32x4_if(
-    condition: Int32, address: Int64, *, loc: Any = None, ip: Any = None
-) -> tuple[Float32, ...]:
-    """Four float32, or zeros where `condition` is 0 and nothing is read."""
-    text = (
-        "{ .reg .pred p; setp.ne.s32 p, $4, 0; "
-        "mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
-        "mov.f32 $2, 0f00000000; mov.f32 $3, 0f00000000; "
-        "@p ld.volatile.global.v4.f32 {$0, $1, $2, $3}, [$5]; }"
-    )
-    out = _effect(
-        ir.Type.parse(_FOUR_FLOATS), text, "=&f,=&f,=&f,=&f,r,l", [condition, address], loc, ip
-    )
-    return _parts(out, Float32, 4, loc, ip)
-
-
-@dsl_user_op
-def load_f32x2(address: Int64, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Two float32 from global memory."""
-    text, out = "ld.volatile.global.v2.f32 {$0, $1}, [$2];", ir.Type.parse(_TWO_FLOATS)
-    return _parts(_effect(out, text, "=f,=f,l", [address], loc, ip), Float32, 2, loc, ip)
-
-
-@dsl_user_op
-def load_b64(address: Int64, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """8 bytes from global memory, as two words."""
-    text, out = "ld.volatile.global.v2.u32 {$0, $1}, [$2];", ir.Type.parse(_TWO_WORDS)
-    return _parts(_effect(out, text, "=r,=r,l", [address], loc, ip), Uint32, 2, loc, ip)
-
-
-def load_channels(pointer: Any, offset: Any, wide: bool) -> tuple[Float32, ...]:
-    """Four neighbouring values from `offset` elements on: float32 (`wide`) or bfloat16."""
-    address = (pointer + offset).toint()
-    if wide:
-        return load_f32x4(address)
-    words = load_b64(address)
-    high = Uint32(0xFFFF0000)
-    return tuple(
-        bits.bitcast(Float32) for word in words for bits in (word << Uint32(16), word & high)
-    )
-
-
-@dsl_user_op
-def load_b32(address: Int64, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """4 bytes from global memory."""
-    return Uint32(_effect(T.i32(), "ld.volatile.global.u32 $0, [$1];", "=r,l", [address], loc, ip))
-
-
-@dsl_user_op
-def store_f32x4(
-    address: Int64, values: tuple[Any, ...], *, loc: Any = None, ip: Any = None
+def copy(
+    slot: Int32, address: Any, nbytes: int = 16, *, l2: int = 0, to: int = 0, of: int = 0
 ) -> None:
-    """Four float32 to global memory."""
-    _effect(
-        None, "st.global.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", [address, *values], loc, ip
+    """4, 8 or 16 bytes from `address + of` to `slot + to`; 16 go past L1.
+
+    l2: bytes around them that the L2 cache is to fetch, 128 or 256, or 0 for no more than needed.
+    """
+    effect(f"{_opcode(nbytes, l2)} {at(0, to)}, {at(1, of)}, {nbytes};", slot, address)
+
+
+def copy_or_zero(
+    slot: Int32,
+    address: Any,
+    live: Int32,
+    nbytes: int = 16,
+) -> None:
+    """8 or 16 bytes; zeros where `live` is 0, and nothing is read."""
+    effect(
+        "{ .reg .pred p; .reg .u32 n; setp.ne.s32 p, $2, 0; "
+        f"selp.u32 n, {nbytes}, 0, p; {_opcode(nbytes)} [$0], [$1], {nbytes}, n; }}",
+        slot,
+        address,
+        live,
     )
 
 
-@dsl_user_op
-def store_b64(address: Int64, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None) -> None:
-    """Two words to global memory."""
-    _effect(None, "st.global.v2.u32 [$0], {$1, $2};", "l,r,r", [address, *words], loc, ip)
-
-
-@dsl_user_op
-def store_b32(address: Int64, word: Uint32, *, loc: Any = None, ip: Any = None) -> None:
-    """A word to global memory."""
-    _effect(None, "st.global.u32 [$0], $1;", "l,r", [address, word], loc, ip)
-
-
-@dsl_user_op
-def store_b16(address: Int64, word: Uint32, *, loc: Any = None, ip: Any = None) -> None:
-    """The lower half of a word to global memory."""
-    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.u16 [$0], h; }"
-    _effect(None, text, "l,r", [address, word], loc, ip)
-
-
-@dsl_user_op
-def store_b8(address: Int64, word: Uint32, *, loc: Any = None, ip: Any = None) -> None:
-    """The lowest byte of a word to global memory."""
-    text = "{ .reg .b16 h; cvt.u16.u32 h, $1; st.global.u8 [$0], h; }"
-    _effect(None, text, "l,r", [address, word], loc, ip)
-
-
-@dsl_user_op
-def prefetch_l2(address: Int64, *, loc: Any = None, ip: Any = None) -> None:
-    """Ask for a line of global memory. A hint: nothing is read, so nothing can be stale."""
-    _effect(None, "prefetch.global.L2 [$0];", "l", [address], loc, ip)
-
-
-@dsl_user_op
-def store_shared_b128(
-    address: Int32, words: tuple[Any, ...], *, loc: Any = None, ip: Any = None
+def copy_beginning(
+    slot: Int32, address: Any, taken: Int32, *, l2: int = 0, to: int = 0, of: int = 0
 ) -> None:
-    """Four words to shared memory."""
-    text = "st.shared.v4.u32 [$0], {$1, $2, $3, $4};"
-    _effect(None, text, "r,r,r,r,r", [address, *words], loc, ip)
+    """The first `taken` of 16 bytes, zeros for the others."""
+    effect(f"{_opcode(16, l2)} {at(0, to)}, {at(1, of)}, 16, $2;", slot, address, taken)
 
 
-@dsl_user_op
-def store_shared_b32(address: Int32, word: Uint32, *, loc: Any = None, ip: Any = None) -> None:
-    """A word to shared memory."""
-    _effect(None, "st.shared.u32 [$0], $1;", "r,r", [address, word], loc, ip)
+def copy_for_all(slot: Int32, address: Any, condition: Int32) -> None:
+    """16 bytes that other warps read too, through L1; nothing where `condition` is 0."""
+    effect(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.ca.shared.global [$0], [$1], 16; }",
+        slot,
+        address,
+        condition,
+    )
 
 
-@dsl_user_op
-def load_shared_b128(address: Int32, *, loc: Any = None, ip: Any = None) -> tuple[Uint32, ...]:
-    """Four words from shared memory."""
-    text, out = "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", ir.Type.parse(_FOUR_WORDS)
-    return _parts(_effect(out, text, "=r,=r,=r,=r,r", [address], loc, ip), Uint32, 4, loc, ip)
+def copy_word_around(slot: Int32, address: Int64, to: int) -> None:
+    """4 bytes, the aligned ones that `address` lies in, to `slot + to`."""
+    effect(
+        f"{{ .reg .b64 a; and.b64 a, $1, -4; {_opcode(4)} {at(0, to)}, [a], 4; }}", slot, address
+    )
 
 
-@dsl_user_op
-def load_shared_f32x4(address: Int32, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Four float32 from shared memory."""
-    text, out = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", ir.Type.parse(_FOUR_FLOATS)
-    return _parts(_effect(out, text, "=f,=f,=f,=f,r", [address], loc, ip), Float32, 4, loc, ip)
+def commit() -> None:
+    """Close a group: all copies since the last one, possibly none."""
+    effect("cp.async.commit_group;")
 
 
-@dsl_user_op
-def load_shared_f32x2(address: Int32, *, loc: Any = None, ip: Any = None) -> tuple[Float32, ...]:
-    """Two float32 from shared memory."""
-    text, out = "ld.shared.v2.f32 {$0, $1}, [$2];", ir.Type.parse(_TWO_FLOATS)
-    return _parts(_effect(out, text, "=f,=f,r", [address], loc, ip), Float32, 2, loc, ip)
+def wait(pending: int) -> None:
+    """Until at most `pending` groups are under way."""
+    effect(f"cp.async.wait_group {pending};")
 
 
-@dsl_user_op
-def load_shared_f32(address: Int32, *, loc: Any = None, ip: Any = None) -> Float32:
-    """A float32 from shared memory."""
-    return Float32(_effect(T.f32(), "ld.shared.f32 $0, [$1];", "=f,r", [address], loc, ip))
+def copy_bulk(slot: Int32, address: Any, nbytes: int, barrier: Int32) -> None:
+    """Bytes that then count at `barrier` (see `mbarriers`): one thread's business.
+
+    All are multiples of 16.
+    """
+    effect(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[$0], [$1], {nbytes}, [$2];",
+        slot,
+        address,
+        barrier,
+    )
 
 
-@dsl_user_op
-def copy_word(slot: Int32, address: Int64, *, loc: Any = None, ip: Any = None) -> None:
-    """Asynchronous copy of 4 bytes to shared memory at byte `slot` (see `ring`)."""
-    _effect(None, "cp.async.ca.shared.global [$0], [$1], 4;", "r,l", [slot, address], loc, ip)
-
-
-@dsl_user_op
-def copy_b128(slot: Int32, address: Int64, *, loc: Any = None, ip: Any = None) -> None:
-    """Asynchronous copy of 16 bytes, past L1, to shared memory at byte `slot`."""
-    _effect(None, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", [slot, address], loc, ip)
-
-
-@dsl_user_op
-def copy_b128_or_zero(
-    slot: Int32, address: Int64, condition: Int32, *, loc: Any = None, ip: Any = None
-) -> None:
-    """The same, or 16 zero bytes where `condition` is 0 and nothing is read."""
-    text = "{ .reg .u32 n; shl.b32 n, $2, 4; cp.async.cg.shared.global [$0], [$1], 16, n; }"
-    _effect(None, text, "r,l,r", [slot, address, condition], loc, ip)
-
-
-@dsl_user_op
-def load_shared_b32(address: Int32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """A word from shared memory."""
-    return Uint32(_effect(T.i32(), "ld.shared.u32 $0, [$1];", "=r,r", [address], loc, ip))
-
-
-@dsl_user_op
-def count_shared(address: Int32, *, loc: Any = None, ip: Any = None) -> None:
-    """Add 1 to a word of shared memory, atomically; lanes of one address go together."""
-    _effect(None, "red.shared.add.u32 [$0], 1;", "r", [address], loc, ip)
+def _opcode(nbytes: int, l2: int = 0) -> str:
+    through = "cg" if nbytes == LANE_BYTES else "ca"  # only 16 bytes can go past L1
+    return f"cp.async.{through}.shared.global" + (f".L2::{l2}B" if l2 else "")

@@ -12,29 +12,24 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, Uint64, range_constexpr
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import dsl_user_op
+
+from dsv4.kernels.device.asm import effect
 
 LANES = 32
 _HALF = 2 * LANES  # places for the numbers of the warps of a CTA, then of the CTAs
 _KEYS, _SUMS, _CHOICE, _BARRIERS = 0, 1, 3, 4
 
 
-@dsl_user_op
-def _push(
-    place: Int32, barrier: Int32, rank: Int32, value: Any, *, loc: Any = None, ip: Any = None
-) -> None:
+def _push(place: Int32, barrier: Int32, rank: Int32, value: Any) -> None:
     """`value` to byte `place` of a CTA of the cluster, counted by its barrier."""
-    kind, constraint = ("u64", "l") if value.width == 64 else ("u32", "r")
-    llvm.inline_asm(
-        None,
-        [one.ir_value(loc=loc, ip=ip) for one in (place, barrier, rank, value)],
+    kind = "u64" if value.width == 64 else "u32"
+    effect(
         "{ .reg .u32 a, b; mapa.shared::cluster.u32 a, $0, $2; mapa.shared::cluster.u32 b, $1, $2; "
         f"st.async.shared::cluster.mbarrier::complete_tx::bytes.{kind} [a], $3, [b]; }}",
-        f"r,r,r,{constraint}",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
+        place,
+        barrier,
+        rank,
+        value,
     )
 
 

@@ -6,19 +6,12 @@ last to go on clears both. What a CTA wrote before it came is seen by those that
 
 from __future__ import annotations
 
-from typing import Any
-
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import dsl_user_op
+
+from dsv4.kernels.device.asm import effect
 
 MOST_POLLS = 1 << 24  # seconds: whoever is still missing then is not coming
-
-
-@dsl_user_op
-def _trap(*, loc: Any = None, ip: Any = None) -> None:
-    llvm.inline_asm(None, [], "trap;", "", has_side_effects=True, loc=loc, ip=ip)
 
 
 @cute.jit
@@ -36,7 +29,7 @@ def arrive_and_wait(counters: cute.Tensor, ctas: Int32) -> None:
             here = cute.arch.load(came, Int32, sem="acquire", scope="gpu")
             polls += 1
         if here < ctas:
-            _trap()
+            effect("trap;")
         before = cute.arch.atomic_add(went, Int32(1), sem="relaxed", scope="gpu")
         if before == ctas - 1:
             cute.arch.store(came, Int32(0), sem="relaxed", scope="gpu")

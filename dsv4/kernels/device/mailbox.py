@@ -11,57 +11,34 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Uint32, cute, range_constexpr
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import T, dsl_user_op
 
-from dsv4.kernels.device import words
+from dsv4.kernels.device.asm import effect
 
 PATIENCE = 1 << 20  # rounds of asking before a reader gives up: a wrong result, not a hung GPU
 
 
-@dsl_user_op
-def send(address: Any, value: Float32, *, loc: Any = None, ip: Any = None) -> None:
+def send(address: Any, value: Float32) -> None:
     """Put `value` into the word at `address` (a pointer)."""
-    llvm.inline_asm(
-        None,
-        [address.to_llvm_ptr(loc=loc, ip=ip), value.ir_value(loc=loc, ip=ip)],
+    effect(
         "{ .reg .pred p; .reg .b32 w; mov.b32 w, $1; setp.eq.u32 p, w, 0; "
         "selp.b32 w, 0x80000000, w, p; st.relaxed.gpu.global.b32 [$0], w; }",
-        "l,f",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
+        address,
+        value,
     )
 
 
-@dsl_user_op
-def ask(word: Uint32, address: Any, *, loc: Any = None, ip: Any = None) -> Uint32:
+def ask(word: Uint32, address: Any) -> Uint32:
     """`word` if it is not zero, else what is at `address` (a pointer) now."""
-    result = llvm.inline_asm(
-        T.i32(),
-        [word.ir_value(loc=loc, ip=ip), address.to_llvm_ptr(loc=loc, ip=ip)],
+    text = (
         "{ .reg .pred p; setp.eq.u32 p, $1, 0; mov.b32 $0, $1; "
-        "@p ld.relaxed.gpu.global.b32 $0, [$2]; }",
-        "=&r,r,l",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
+        "@p ld.relaxed.gpu.global.b32 $0, [$2]; }"
     )
-    return Uint32(result)
+    return Uint32(effect(text, word, address, out=Uint32, early=True))
 
 
-@dsl_user_op
-def clear(address: Any, *, loc: Any = None, ip: Any = None) -> None:
+def clear(address: Any) -> None:
     """Empty the word at `address` (a pointer) for the next launch."""
-    llvm.inline_asm(
-        None,
-        [address.to_llvm_ptr(loc=loc, ip=ip)],
-        "{ .reg .b32 z; mov.b32 z, 0; st.relaxed.gpu.global.b32 [$0], z; }",
-        "l",
-        has_side_effects=True,
-        loc=loc,
-        ip=ip,
-    )
+    effect("{ .reg .b32 z; mov.b32 z, 0; st.relaxed.gpu.global.b32 [$0], z; }", address)
 
 
 @cute.jit
@@ -80,5 +57,5 @@ def receive(box: Any, count: cutlass.Constexpr, stride: cutlass.Constexpr) -> Fl
     total = Float32(0.0)
     for n in range_constexpr(count):
         clear(box + n * stride)
-        total += words.as_float(found[n])
+        total += found[n].bitcast(Float32)
     return total

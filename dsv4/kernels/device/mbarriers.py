@@ -6,35 +6,26 @@ arrived; phases alternate between parity 0 and 1. Who waits sees what was copied
 
 from __future__ import annotations
 
-from typing import Any
-
 from cutlass import Int32
-from cutlass._mlir.dialects import llvm
-from cutlass.cutlass_dsl import dsl_user_op
+
+from dsv4.kernels.device.asm import effect
 
 
-@dsl_user_op
-def init(barrier: Int32, arrivals: int, *, loc: Any = None, ip: Any = None) -> None:
+def init(barrier: Int32, arrivals: int) -> None:
     """A barrier for that many arrivals a phase; the CTA meets before it is used."""
-    _effect(f"mbarrier.init.shared.b64 [$0], {arrivals};", "r", [barrier], loc, ip)
+    effect(f"mbarrier.init.shared.b64 [$0], {arrivals};", barrier)
 
 
-@dsl_user_op
-def arrive_after_copies(barrier: Int32, *, loc: Any = None, ip: Any = None) -> None:
+def arrive_after_copies(barrier: Int32) -> None:
     """This thread's arrival, once all copies that it asked for have come."""
-    _effect("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [barrier], loc, ip)
+    effect("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", barrier)
 
 
-@dsl_user_op
-def wait(barrier: Int32, parity: Int32, *, loc: Any = None, ip: Any = None) -> None:
+def wait(barrier: Int32, parity: Int32) -> None:
     """Until the phase of that parity is complete."""
-    text = (
+    effect(
         "{ .reg .pred p; WAIT_${:uid}: "
-        "mbarrier.try_wait.parity.shared.b64 p, [$0], $1, 10000000; @!p bra WAIT_${:uid}; }"
+        "mbarrier.try_wait.parity.shared.b64 p, [$0], $1, 10000000; @!p bra WAIT_${:uid}; }",
+        barrier,
+        parity,
     )
-    _effect(text, "r,r,~{memory}", [barrier, parity], loc, ip)
-
-
-def _effect(text: str, constraints: str, values: list[Any], loc: Any, ip: Any) -> None:
-    operands = [value.ir_value(loc=loc, ip=ip) for value in values]
-    llvm.inline_asm(None, operands, text, constraints, has_side_effects=True, loc=loc, ip=ip)

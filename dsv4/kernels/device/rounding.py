@@ -1,8 +1,6 @@
-"""Rounding as the caches need it, and float32 operations that are never fused.
+"""Rounding as the caches need it: bit for bit what the reference does.
 
-`ptxas` may turn a product and a sum into one fused operation; where a result has to equal the
-reference's bit for bit, the products and sums here are used. Pairs of bfloat16 are `Uint32`, the
-first in the lower half.
+Pairs of bfloat16 are `Uint32`, the first in the lower half.
 """
 
 from __future__ import annotations
@@ -11,29 +9,18 @@ from typing import Any
 
 import cutlass
 from cutlass import Float32, Float64, Int32, Uint32
-from cutlass.cutlass_dsl import T, dsl_user_op
 
-from dsv4.kernels.device.ptx import _asm, mul_bf16x2
+from dsv4.kernels.device.arithmetic import (
+    difference,
+    fma_bf16x2,
+    max_u16x2,
+    mul_bf16x2,
+    product,
+    rsqrt_estimate,
+    total,
+)
 
 _PAIR = 0x00010001  # n times this: n in both halves
-
-
-@dsl_user_op
-def product(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
-    """`a · b`, rounded on its own."""
-    return Float32(_asm(T.f32(), "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], loc, ip))
-
-
-@dsl_user_op
-def total(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
-    """`a + b`, rounded on its own."""
-    return Float32(_asm(T.f32(), "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], loc, ip))
-
-
-@dsl_user_op
-def difference(a: Float32, b: Float32, *, loc: Any = None, ip: Any = None) -> Float32:
-    """`a - b`, rounded on its own."""
-    return Float32(_asm(T.f32(), "sub.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], loc, ip))
 
 
 def rotate(even: Float32, odd: Float32, cos: Float32, sin: Float32) -> tuple[Float32, Float32]:
@@ -44,46 +31,15 @@ def rotate(even: Float32, odd: Float32, cos: Float32, sin: Float32) -> tuple[Flo
     )
 
 
-@dsl_user_op
-def _rsqrt_estimate(x: Float64, *, loc: Any = None, ip: Any = None) -> Float64:
-    return Float64(_asm(T.f64(), "rsqrt.approx.ftz.f64 $0, $1;", "=d,d", [x], loc, ip))
-
-
 def inverse_root(x: Float64) -> Float32:
     """`x^-0.5`, wrong by less than 2^-40 of it before it is rounded to float32.
 
     Two Newton steps square the estimate's relative error of at most 2^-18 twice.
     """
-    root = _rsqrt_estimate(x)
+    root = rsqrt_estimate(x)
     for _ in range(2):
         root = root * (Float64(1.5) - Float64(0.5) * x * root * root)
     return root.to(Float32)
-
-
-@dsl_user_op
-def bf16_pair(low: Float32, high: Float32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Both rounded to bfloat16."""
-    text = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    return Uint32(_asm(T.i32(), text, "=r,f,f", [low, high], loc, ip))
-
-
-def bf16_low(pair: Uint32) -> Float32:
-    """The first of a pair."""
-    return (pair << Uint32(16)).bitcast(Float32)
-
-
-def bf16_high(pair: Uint32) -> Float32:
-    """The second of a pair."""
-    return (pair & Uint32(0xFFFF0000)).bitcast(Float32)
-
-
-def to_bf16(values: Any) -> list[Float32]:
-    """An even number of float32, each rounded to bfloat16's values."""
-    rounded = []
-    for i in range(0, len(values), 2):
-        pair = bf16_pair(values[i], values[i + 1])
-        rounded += [bf16_low(pair), bf16_high(pair)]
-    return rounded
 
 
 def scale_exponent(amax: Float32, largest: float) -> Uint32:
@@ -97,32 +53,11 @@ def inverse_scale(exponent: Uint32) -> Float32:
     return ((Uint32(254) - exponent) << Uint32(23)).bitcast(Float32)
 
 
-@dsl_user_op
-def e4m3_word(values: Any, *, loc: Any = None, ip: Any = None) -> Uint32:
-    """Four float32 as E4M3 codes, to nearest even, limited to +-448."""
-    text = (
-        "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }"
-    )
-    return Uint32(_asm(T.i32(), text, "=r,f,f,f,f", list(values), loc, ip))
-
-
-@dsl_user_op
-def _fma_bf16x2(a: Uint32, b: Uint32, c: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    text = "fma.rn.bf16x2 $0, $1, $2, $3;"
-    return Uint32(_asm(T.i32(), text, "=r,r,r,r", [a, b, c], loc, ip))
-
-
-@dsl_user_op
-def _max_u16x2(a: Uint32, b: Uint32, *, loc: Any = None, ip: Any = None) -> Uint32:
-    return Uint32(_asm(T.i32(), "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], loc, ip))
-
-
 def magnitude_max(pairs: Any) -> Float32:
     """The largest magnitude of pairs of bfloat16, whose bits without the sign are in its order."""
     both = pairs[0] & Uint32(0x7FFF7FFF)
     for pair in pairs[1:]:
-        both = _max_u16x2(both, pair & Uint32(0x7FFF7FFF))
+        both = max_u16x2(both, pair & Uint32(0x7FFF7FFF))
     return cutlass.max(both << Uint32(16), both & Uint32(0xFFFF0000)).bitcast(Float32)
 
 
@@ -134,8 +69,8 @@ def _e2m1_steps(pair: Uint32, exponent: Uint32) -> tuple[Uint32, Uint32]:
     """
     inverse = ((Uint32(254) - exponent) << Uint32(7)) * Uint32(_PAIR)
     magnitude = mul_bf16x2(pair & Uint32(0x7FFF7FFF), inverse)
-    power = _max_u16x2(magnitude & Uint32(0x7F807F80), Uint32(0x3F80 * _PAIR))
-    return _fma_bf16x2(power, Uint32(0x42C0 * _PAIR), magnitude), power
+    power = max_u16x2(magnitude & Uint32(0x7F807F80), Uint32(0x3F80 * _PAIR))
+    return fma_bf16x2(power, Uint32(0x42C0 * _PAIR), magnitude), power
 
 
 def e2m1_codes(pair: Uint32, exponent: Uint32) -> Uint32:
@@ -149,7 +84,7 @@ def e2m1_codes(pair: Uint32, exponent: Uint32) -> Uint32:
 def e2m1_values(pair: Uint32, exponent: Uint32) -> Uint32:
     """The values of those codes, as a pair of bfloat16."""
     steps, power = _e2m1_steps(pair, exponent)
-    magnitude = _fma_bf16x2(power, Uint32(0xC2C0 * _PAIR), steps)
+    magnitude = fma_bf16x2(power, Uint32(0xC2C0 * _PAIR), steps)
     return magnitude | (pair & Uint32(0x80008000))
 
 

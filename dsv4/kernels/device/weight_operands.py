@@ -15,7 +15,8 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Uint32
 
-from dsv4.kernels.device import ptx
+from dsv4.kernels.device.arithmetic import byte_permute, mul_bf16x2
+from dsv4.kernels.device.conversions import e8m0_to_f32
 
 STEP = 128  # columns a warp reads at once
 MMAS = 8  # of 16 columns each
@@ -109,11 +110,14 @@ class Nvfp4Operand(Operand):
         selector = Uint32(0x4140) + Uint32(t % 2) * Uint32(0x0202)
         scales = []
         for i in range(ROWS_PER_LANE):
-            pair = ptx.byte_permute(words[16 + i], Uint32(0), selector) << 4
-            pair = ptx.mul_bf16x2(pair, Uint32(0x7F007F00))  # 2^127
-            pair = ptx.mul_bf16x2(pair, Uint32(0x77007700))  # 2^111
+            pair = byte_permute(words[16 + i], Uint32(0), selector) << 4
+            pair = mul_bf16x2(pair, Uint32(0x7F007F00))  # 2^127
+            pair = mul_bf16x2(pair, Uint32(0x77007700))  # 2^111
             scales.append(
-                (ptx.byte_permute(pair, pair, 0x1010), ptx.byte_permute(pair, pair, 0x3232))
+                (
+                    byte_permute(pair, pair, 0x1010),
+                    byte_permute(pair, pair, 0x3232),
+                )
             )
         return scales
 
@@ -122,14 +126,14 @@ class Nvfp4Operand(Operand):
         for row in (2 * tile, 2 * tile + 1):
             word, scale = words[4 * row + mma // 2], prepared[row][mma // 4]
             half = word >> 8 if mma % 2 else word
-            low.append(ptx.mul_bf16x2(_e2m1_pair(half, 0), scale))
-            high.append(ptx.mul_bf16x2(_e2m1_pair(half, 1), scale))
+            low.append(mul_bf16x2(_e2m1_pair(half, 0), scale))
+            high.append(mul_bf16x2(_e2m1_pair(half, 1), scale))
         return (*low, *high)
 
     def b(self, x: Any, mma: int) -> tuple[Any, Any]:
         """Columns i and i + 4 of eight go together."""
         first, second = x[4 * (mma // 2) + mma % 2], x[4 * (mma // 2) + 2 + mma % 2]
-        return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
+        return byte_permute(first, second, 0x5410), byte_permute(first, second, 0x7632)
 
 
 def _e2m1_pair(half: Uint32, i: int) -> Uint32:
@@ -163,7 +167,7 @@ class Fp8Operand(Operand):
 
     def step_scale(self, scales: Any, row: Int32, step: Int32) -> Float32:
         code = (scales + (row // 128) * self.steps + step).load()
-        return ptx.e8m0_to_f32(Uint32(code))
+        return e8m0_to_f32(Uint32(code))
 
     def a(self, words: Any, prepared: Any, tile: int, mma: int) -> tuple[Any, ...]:
         rows = [words[8 * row + mma] for row in (2 * tile, 2 * tile + 1)]
@@ -172,7 +176,7 @@ class Fp8Operand(Operand):
     def b(self, x: Any, mma: int) -> tuple[Any, Any]:
         """Columns i and i + 2 of four go together."""
         first, second = x[2 * mma], x[2 * mma + 1]
-        return ptx.byte_permute(first, second, 0x5410), ptx.byte_permute(first, second, 0x7632)
+        return byte_permute(first, second, 0x5410), byte_permute(first, second, 0x7632)
 
 
 def _e4m3_pair(word: Uint32, i: int) -> Uint32:
@@ -180,7 +184,7 @@ def _e4m3_pair(word: Uint32, i: int) -> Uint32:
     signs = word << 8 if i == 0 else word
     magnitudes = word << 4 if i == 0 else word >> 4
     pair = (signs & Uint32(_SIGNS)) | (magnitudes & Uint32(0x07F007F0))
-    return ptx.mul_bf16x2(pair, Uint32(0x7B807B80))  # 2^120
+    return mul_bf16x2(pair, Uint32(0x7B807B80))  # 2^120
 
 
 class Bf16Operand(Operand):

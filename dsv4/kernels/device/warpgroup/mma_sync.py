@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass.cutlass_dsl import dsl_user_op
 
-from dsv4.kernels.device.warpgroup.inline import tied
+from dsv4.kernels.device.asm import accumulate
+from dsv4.kernels.device.mma import MMA_BF16
 from dsv4.kernels.device.warpgroup.layout import GROUP_BYTES, MMA_COLS, TILE_COLS, TILE_ROW_BYTES
 
 _CHUNK = 16  # bytes of a row of an 8 x 8 matrix, which `ldmatrix` takes one address for
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 
 class Tile(NamedTuple):
@@ -80,16 +79,12 @@ def multiply(acc: list[Any], a: Any, b: Any, turned: bool) -> list[Any]:
     return _products(acc, left, right, places, turned)
 
 
-@dsl_user_op
 def _products(
     acc: list[Any],
     left: list[Any],
     right: list[Any],
     places: list[tuple[int, int]],
     turned: bool,
-    *,
-    loc: Any = None,
-    ip: Any = None,
 ) -> list[Any]:
     """All products of a warp. left: four registers or an address; places: for each 16 columns of
     acc, which address of `right`, and bytes from there.
@@ -111,8 +106,8 @@ def _products(
             at = 4 * (2 * block + half)
             sums = "{" + ", ".join(f"${at + i}" for i in range(4)) + "}"
             pair = "{" + ", ".join(b[2 * half : 2 * half + 2]) + "}"
-            text += f"{_MMA} {sums}, {{{', '.join(a)}}}, {pair}, {sums}; "
-    return tied(acc, [*left, *right], text + "}", ["r"] * (len(left) + len(right)), loc, ip)
+            text += f"{MMA_BF16} {sums}, {{{', '.join(a)}}}, {pair}, {sums}; "
+    return list(accumulate(text + "}", acc, *left, *right))
 
 
 def fence() -> None:

@@ -9,7 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import fragments, ring, shared_memory
+from dsv4.kernels.device import arithmetic, async_copies, conversions, global_memory, shared_memory
+from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.ops.attention.gather_rows import Rows
 
 HEAD_DIM = 512
@@ -93,31 +94,31 @@ class Join:
             cute.arch.griddepcontrol_wait()
         values = sums.iterator.toint() + (row * HEAD_DIM + column) * 4
         for part in cutlass.range(parts, unroll=1):
-            ring.copy_or_zero(own + part * 512, values, 16, Int32(1))
+            async_copies.copy_or_zero(own + part * 512, values, Int32(1))
             values += self.heads * HEAD_DIM * 4
-        ring.commit()
+        async_copies.commit()
         part = cutlass.min(lane, parts - 1)
-        pair = shared_memory.load_global_pair(
-            statistics.iterator.toint() + (row + part * self.heads) * 8
+        pair = global_memory.load_floats(
+            statistics.iterator.toint() + (row + part * self.heads) * 8, 2, Load.PLAIN
         )
         factor = self._factor(pair, sink, lane < parts)
-        ring.wait(0)
+        async_copies.wait(0)
         totals = [Float32(0.0), Float32(0.0), Float32(0.0), Float32(0.0)]
         for part in cutlass.range(parts, unroll=4):
-            four = shared_memory.load(own + part * 512, 4)
+            four = shared_memory.load_floats(own + part * 512, 4)
             weight = cute.arch.shuffle_sync(factor, part)
             totals = [totals[c] + four[c] * weight for c in range(4)]
         words = [self.output.turned(totals[2 * i], totals[2 * i + 1], angles[i]) for i in range(2)]
         at = o.iterator.toint() + (Int64(token * self.heads + head) * HEAD_DIM + column) * 2
-        shared_memory.store_global_words(at, words)
+        global_memory.store_words(at, words)
 
     @cute.jit
     def _factor(self, pair: Any, sink: Any, exists: Any) -> Any:
         """What the sums of the lane's part count for."""
-        top = cute.arch.fmax(fragments.warp_max(pair[0]), sink)
-        factor = fragments.exp2(pair[0] - top) if exists else Float32(0.0)
+        top = cute.arch.fmax(arithmetic.warp_max(pair[0]), sink)
+        factor = arithmetic.exp2(pair[0] - top) if exists else Float32(0.0)
         total = cute.arch.warp_reduction_sum(pair[1] * factor)
-        return factor * cute.arch.rcp_approx(total + fragments.exp2(sink - top))
+        return factor * cute.arch.rcp_approx(total + arithmetic.exp2(sink - top))
 
 
 class Output:
@@ -138,7 +139,7 @@ class Output:
     def turned(self, even: Any, odd: Any, angle: Any) -> Any:
         """A pair, rotated back, as a word."""
         cos, sin = angle
-        return fragments.pack_bf16x2(even * cos + odd * sin, odd * cos - even * sin)
+        return conversions.bf16_pair(even * cos + odd * sin, odd * cos - even * sin)
 
     @cute.jit
     def whole(
@@ -155,8 +156,8 @@ class Output:
         sinks, cos, sin, o = out
         sink = sinks[head] * LOG2E
         top = cute.arch.fmax(sink, pair[0])
-        fade = fragments.exp2(pair[0] - top)
-        factor = fade * cute.arch.rcp_approx(pair[1] * fade + fragments.exp2(sink - top))
+        fade = arithmetic.exp2(pair[0] - top)
+        factor = fade * cute.arch.rcp_approx(pair[1] * fade + arithmetic.exp2(sink - top))
         at = o.iterator.toint() + (Int64(token * self.heads + head) * HEAD_DIM + column) * 2
         for j in range_constexpr(len(own)):
             even, odd = own[j]
@@ -164,4 +165,4 @@ class Output:
             if cutlass.const_expr(j >= len(own) - ROTARY // 8):
                 angle = self.angle(cos, sin, place, column + 8 * j)
             word = self.turned(even * factor, odd * factor, angle)
-            shared_memory.store_global_word(at + j * 16, word)
+            global_memory.store_word(at + j * 16, word)

@@ -12,7 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import mbarriers, ring, shared_memory
+from dsv4.kernels.device import async_copies, global_memory, mbarriers, shared_memory
+from dsv4.kernels.device.global_memory import Load
 
 ROW_BYTES = 576
 SCALE_BYTES = 8
@@ -53,7 +54,9 @@ class Rows:
         if self.mode != "list":
             return Int32(0)
         at = token * self.topk + cutlass.min(first + self._own(), self.topk - 1)
-        return shared_memory.load_global_word(caches[4].iterator.toint() + Int64(at) * 4)
+        return Int32(
+            global_memory.load_word(caches[4].iterator.toint() + Int64(at) * 4, Load.PLAIN)
+        )
 
     @cute.jit
     def _row(self, find: Any, listed: Any, j: Int32) -> tuple[Int64, Int64]:
@@ -93,16 +96,16 @@ class Rows:
         for row in range_constexpr(WARP_ROWS):
             here = _join(cute.arch.shuffle_sync(low, row), cute.arch.shuffle_sync(high, row))
             slot = rows + row * ROW_BYTES + lane * 16
-            ring.copy_or_zero(slot, here + lane * 16, 16, Int32(here != 0))
+            async_copies.copy_or_zero(slot, here + lane * 16, Int32(here != 0))
         # A row is 36 pieces: the last four of each.
         row = lane // 4
         here = _join(cute.arch.shuffle_sync(low, row), cute.arch.shuffle_sync(high, row))
         rest = 512 + (lane % 4) * 16
-        ring.copy_or_zero(rows + row * ROW_BYTES + rest, here + rest, 16, Int32(here != 0))
+        async_copies.copy_or_zero(rows + row * ROW_BYTES + rest, here + rest, Int32(here != 0))
         mask = cute.arch.vote_ballot_sync(kv != 0)
         if lane < WARP_ROWS:
             slot = scales + (warp * WARP_ROWS + lane) * SCALE_BYTES
-            ring.copy_or_zero(slot, scale, 8, Int32(scale != 0))
+            async_copies.copy_or_zero(slot, scale, Int32(scale != 0), 8)
         if lane == 0:
             shared_memory.store_byte(live + warp, mask)
         mbarriers.arrive_after_copies(barrier)

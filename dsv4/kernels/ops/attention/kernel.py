@@ -19,7 +19,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import fragments, mbarriers, ring, shared_memory
+from dsv4.kernels.device import (
+    arithmetic,
+    async_copies,
+    conversions,
+    global_memory,
+    mbarriers,
+    shared_memory,
+)
+from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 from dsv4.kernels.ops.attention.combine import HEAD_DIM, LOG2E, LOWEST, Output
@@ -112,8 +120,12 @@ class Attention:
             cute.arch.griddepcontrol_wait()
             # After the wait: `Join` may read what earlier kernels wrote before it waits.
             cute.arch.griddepcontrol_launch_dependents()
-        sequence = shared_memory.load_global_word(slot.iterator.toint() + Int64(token) * 4)
-        place = shared_memory.load_global_word(position.iterator.toint() + Int64(token) * 4)
+        sequence = Int32(
+            global_memory.load_word(slot.iterator.toint() + Int64(token) * 4, Load.PLAIN)
+        )
+        place = Int32(
+            global_memory.load_word(position.iterator.toint() + Int64(token) * 4, Load.PLAIN)
+        )
         self._copy_query(q, base, token, block)
         blocks, seen = self.rows.count(place)
         share = self.rows.share(blocks, seen)
@@ -129,7 +141,7 @@ class Attention:
             oldest = (place + 1 - seen) % Int32(caches[0].shape[1])
             find = (caches, sequence, oldest, blocks, last, place)
             self._run(find, listed, base, token, first, part, block, cut, out)
-        ring.wait(0)
+        async_copies.wait(0)
 
     @cute.jit
     def _copy_query(self, q: Any, base: Int32, token: Int32, block: Int32) -> None:
@@ -142,13 +154,12 @@ class Attention:
         target = base + self.at["q"] + head * TILE_ROW_BYTES + (piece ^ (head % 8)) * 16
         for turn in range_constexpr(HEADS // 32):
             for cut in range_constexpr(SLICES):
-                ring.copy_or_zero(
+                async_copies.copy_or_zero(
                     target + cut * (HEADS * TILE_ROW_BYTES) + turn * (32 * TILE_ROW_BYTES),
                     source + cut * (2 * SLICE) + turn * (32 * 2 * HEAD_DIM),
-                    16,
                     Int32(1),
                 )
-        ring.commit()
+        async_copies.commit()
 
     @cute.jit
     def _run(
@@ -175,7 +186,7 @@ class Attention:
         largest.fill(LOWEST)
         weight = cute.make_rmem_tensor(2, Float32)
         weight.fill(0.0)
-        ring.wait(0)  # the queries
+        async_copies.wait(0)  # the queries
         stage, parity, slot = Int32(0), Int32(0), Int32(0)
         for turn in cutlass.range(tiles, unroll=1):
             ahead = first + (turn + self.stages) * TILE
@@ -228,7 +239,7 @@ class Attention:
         if piece == SLICES - 1:
             for group in range_constexpr(TILE // 16):
                 here = source + group * (8 * ROW_BYTES) + t * 32
-                words = [ring.read(here + half * 16) for half in range(2)]
+                words = [shared_memory.load_words(here + half * 16, 4) for half in range(2)]
                 for half in range_constexpr(2):
                     shared_memory.store_words(places[half] + group * 1024, words[half])
         else:
@@ -236,14 +247,14 @@ class Attention:
             for pair in range_constexpr(TILE // 32):
                 found = []
                 for group in (2 * pair, 2 * pair + 1):
-                    words = ring.read(source + group * (8 * ROW_BYTES) + t * 16)
+                    words = shared_memory.load_words(source + group * (8 * ROW_BYTES) + t * 16, 4)
                     code = shared_memory.load_byte(scales + group * (8 * SCALE_BYTES))
                     found.append((group, words, code))
                 for group, words, code in found:
-                    factor = fragments.e4m3_factor(code)
+                    factor = conversions.e4m3_factor(code)
                     for half in range_constexpr(2):
-                        low = fragments.e4m3_words(words[2 * half], factor)
-                        high = fragments.e4m3_words(words[2 * half + 1], factor)
+                        low = conversions.e4m3_words(words[2 * half], factor)
+                        high = conversions.e4m3_words(words[2 * half + 1], factor)
                         shared_memory.store_words(places[half] + group * 1024, (*low, *high))
 
     @cute.jit
@@ -296,16 +307,16 @@ class Attention:
             other = shared_memory.load_float(tops + (1 - half) * (HEADS * 4) + head * 32)
             top = cute.arch.fmax(best[head], other)
             top = cute.arch.fmax(top * self.scale, largest[head])
-            fade = fragments.exp2(largest[head] - top)
+            fade = arithmetic.exp2(largest[head] - top)
             largest[head] = top
             total = weight[head] * fade
             for index in mine:
-                kept[index] = fragments.exp2(kept[index] * self.scale - top)
+                kept[index] = arithmetic.exp2(kept[index] * self.scale - top)
                 total += kept[index]
             weight[head] = total
             target = base + self.at["probabilities"] + (own + 8 * head) * TILE_ROW_BYTES
             for j in range_constexpr(TILE // 16):
-                word = fragments.pack_bf16x2(kept[4 * j + 2 * head], kept[4 * j + 2 * head + 1])
+                word = conversions.bf16_pair(kept[4 * j + 2 * head], kept[4 * j + 2 * head + 1])
                 shared_memory.store_word(target + ((4 * half + j) ^ g) * 16 + t * 4, word)
             for j in range_constexpr(self.own // 8):
                 for c in range_constexpr(2):
@@ -366,9 +377,9 @@ class Attention:
             if cutlass.const_expr(self.splits > 1):
                 row = Int64(token * self.splits + part) * self.heads + first + 8 * head
                 if column == 0:
-                    shared_memory.store_global(out[1].iterator.toint() + row * 8, pair)
+                    global_memory.store_floats(out[1].iterator.toint() + row * 8, pair)
                 sums = out[0].iterator.toint() + (row * HEAD_DIM + column) * 4
                 for j in range_constexpr(self.own // 8):
-                    shared_memory.store_global(sums + j * 32, own[j])
+                    global_memory.store_floats(sums + j * 32, own[j])
             else:
                 self.output.whole(own, pair, token, place, first + 8 * head, column, out)

@@ -20,9 +20,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import ptx, raw_memory
+from dsv4.kernels.device import arithmetic, conversions, global_memory, shared_memory
+from dsv4.kernels.device.async_copies import PIECE_BYTES, wait
+from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.grid_barrier import arrive_and_wait
-from dsv4.kernels.device.ring import PIECE_BYTES, wait
+from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.device.weight_operands import MMAS, STEP, Fp8Operand, Nvfp4Operand
 from dsv4.kernels.ops.experts import compact_topk, weight_stream
 from dsv4.kernels.ops.experts.compact_topk import MAX_ROWS, Chosen
@@ -143,8 +145,8 @@ class Experts:
         thread, _, _ = cute.arch.thread_idx()
         for turn in range_constexpr(self.shape.hidden // STEP * STEP_BYTES // (16 * self.threads)):
             zero = Uint32(0)
-            raw_memory.write_shared(
-                frags + thread * 16, turn * 16 * self.threads, (zero, zero, zero, zero)
+            shared_memory.store_words(
+                frags + thread * 16, (zero, zero, zero, zero), turn * 16 * self.threads
             )
 
     @cute.jit
@@ -172,7 +174,7 @@ class Experts:
             for turn in range_constexpr(X_BATCH):
                 group = first + turn * self.threads + thread
                 address = source + Int64(group) * 16
-                loaded.append(raw_memory.load_if(Int32(group < groups), address, 0))
+                loaded.append(global_memory.load_words_if(Int32(group < groups), address))
             for turn in range_constexpr(X_BATCH):
                 group = first + turn * self.threads + thread
                 w = loaded[turn]
@@ -180,9 +182,9 @@ class Experts:
                 step, t, part = place // 16, place % 16 // 4, place % 4
                 if group < groups:
                     at = frags + ((step * GROUPS + part) * 32 + token * 4 + t) * 16
-                    low = [ptx.byte_permute(w[i], w[i + 2], 0x5410) for i in range(2)]
-                    high = [ptx.byte_permute(w[i], w[i + 2], 0x7632) for i in range(2)]
-                    raw_memory.write_shared(at, 0, (low[0], high[0], low[1], high[1]))
+                    low = [arithmetic.byte_permute(w[i], w[i + 2], 0x5410) for i in range(2)]
+                    high = [arithmetic.byte_permute(w[i], w[i + 2], 0x7632) for i in range(2)]
+                    shared_memory.store_words(at, (low[0], high[0], low[1], high[1]))
 
     @cute.jit
     def _unit(self, weights: Any, frags: Int32) -> Any:
@@ -196,7 +198,7 @@ class Experts:
             at = frags + (warp * self.shape.steps13 + step) * STEP_BYTES + lane * 16
             x = []
             for part in range_constexpr(GROUPS):
-                x.extend(raw_memory.read_shared(at, part * 32 * 16))
+                x.extend(shared_memory.load_words(at, 4, part * 32 * 16))
             bands = [_read(slot, PIECES) for slot in slots]
             for slot in slots:
                 weight_stream.refill(weights, slot, "units")
@@ -217,7 +219,7 @@ class Experts:
         for i, mma in order:
             band, half = tiles[i]
             a = self.nvfp4.a(bands[band], prepared[band], half, mma)
-            sums[i] = ptx.mma_bf16(sums[i], a, (x[2 * mma], x[2 * mma + 1]))
+            sums[i] = mma_bf16(sums[i], a, (x[2 * mma], x[2 * mma + 1]))
         for i in range(len(tiles)):
             for c in range(4):
                 acc[first + 4 * i + c] = sums[i][c]
@@ -236,8 +238,8 @@ class Experts:
             x = []
             for piece in range_constexpr(GROUPS):
                 at = frags + step * STEP_BYTES + place
-                x.extend(raw_memory.read_shared(at, piece % 2 * 32 * 16 + piece // 2 * 32))
-            words, scales = _read(slot, FP8_PIECES), raw_memory.read_shared(slot, SCALE_AT)
+                x.extend(shared_memory.load_words(at, 4, piece % 2 * 32 * 16 + piece // 2 * 32))
+            words, scales = _read(slot, FP8_PIECES), shared_memory.load_words(slot, 4, SCALE_AT)
             weight_stream.refill(weights, slot)
             self._multiply_fp8(acc, 0, words, x, (_scale(scales[0], step), _scale(scales[1], step)))
         return acc
@@ -250,8 +252,8 @@ class Experts:
             piece, odd = mma // 4 * 2 + mma % 4 // 2, mma % 2
             half = 0x7632 if odd else 0x5410  # of four columns, i and i + 2 go together
             w = x[4 * piece : 4 * piece + 4]
-            b = ptx.byte_permute(w[0], w[2], half), ptx.byte_permute(w[1], w[3], half)
-            sums = ptx.mma_bf16(sums, self.fp8.a(words, None, 0, mma), b)
+            b = arithmetic.byte_permute(w[0], w[2], half), arithmetic.byte_permute(w[1], w[3], half)
+            sums = mma_bf16(sums, self.fp8.a(words, None, 0, mma), b)
         for c in range_constexpr(4):
             acc[first + c] += sums[c] * scales[c // 2]
 
@@ -326,8 +328,8 @@ class Experts:
         at = Int64(entry) * (self.shape.inter * 2) + warp * (steps * GROUPS * 64) + _fp8_place(64)
         for piece in range_constexpr(steps * GROUPS):
             offset = piece // GROUPS * GROUPS * 64 + piece % 2 * 64 + piece % GROUPS // 2 * 32
-            words = raw_memory.load_if(
-                Int32(token < rows), h.iterator.toint() + at, offset, fresh=True
+            words = global_memory.load_words_if(
+                Int32(token < rows), h.iterator.toint() + at, Load.FRESH, offset
             )
             for i in range_constexpr(4):
                 x[4 * piece + i] = words[i]
@@ -336,7 +338,7 @@ class Experts:
                 wait(self.slots - 1)
                 slot = weight_stream.take(weights)
                 read = _read(slot, FP8_PIECES)
-                scale = _scale(raw_memory.read_shared(slot, SCALE_AT)[0], warp * steps + step)
+                scale = _scale(shared_memory.load_words(slot, 4, SCALE_AT)[0], warp * steps + step)
                 weight_stream.refill(weights, slot, "bands")
                 own = [x[16 * step + i] for i in range(16)]
                 self._multiply_fp8(band, 4 * half, read, own, (scale, scale))
@@ -352,7 +354,7 @@ class Experts:
         at = Int64(entry) * (self.shape.inter * 2) + (warp * pieces * 4 + lane % 4) * 16
         address = h.iterator.toint() + at
         for piece in range_constexpr(pieces):
-            words = raw_memory.load_if(Int32(entry >= 0), address, piece * 64, fresh=True)
+            words = global_memory.load_words_if(Int32(entry >= 0), address, Load.FRESH, piece * 64)
             for i in range_constexpr(4):
                 x[4 * piece + i] = words[i]
 
@@ -371,7 +373,7 @@ def _read(slot: Int32, pieces: int) -> list[Any]:
     """A slot's words of this lane."""
     words: list[Any] = []
     for piece in range(pieces):
-        words.extend(raw_memory.read_shared(slot, piece * PIECE_BYTES))
+        words.extend(shared_memory.load_words(slot, 4, piece * PIECE_BYTES))
     return words
 
 
@@ -396,4 +398,4 @@ def _fp8_place(part_bytes: int) -> Int32:
 
 def _scale(word: Uint32, step: Int32) -> Float32:
     """The E8M0 scale of a step, from the aligned word that it lies in."""
-    return ptx.e8m0_to_f32((word >> Uint32(step % 4 * 8)) & Uint32(0xFF))
+    return conversions.e8m0_to_f32((word >> Uint32(step % 4 * 8)) & Uint32(0xFF))

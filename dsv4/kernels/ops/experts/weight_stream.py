@@ -16,14 +16,15 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from dsv4.kernels.device import raw_memory, ring
+from dsv4.kernels.device import async_copies
+from dsv4.kernels.device.async_copies import PIECE_BYTES
 from dsv4.kernels.device.weight_operands import ROW_STRIDE, ROWS_PER_LANE, STEP
 
 SLABS = 8  # of w2
 PIECES = 5
 FP8_PIECES = 4
-SCALE_AT = FP8_PIECES * ring.PIECE_BYTES  # words of a slot of FP8
-SLOT_BYTES = PIECES * ring.PIECE_BYTES
+SCALE_AT = FP8_PIECES * PIECE_BYTES  # words of a slot of FP8
+SLOT_BYTES = PIECES * PIECE_BYTES
 UNIT_ROWS = 64  # of w13: two bands, gate and up of the same outputs
 SHARED_ROWS = 8  # of gate and of up
 BAND_ROWS = 32
@@ -171,7 +172,7 @@ def refill(stream: Any, free: Int32, phase: str = "shared", chosen: bool = True)
                 else:
                     _copy_down_any(stream, free)
         state[_LEFT] -= 1
-    ring.commit()
+    async_copies.commit()
 
 
 @cute.jit
@@ -188,8 +189,10 @@ def _copy_down_any(stream: Any, free: Int32) -> None:
 @cute.jit
 def _copy_nvfp4(free: Int32, at: Any, row_bytes: int) -> None:
     for i in cutlass.range_constexpr(ROWS_PER_LANE):
-        raw_memory.copy_weights(free, i * ring.PIECE_BYTES, at[_CODES], i * ROW_STRIDE * row_bytes)
-    raw_memory.copy_weights(free, ROWS_PER_LANE * ring.PIECE_BYTES, at[_SCALES], 0)
+        async_copies.copy(
+            free, at[_CODES], l2=256, to=i * PIECE_BYTES, of=i * ROW_STRIDE * row_bytes
+        )
+    async_copies.copy(free, at[_SCALES], l2=256, to=ROWS_PER_LANE * PIECE_BYTES)
 
 
 @cute.jit
@@ -217,13 +220,13 @@ def _copy_down(stream: Any, free: Int32) -> None:
 def _copy_shared_up(stream: Any, free: Int32) -> None:
     """Gate rows and up rows, 64 bytes of each at a time."""
     at, w13 = stream.at, stream.w13
-    raw_memory.copy_weights(free, 0, at[_CODES], 0)
-    raw_memory.copy_weights(free, ring.PIECE_BYTES, at[_CODES], STEP // 2)
+    async_copies.copy(free, at[_CODES], l2=256)
+    async_copies.copy(free, at[_CODES], l2=256, to=PIECE_BYTES, of=STEP // 2)
     up = at[_CODES] + (w13[4] - w13[2])
-    raw_memory.copy_weights(free, 2 * ring.PIECE_BYTES, up, 0)
-    raw_memory.copy_weights(free, 3 * ring.PIECE_BYTES, up, STEP // 2)
-    raw_memory.copy_word(free, SCALE_AT, at[_SCALES])
-    raw_memory.copy_word(free, SCALE_AT + 4, at[_SCALES] + (w13[5] - w13[3]))
+    async_copies.copy(free, up, l2=256, to=2 * PIECE_BYTES)
+    async_copies.copy(free, up, l2=256, to=3 * PIECE_BYTES, of=STEP // 2)
+    async_copies.copy_word_around(free, at[_SCALES], SCALE_AT)
+    async_copies.copy_word_around(free, at[_SCALES] + (w13[5] - w13[3]), SCALE_AT + 4)
     at[_CODES] += STEP
     at[_SCALES] += 1
 
@@ -235,9 +238,9 @@ def _copy_shared_down(stream: Any, free: Int32) -> None:
     row = ROW_STRIDE * 2 * stream.shape.row2
     for i in cutlass.range_constexpr(2):
         for half in cutlass.range_constexpr(2):
-            slot = (2 * i + half) * ring.PIECE_BYTES
-            raw_memory.copy_weights(free, slot, at[_CODES], i * row + half * STEP // 2)
-    raw_memory.copy_word(free, SCALE_AT, at[_SCALES])
+            slot = (2 * i + half) * PIECE_BYTES
+            async_copies.copy(free, at[_CODES], l2=256, to=slot, of=i * row + half * STEP // 2)
+    async_copies.copy_word_around(free, at[_SCALES], SCALE_AT)
     if stream.state[_LEFT] % 2 == 0:
         at[_CODES] += 2 * row
     else:

@@ -15,8 +15,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32, range_constexpr
 from cutlass.cute.nvgpu import tcgen05
 
-from dsv4.kernels.device import ring, vectors
-from dsv4.kernels.ops.fp4_blackwell import ptx
+from dsv4.kernels.device import conversions, global_memory, shared_memory
+from dsv4.kernels.ops.fp4_blackwell import tensor_memory
 from dsv4.kernels.ops.fp4_blackwell.mainloop import EPILOGUE_WARPS
 from dsv4.kernels.ops.fp4_blackwell.tiles import TILE_ROWS
 
@@ -58,12 +58,12 @@ class Epilogue:
                 taken = line * self.loads + load
                 sums = _take(acc + taken * COLUMNS, thread)
                 if cutlass.const_expr(taken == self.lines * self.loads - 1):
-                    ptx.before_thread_sync()
+                    tensor_memory.before_thread_sync()
                     cute.arch.mbarrier_arrive(release)
                 words = self._words(sums, scales, weight)
                 slot = own + lane * PITCH + load * (LINE // self.loads)
                 for i in range_constexpr(len(words) // 4):
-                    vectors.store_shared_b128(slot + 16 * i, words[4 * i : 4 * i + 4])
+                    shared_memory.store_words(slot + 16 * i, words[4 * i : 4 * i + 4])
             cute.arch.sync_warp()
             first = place.first_row + warp * 32
             self._write_line(y, own, first, place.end_row, place.column_tile, line, lane)
@@ -82,7 +82,7 @@ class Epilogue:
             values = [sums[i] * scales[0] for i in range(COLUMNS)]
         if self.item == 4:
             return [value.bitcast(Uint32) for value in values]
-        return [ptx.bf16_pair(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+        return conversions.bf16_pairs(values)
 
     def _swiglu(self, gate: Float32, up: Float32, scales: Any) -> Float32:
         gate, up = gate * scales[0], up * scales[1]
@@ -109,9 +109,9 @@ class Epilogue:
         for turn in range_constexpr(8):
             row = turn * 4 + lane // 8
             if (first_row + row < end_row) & (column < self.columns):
-                words = ring.read(own + row * PITCH + lane % 8 * 16)
+                words = shared_memory.load_words(own + row * PITCH + lane % 8 * 16, 4)
                 offset = (Int64(first_row + row) * self.columns + column) * self.item
-                vectors.store_b128(target + offset, words)
+                global_memory.store_words(target + offset, words)
 
 
 def _take(place: Any, thread: Int32) -> Any:

@@ -14,7 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from dsv4.kernels.ops.fp4_blackwell import groups, ptx
+from dsv4.kernels.ops.fp4_blackwell import groups, tensor_memory
 from dsv4.kernels.ops.fp4_blackwell.epilogue import STAGING_BYTES, Epilogue
 from dsv4.kernels.ops.fp4_blackwell.mainloop import (
     COPY_WARP,
@@ -97,9 +97,9 @@ class Fp4Gemm:
             cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(self.groups):
             self._count(warp, offsets, before)
-        ptx.before_thread_sync()
+        tensor_memory.before_thread_sync()
         cute.arch.sync_threads()
-        ptx.after_thread_sync()
+        tensor_memory.after_thread_sync()
         memory = cute.arch.retrieve_tmem_ptr(Float32, 16, holder)
         tiles_m = row_tiles(Int32(y.shape[0]))
         if cutlass.const_expr(self.groups):
@@ -113,9 +113,9 @@ class Fp4Gemm:
         else:
             factors = (x_global, global_scales, weights)
             self._store(own, memory, staging, search, tiles, factors, y)
-        ptx.before_thread_sync()
+        tensor_memory.before_thread_sync()
         cute.arch.sync_threads()
-        ptx.after_thread_sync()
+        tensor_memory.after_thread_sync()
         if warp == MMA_WARP:
             cute.arch.relinquish_tmem_alloc_permit()
             cute.arch.dealloc_tmem(memory, TENSOR_MEMORY_COLUMNS)
@@ -184,7 +184,7 @@ class Fp4Gemm:
                 else:
                     both.append(g * global_scales[i])
             cute.arch.mbarrier_wait(own.acc_full + which, turns & 1)
-            ptx.after_thread_sync()
+            tensor_memory.after_thread_sync()
             acc = memory + which * self.loop.tile_n
             release = own.acc_empty + which
             self.epilogue.store(acc, y, place, both, weight, staging, release)

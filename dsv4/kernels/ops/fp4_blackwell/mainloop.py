@@ -19,7 +19,8 @@ from cutlass import Float4E2M1FN, Float8E4M3FN, Int32, Int64, range_constexpr
 from cutlass.cute.nvgpu import cpasync, make_tiled_tma_atom_A, make_tiled_tma_atom_B, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
-from dsv4.kernels.ops.fp4_blackwell import ptx
+from dsv4.kernels.device import async_copies
+from dsv4.kernels.ops.fp4_blackwell import tensor_memory
 from dsv4.kernels.ops.fp4_blackwell.tiles import (
     TILE_BYTES,
     TILE_COLUMNS,
@@ -228,11 +229,11 @@ class Mainloop:
         source = scale_offset(
             Int64(place.scale_tile), step * self.step_tiles, self.k // TILE_COLUMNS
         )
-        ptx.copy_bulk(
-            own.a_scales + stage * self.scale_bytes,
+        async_copies.copy_bulk(
+            (own.a_scales + stage * self.scale_bytes).toint(),
             x_scales.iterator + source,
             self.scale_bytes,
-            own.full + stage,
+            (own.full + stage).toint(),
         )
         for i in range_constexpr(self.b_row_tiles):
             # Beyond the last row tile codes are zero; any scale there will do that is a number.
@@ -240,11 +241,11 @@ class Mainloop:
             tile = cutlass.min(tile, row_tiles(self.n) - 1)
             row = Int64(layer) * row_tiles(self.n) + tile
             source = scale_offset(row, slab_step * self.step_tiles, self.slab_k // TILE_COLUMNS)
-            ptx.copy_bulk(
-                own.b_scales + (stage * self.b_row_tiles + i) * self.scale_bytes,
+            async_copies.copy_bulk(
+                (own.b_scales + (stage * self.b_row_tiles + i) * self.scale_bytes).toint(),
                 scales.iterator + source,
                 self.scale_bytes,
-                own.full + stage,
+                (own.full + stage).toint(),
             )
 
     @cute.jit
@@ -267,7 +268,7 @@ class Mainloop:
             at = done + step
             stage = at % self.stages
             cute.arch.mbarrier_wait(own.full + stage, (at // self.stages) & 1)
-            ptx.after_thread_sync()
+            tensor_memory.after_thread_sync()
             for copy, source, target in (a_copy, b_copy):
                 cute.copy(copy, source[None, None, None, None, stage], target)
             for inner in range_constexpr(self.step_tiles):

@@ -16,8 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import vectors as transfer
-from dsv4.kernels.device.ptx import byte_permute
+from dsv4.kernels.device import arithmetic, global_memory
 from dsv4.kernels.ops.fp4_blackwell import groups, rounding
 from dsv4.kernels.ops.fp4_blackwell.tiles import TILE_COLUMNS, TILE_ROWS, scale_offset
 
@@ -64,7 +63,7 @@ class Amax:
             for turn in range_constexpr(UNROLL):
                 at = first + turn * AMAX_THREADS
                 words.extend(
-                    transfer.load_b128_if(Int32(at < end), x.iterator + Int64(at) * VECTOR)
+                    global_memory.load_words_if(Int32(at < end), x.iterator + Int64(at) * VECTOR)
                 )
             most = cutlass.max(most, rounding.magnitude_bits(words))
         smem = cutlass.memory.SmemAllocator()
@@ -171,7 +170,7 @@ class Quantize:
         for i in range_constexpr(4):
             present = Int32(row + 32 * i < end)
             source = x.iterator + Int64(row + 32 * i) * self.k + offset
-            halves = [transfer.load_b128_if(present, source + VECTOR * h) for h in range(2)]
+            halves = [global_memory.load_words_if(present, source + VECTOR * h) for h in range(2)]
             loaded.append([word for half in halves for word in half])
             own = maximum
             if cutlass.const_expr(self.per_row):
@@ -189,30 +188,30 @@ class Quantize:
             word |= byte << Uint32(8 * i)
         place = scale_offset(Int64(tile), column, self.k // TILE_COLUMNS)
         place += row_in_tile * 16 + block * 4
-        transfer.store_b32(scales.iterator + place, _transposed(word, block))
+        global_memory.store_word(scales.iterator + place, _transposed(word, block))
 
     @cute.jit
     def _block(self, pairs: Any, g: Float32, target: Any) -> Uint32:
         """Write the codes of a block, 8 pairs of columns; -> its scale's byte."""
         amax = rounding.magnitude_bits(pairs).bitcast(Float32)
-        byte, value = rounding.block_scale(amax, rounding.product(Float32(rounding.E2M1_MAX), g))
-        divisor = rounding.product(value, g)
+        byte, value = rounding.block_scale(amax, arithmetic.product(Float32(rounding.E2M1_MAX), g))
+        divisor = arithmetic.product(value, g)
         numbers = []
         for pair in pairs:
             numbers += [pair << Uint32(16), pair & Uint32(0xFFFF0000)]
         low, high = Uint32(0), Uint32(0)
         least, most = rounding.PLAIN_DIVISOR
         if (divisor >= Float32(least)) & (divisor <= Float32(most)):
-            inverse = rounding.reciprocal(divisor)
+            inverse = arithmetic.reciprocal(divisor)
             q = [rounding.quotient_of(n.bitcast(Float32), divisor, inverse) for n in numbers]
             low = rounding.e2m1_word(q[:8], self.signed_zero)
             high = rounding.e2m1_word(q[8:], self.signed_zero)
         else:
-            q = [rounding.quotient(n.bitcast(Float32), divisor) for n in numbers]
-            q = [rounding.positive_zero(n) for n in q]
+            q = [arithmetic.quotient(n.bitcast(Float32), divisor) for n in numbers]
+            q = [arithmetic.positive_zero(n) for n in q]
             low = rounding.e2m1_word(q[:8], self.signed_zero)
             high = rounding.e2m1_word(q[8:], self.signed_zero)
-        transfer.store_b64(target, (low, high))
+        global_memory.store_words(target, (low, high))
         return byte
 
 
@@ -256,7 +255,7 @@ def _largest(value: Uint32, shared: Any, thread: Int32, threads: cutlass.Constex
 @cute.jit
 def _global_scale(bits: Uint32) -> Float32:
     """g for the bits of the largest magnitude."""
-    g = rounding.quotient(bits.bitcast(Float32), Float32(rounding.E2M1_MAX * rounding.E4M3_MAX))
+    g = arithmetic.quotient(bits.bitcast(Float32), Float32(rounding.E2M1_MAX * rounding.E4M3_MAX))
     if bits == Uint32(0):
         g = Float32(1.0)
     if bits >= Uint32(rounding.INFINITY):
@@ -275,7 +274,11 @@ def _transposed(word: Uint32, lane: Int32) -> Uint32:
     odd = Uint32(lane % 2)
     other = cute.arch.shuffle_sync_bfly(word, 1)
     # Even lanes keep bytes 0 and 2 and take those of the odd one, which keeps 1 and 3.
-    word = byte_permute(word, other, Uint32(0x6240) + odd * Uint32((0x3715 - 0x6240) % 2**32))
+    word = arithmetic.byte_permute(
+        word, other, Uint32(0x6240) + odd * Uint32((0x3715 - 0x6240) % 2**32)
+    )
     high = Uint32(lane // 2)
     other = cute.arch.shuffle_sync_bfly(word, 2)
-    return byte_permute(word, other, Uint32(0x5410) + high * Uint32((0x3276 - 0x5410) % 2**32))
+    return arithmetic.byte_permute(
+        word, other, Uint32(0x5410) + high * Uint32((0x3276 - 0x5410) % 2**32)
+    )

@@ -18,7 +18,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
-from dsv4.kernels.device import ptx, ring
+from dsv4.kernels.device import async_copies, shared_memory
+from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
+from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
 
 SUMS = 256  # 32 rows of the weight by 8 of x
@@ -84,7 +86,7 @@ class Gemv:
         if any(one.steps > MAX_STEPS * warps for one in self.alike):
             raise ValueError(f"more than {MAX_STEPS} steps a warp")
         pieces = max(OPERANDS[one.kind].pieces for one in self.alike)
-        self.stage_bytes = (X_PIECES + pieces) * ring.PIECE_BYTES
+        self.stage_bytes = (X_PIECES + pieces) * PIECE_BYTES
 
     def _sorted(self, specs: list[str]) -> list[_Alike]:
         """Weights by what they have in common, and their CTAs in this order.
@@ -126,7 +128,7 @@ class Gemv:
         sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps)), 16)
         rings = smem.allocate(self.stage_bytes * self.stages * self.warps, 128)
         own_ring = rings.toint() + cute.arch.warp_idx() * (self.stage_bytes * self.stages)
-        slots = own_ring + cute.arch.lane_idx() * ring.LANE_BYTES
+        slots = own_ring + cute.arch.lane_idx() * LANE_BYTES
         for index in range_constexpr(len(self.alike)):
             alike = self.alike[index]
             if (cta >= alike.ctas[0]) & (cta < alike.ctas[1]):
@@ -181,19 +183,19 @@ class Gemv:
         for stage in range_constexpr(self.stages - 1):
             if stage < count:
                 self._copy_x(own, x_lane, present, warp + stage * self.warps, slots, stage)
-            ring.commit()
+            async_copies.commit()
         acc = cute.make_rmem_tensor(8, Float32)
         acc.fill(0.0)
         stage = Int32(0)
         for turn in cutlass.range(count, unroll=1):
-            ring.wait(self.stages - 2)
+            async_copies.wait(self.stages - 2)
             self._multiply(own.format, acc, slots + stage * self.stage_bytes, scale, turn)
             ahead = turn + self.stages - 1
             if ahead < count:
                 free = stage - 1 if stage > 0 else stage + self.stages - 1
                 self._copy_weight(own, row, warp + ahead * self.warps, slots, free)
                 self._copy_x(own, x_lane, present, warp + ahead * self.warps, slots, free)
-            ring.commit()
+            async_copies.commit()
             stage = stage + 1 if stage < self.stages - 1 else 0
         for c in range_constexpr(8):
             sums[c * 32 + lane, warp] = acc[c]
@@ -201,11 +203,11 @@ class Gemv:
 
     @cute.jit
     def _copy_weight(self, own: Any, row: Int32, step: Int32, slots: Int32, stage: Int32) -> None:
-        slot = slots + stage * self.stage_bytes + X_PIECES * ring.PIECE_BYTES
+        slot = slots + stage * self.stage_bytes + X_PIECES * PIECE_BYTES
         t = cute.arch.lane_idx() % 4
         for address in own.format.addresses(own.codes, own.scales, row, step, t):
-            ring.copy_weights(slot, address)
-            slot += ring.PIECE_BYTES
+            async_copies.copy(slot, address, l2=256)
+            slot += PIECE_BYTES
 
     @cute.jit
     def _copy_x(
@@ -214,30 +216,30 @@ class Gemv:
         slot, t = slots + stage * self.stage_bytes, cute.arch.lane_idx() % 4
         for piece in range_constexpr(X_PIECES):
             address = x_lane + step * STEP + own.format.x_column(piece, t)
-            ring.copy_shared(slot + piece * ring.PIECE_BYTES, address, present)
+            async_copies.copy_for_all(slot + piece * PIECE_BYTES, address, present)
 
     @cute.jit
     def _clear_x(self, slots: Int32) -> None:
         """Rows of `x` that are not there stay zero."""
         for stage in range_constexpr(self.stages):
             for piece in range_constexpr(X_PIECES):
-                ring.clear(slots + stage * self.stage_bytes + piece * ring.PIECE_BYTES)
+                shared_memory.clear(slots + stage * self.stage_bytes + piece * PIECE_BYTES)
 
     @cute.jit
     def _multiply(self, own: Any, acc: Any, slot: Int32, scale: Float32, turn: Int32) -> None:
         """128 columns into the sums: two tiles of 16 rows, eight MMAs each."""
         x, words = [], []
         for piece in range_constexpr(X_PIECES):
-            x.extend(ring.read(slot + piece * ring.PIECE_BYTES))
+            x.extend(shared_memory.load_words(slot + piece * PIECE_BYTES, 4))
         for piece in range_constexpr(own.pieces):
-            words.extend(ring.read(slot + (X_PIECES + piece) * ring.PIECE_BYTES))
+            words.extend(shared_memory.load_words(slot + (X_PIECES + piece) * PIECE_BYTES, 4))
         prepared = own.prepare(words, cute.arch.lane_idx() % 4)
         chained = not own.step_scales
         for half in range_constexpr(2):
             sums = tuple(acc[4 * half + c] if chained else Float32(0.0) for c in range(4))
             for mma in range_constexpr(MMAS):
                 a = own.a(words, prepared, half, mma)
-                sums = ptx.mma_bf16(sums, a, own.b(x, mma))
+                sums = mma_bf16(sums, a, own.b(x, mma))
             for c in range_constexpr(4):
                 if cutlass.const_expr(chained):
                     acc[4 * half + c] = sums[c]

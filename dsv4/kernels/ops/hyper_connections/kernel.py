@@ -25,8 +25,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
-from dsv4.kernels.device import mailbox, ptx, ring, words
+from dsv4.kernels.device import (
+    arithmetic,
+    async_copies,
+    conversions,
+    global_memory,
+    mailbox,
+    shared_memory,
+)
+from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.device.elementary import exp, sigmoid
+from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.ops.hyper_connections.sinkhorn import sinkhorn
 from dsv4.kernels.ops.hyper_connections.sources import STREAMS, Streams
 
@@ -147,12 +156,14 @@ class Mhc:
             row = (8 * band + g) % self.rows
             for j in range_constexpr(STREAMS):
                 at = fn.iterator + (row * STREAMS + j) * self.hidden + column
-                words.copy(slot + (STREAMS * band + j) * self.piece_bytes, at, self.width)
-        ring.commit()
-        ring.wait(0)
+                async_copies.copy(
+                    slot + (STREAMS * band + j) * self.piece_bytes, at, 4 * self.width, l2=256
+                )
+        async_copies.commit()
+        async_copies.wait(0)
         fn_words = [
             [
-                words.load_shared(slot + (STREAMS * band + j) * self.piece_bytes, self.width)
+                shared_memory.load_words(slot + (STREAMS * band + j) * self.piece_bytes, self.width)
                 for j in range(STREAMS)
             ]
             for band in range(self.bands)
@@ -167,10 +178,10 @@ class Mhc:
             if token < tokens:
                 for k in range_constexpr(STREAMS):
                     place = (token * STREAMS + k) * self.hidden + column
-                    words.store(streams.iterator + place, after[k])
+                    global_memory.store_words(streams.iterator + place, after[k])
             square = Float32(0.0)
             for k in range_constexpr(STREAMS):
-                for value in words.unpack(after[k]):
+                for value in conversions.bf16_values(after[k]):
                     square = cute.math.fma(value, value, square)
             square += cute.arch.shuffle_sync_bfly(square, 1)
             square += cute.arch.shuffle_sync_bfly(square, 2)
@@ -205,11 +216,12 @@ class Mhc:
         for i, tiles in enumerate(operands):
             select = 0x5410 if i % 2 == 0 else 0x7632
             b = tuple(
-                ptx.byte_permute(after[h][i // 2], after[h + 1][i // 2], select) for h in (0, 2)
+                arithmetic.byte_permute(after[h][i // 2], after[h + 1][i // 2], select)
+                for h in (0, 2)
             )
             for own, pieces in zip(acc, tiles, strict=True):
                 for n in range(PIECES):
-                    own[n] = ptx.mma_bf16(own[n], pieces[n], b)
+                    own[n] = mma_bf16(own[n], pieces[n], b)
         sums = [[a + (b + c) for a, b, c in zip(*own, strict=True)] for own in acc]
         return [sums[band // 2][2 * (band % 2) :][:2] for band in range(self.bands)]
 
@@ -275,11 +287,15 @@ class Mhc:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         threads = 32 * self.finish_warps
         thread = warp * 32 + lane
-        slot = copies + thread * ring.LANE_BYTES
+        slot = copies + thread * LANE_BYTES
         for half in range_constexpr(2 * self.chunks):
             column = 8 * (half // 2 * threads + thread) + 4 * (half % 2)
-            ring.copy_weights(slot + half * threads * ring.LANE_BYTES, weights[3].iterator + column)
-        ring.commit()
+            async_copies.copy(
+                slot + half * threads * LANE_BYTES,
+                weights[3].iterator + column,
+                l2=256,
+            )
+        async_copies.commit()
         scale, base = self._affine(weights)
         self._wait()
         tokens = Int32(x.shape[0])
@@ -307,14 +323,16 @@ class Mhc:
                 total += squares[other, parity]
             mean = total * Float32(1 / self.hidden)
             inverse = cute.math.rsqrt(mean + Float32(self.norm_eps))
-            ring.wait(0)
+            async_copies.wait(0)
             for c in range_constexpr(self.chunks):
                 norm = []
                 for half in range_constexpr(2):
-                    norm.extend(ring.read(slot + (2 * c + half) * threads * ring.LANE_BYTES))
-                values = [words.as_float(norm[i]) * (y[c][i] * inverse) for i in range(8)]
+                    norm.extend(
+                        shared_memory.load_words(slot + (2 * c + half) * threads * LANE_BYTES, 4)
+                    )
+                values = [norm[i].bitcast(Float32) * (y[c][i] * inverse) for i in range(8)]
                 at = token * self.hidden + 8 * (c * threads + thread)
-                words.store(x.iterator + at, words.pack_all(values))
+                global_memory.store_words(x.iterator + at, conversions.bf16_pairs(values))
             parity = 1 - parity
 
     @cute.jit
@@ -343,29 +361,29 @@ class Mhc:
             if lane == 0:
                 for j in range_constexpr(STREAMS):
                     at = comb.iterator + (token * STREAMS + j) * STREAMS
-                    words.store(at, [words.as_word(one) for one in balanced[j]])
+                    global_memory.store_words(at, [one.bitcast(Uint32) for one in balanced[j]])
             parity = 1 - parity
 
 
 def _split(first: Uint32, second: Uint32) -> list[Uint32]:
     """Pairs of bfloat16 that sum to two float32 exactly, the largest first."""
-    left, right = words.as_float(first), words.as_float(second)
+    left, right = first.bitcast(Float32), second.bitcast(Float32)
     pieces = []
     for n in range(PIECES):
-        pieces.append(words.pack(left, right))
+        pieces.append(conversions.bf16_pair(left, right))
         if n + 1 < PIECES:
-            taken = words.unpack(pieces[-1:])
+            taken = conversions.bf16_values(pieces[-1:])
             left, right = left - taken[0], right - taken[1]
     return pieces
 
 
 def _weighted(pre: Any, streams: Any) -> list[Float32]:
     """Σ_j pre_j X'_j of a chunk, rounded to bfloat16."""
-    columns = [words.unpack(stream) for stream in streams]
+    columns = [conversions.bf16_values(stream) for stream in streams]
     result = []
     for i in range(len(columns[0])):
         value = pre[0] * columns[0][i]
         for j in range(1, STREAMS):
             value = cute.math.fma(pre[j], columns[j][i], value)
-        result.append(words.rounded(value))
+        result.append(conversions.rounded(value))
     return result

@@ -12,7 +12,8 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, cute
 
-from dsv4.kernels.device import words
+from dsv4.kernels.device import conversions, global_memory
+from dsv4.kernels.device.global_memory import Load
 
 STREAMS = 4
 
@@ -43,27 +44,35 @@ class Streams:
         if self.u_parts > 1:
             u = [a + b for a, b in zip(*terms, strict=True)]
         if self.u_parts > 1 or self.u_type == "float32":
-            u = [words.rounded(value) for value in u]
+            u = [conversions.rounded(value) for value in u]
         after = []
         for k in range(STREAMS):
             values = [spread[k] * value for value in u]
             for j in range(STREAMS):
                 values = [cute.math.fma(mixing[j][k], raw[j][i], values[i]) for i in range(count)]
-            after.append(words.pack_all(values))
+            after.append(conversions.bf16_pairs(values))
         return after
 
     def _embedding(self, sources: Any, token: Int32, column: Int32, count: int) -> Any:
         """An id out of range reads the nearest row there is."""
         ids, embed = sources
         row = cutlass.min(cutlass.max(Int32(ids[token]), 0), Int32(embed.shape[0]) - 1)
-        return words.load(embed.iterator + row * self.hidden + column, count // 2)
+        return global_memory.load_words(
+            embed.iterator + row * self.hidden + column, count // 2, Load.PAST_L1
+        )
 
 
 def _load(tensor: Any, at: Int32, count: int) -> list[Float32]:
     """`count` neighbouring numbers of a float32 or bfloat16 tensor."""
     if tensor.element_type is not Float32:
-        return words.unpack(words.load(tensor.iterator + at, count // 2))
+        return conversions.bf16_values(
+            global_memory.load_words(tensor.iterator + at, count // 2, Load.PAST_L1)
+        )
     found: list[Any] = []
     for first in range(0, count, 4):
-        found.extend(words.load(tensor.iterator + at + first, min(count - first, 4)))
-    return [words.as_float(word) for word in found]
+        found.extend(
+            global_memory.load_words(
+                tensor.iterator + at + first, min(count - first, 4), Load.PAST_L1
+            )
+        )
+    return [word.bitcast(Float32) for word in found]

@@ -19,7 +19,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import async_copies, ptx, rounding
+from dsv4.kernels.device import arithmetic, async_copies, conversions, rounding, shared_memory
+from dsv4.kernels.device.mma import mma_bf16
 
 BLOCK = 32  # channels per scale
 PARTS = 4  # blocks of a head
@@ -48,7 +49,7 @@ def fetch(q: cute.Tensor, row: Int32, heads: int, raw: Int32) -> None:
     source = (q.iterator + start).toint()
     for g in range(HEADS):
         target = raw + g * (WIDTH * 4) + (lane ^ (2 * (g % 4))) * 16
-        async_copies.copy_b128(target, source + g * (WIDTH * 4))
+        async_copies.copy(target, source + g * (WIDTH * 4))
 
 
 @cute.jit
@@ -61,7 +62,7 @@ def fetch_angles(
     if lane < 2 * each:
         own = position * (rotated // 2) + lane % each * 4
         address = cos.iterator + own if lane < each else sin.iterator + own
-        async_copies.copy_b128(raw + HEADS * WIDTH * 4 + lane * 16, address.toint())
+        async_copies.copy(raw + HEADS * WIDTH * 4 + lane * 16, address.toint())
 
 
 @cute.jit
@@ -78,22 +79,22 @@ def encode(raw: Int32, rotated: cutlass.Constexpr, operand: Int32) -> Uint32:
     for half in range_constexpr(2 * GROUPS):
         place = (2 * half + t // 2) ^ (2 * (g % 4))
         source = raw + g * (WIDTH * 4) + place * 16 + t % 2 * 8
-        even, odd = async_copies.load_shared_f32x2(source)
+        even, odd = shared_memory.load_floats(source, 2)
         if cutlass.const_expr(half >= still):
-            cos = async_copies.load_shared_f32(angles + 16 * (half - still))
-            sin = async_copies.load_shared_f32(angles + 16 * (half - still) + rotated * 2)
+            cos = shared_memory.load_float(angles + 16 * (half - still))
+            sin = shared_memory.load_float(angles + 16 * (half - still) + rotated * 2)
             even, odd = rounding.rotate(even, odd, cos, sin)
-        words.append(rounding.bf16_pair(even, odd))
+        words.append(conversions.bf16_pair(even, odd))
     mixed = _hadamard(words, g, t)
     largest, scales, exponents = _scales(mixed)
     for part in range_constexpr(PARTS):
         for eight in range_constexpr(4):
             pair = rounding.e2m1_values(mixed[4 * part + eight], exponents[part])
-            word = ptx.mul_bf16x2(pair, scales[part])
+            word = arithmetic.mul_bf16x2(pair, scales[part])
             step = 2 * eight + t // 2
             place = _chunk(warp // 2, step, g, Int32(part)) * 16
             half = (warp % 2) ^ (step % 2)
-            async_copies.store_shared_b32(operand + place + half * 8 + (t % 2) * 4, word)
+            shared_memory.store_word(operand + place + half * 8 + (t % 2) * 4, word)
     return largest
 
 
@@ -106,7 +107,7 @@ def fragment(operand: Int32, tile: int, step: int) -> tuple[Uint32, ...]:
     """The lane's part of the A operand for 16 heads and 16 channels."""
     lane = cute.arch.lane_idx()
     place = _chunk(tile, step, lane // 4, lane % 4)
-    words = async_copies.load_shared_b128(operand + place * 16)
+    words = shared_memory.load_words(operand + place * 16, 4)
     first, second = (words[2:], words[:2]) if step % 2 else (words[:2], words[2:])
     return first[0], second[0], first[1], second[1]
 
@@ -122,7 +123,7 @@ def _hadamard(words: Any, g: Int32, t: Int32) -> list[Uint32]:
     for group in range(GROUPS):
         a = (words[2 * group], zero, words[2 * group + 1], zero)
         for b in signs:
-            sums.append(list(ptx.mma_bf16((nothing,) * 4, a, (b[0], b[1]))[:2]))
+            sums.append(list(mma_bf16((nothing,) * 4, a, (b[0], b[1]))[:2]))
     span = 2
     while span < 2 * GROUPS:
         for i in range(2 * GROUPS):
@@ -132,7 +133,7 @@ def _hadamard(words: Any, g: Int32, t: Int32) -> list[Uint32]:
                 sums[i + span] = [low[0] - high[0], low[1] - high[1]]
         span *= 2
     scale = Float32(WIDTH**-0.5)
-    return [rounding.bf16_pair(low * scale, high * scale) for low, high in sums]
+    return [conversions.bf16_pair(low * scale, high * scale) for low, high in sums]
 
 
 def _signs(column: Int32, row: Int32) -> Uint32:

@@ -3,8 +3,9 @@
 Queries and keys are E2M1 with a power-of-two scale per 32 channels: their products are exact in
 bfloat16 MMAs with float32 sums. Both are held relative to the largest scale of their head or key,
 which goes into `w_h` and into the score. Query heads are the A operand and stay in registers;
-eight keys at a time are the B operand, 16 bytes a lane, straight from a ring (see `ring`). Lane
-`4g + t` has block `t` of 32 channels of head or key `g`, so that one scale serves all a lane reads.
+eight keys at a time are the B operand, 16 bytes a lane, straight from a ring (see `async_copies`).
+Lane `4g + t` has block `t` of 32 channels of head or key `g`, so that one scale serves all a lane
+reads.
 
 A CTA makes the queries of its row; its warps then take turns at eight keys. A score does not depend
 on which warp makes it.
@@ -19,7 +20,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import async_copies, ptx, ring, rounding
+from dsv4.kernels.device import (
+    arithmetic,
+    async_copies,
+    conversions,
+    global_memory,
+    rounding,
+    shared_memory,
+)
+from dsv4.kernels.device.async_copies import PIECE_BYTES
+from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.ops.indexer import query
 from dsv4.kernels.ops.indexer.query import PARTS, STEPS, WIDTH
 
@@ -29,7 +39,7 @@ THREADS = 32 * WARPS
 KEYS = 8  # of a warp at a time
 KEY_BYTES = WIDTH // 2
 M_TILES = HEADS // 16
-STAGE_BYTES = ring.PIECE_BYTES + 32 * 4  # codes, then each lane's copy of its key's scales
+STAGE_BYTES = PIECE_BYTES + 32 * 4  # codes, then each lane's copy of its key's scales
 
 
 class IndexScores:
@@ -109,21 +119,21 @@ class IndexScores:
 
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         head = warp * query.HEADS + lane // 4
-        at = Int32(async_copies.load_b32((position.iterator + row).toint()))
-        own_slot = async_copies.load_b32((slot.iterator + row).toint())
-        weight = async_copies.load_b32((weights.iterator + row * HEADS + head).toint())
+        at = Int32(global_memory.load_word((position.iterator + row).toint()))
+        own_slot = global_memory.load_word((slot.iterator + row).toint())
+        weight = global_memory.load_word((weights.iterator + row * HEADS + head).toint())
         query.fetch(q, row, HEADS, raw)
         visible = cutlass.min((at + 1) // self.ratio, keys.shape[1])
         if (visible > self.topk) & (block * KEYS < visible):
             query.fetch_angles(cos, sin, at, self.rope, raw)
-            ring.commit()
+            async_copies.commit()
             keys_at = own_slot.to(Int64) * keys.shape[1]
             key_codes = (keys.iterator + keys_at * KEY_BYTES).toint()
             key_scales = (scales.iterator + keys_at * PARTS).toint()
             for stage in range_constexpr(self.stages - 1):
                 self._copy(key_codes, key_scales, stage, visible, own_ring, stage)
-                ring.commit()
-            ring.wait(self.stages - 1)
+                async_copies.commit()
+            async_copies.wait(self.stages - 1)
             cute.arch.sync_warp()
             largest = query.encode(raw, self.rope, operand)
             if lane % 4 == 0:
@@ -135,11 +145,11 @@ class IndexScores:
 
     def _factor(self, weight: Float32, largest: Uint32) -> Float32:
         """The head's weight as the reference rounds it, times its scale."""
-        low = rounding.bf16_low(rounding.bf16_pair(weight, Float32(0.0)))
-        scaled = rounding.product(low, Float32(self.scale))
-        return rounding.bf16_low(rounding.bf16_pair(scaled, Float32(0.0))) * ptx.e8m0_to_f32(
-            largest
-        )
+        low = conversions.bf16_low(conversions.bf16_pair(weight, Float32(0.0)))
+        scaled = arithmetic.product(low, Float32(self.scale))
+        return conversions.bf16_low(
+            conversions.bf16_pair(scaled, Float32(0.0))
+        ) * conversions.e8m0_to_f32(largest)
 
     @cute.jit
     def _copy(
@@ -157,8 +167,8 @@ class IndexScores:
             lane = cute.arch.lane_idx()
             key = Int64(cutlass.min(first + lane // PARTS, visible - 1))
             slot = own_ring + stage * STAGE_BYTES
-            async_copies.copy_b128(slot + lane * 16, codes + key * KEY_BYTES + (lane % PARTS) * 16)
-            async_copies.copy_word(slot + ring.PIECE_BYTES + lane * 4, scales + key * PARTS)
+            async_copies.copy(slot + lane * 16, codes + key * KEY_BYTES + (lane % PARTS) * 16)
+            async_copies.copy(slot + PIECE_BYTES + lane * 4, scales + key * PARTS, 4)
 
     def _first_key(self, turn: Any) -> Int32:
         """Of the warp; few keys are spread over all CTAs before a CTA's second warp has any."""
@@ -187,13 +197,13 @@ class IndexScores:
         first, apart = self._first_key(0), self._first_key(1) - self._first_key(0)
         stage = Int32(0)
         for turn in cutlass.range((visible - first + apart - 1) // apart, unroll=1):
-            ring.wait(self.stages - 2)
+            async_copies.wait(self.stages - 2)
             at = own_ring + stage * STAGE_BYTES
-            words = async_copies.load_shared_b128(at + lane * 16)
-            packed = async_copies.load_shared_b32(at + ring.PIECE_BYTES + lane * 4)
+            words = shared_memory.load_words(at + lane * 16, 4)
+            packed = shared_memory.load_word(at + PIECE_BYTES + lane * 4)
             free = stage - 1 if stage > 0 else stage + self.stages - 1
             self._copy(keys[0], keys[1], turn + self.stages - 1, visible, own_ring, free)
-            ring.commit()
+            async_copies.commit()
             stage = stage + 1 if stage < self.stages - 1 else 0
             sums = self._multiply(a, w, words, packed)
             self._store(sums, packed, scores, row, visible, self._first_key(turn))
@@ -207,7 +217,7 @@ class IndexScores:
         dots = [tuple(Float32(0.0) for _ in range(4)) for _ in range(M_TILES)]
         for step in range_constexpr(STEPS):
             for tile in range_constexpr(M_TILES):
-                dots[tile] = ptx.mma_bf16(dots[tile], a[tile * STEPS + step], b[step])
+                dots[tile] = mma_bf16(dots[tile], a[tile * STEPS + step], b[step])
         sums = [Float32(0.0), Float32(0.0)]
         for tile in range_constexpr(M_TILES):
             for half in range_constexpr(2):
@@ -230,6 +240,6 @@ class IndexScores:
         total += cute.arch.shuffle_sync_bfly(total, offset=8)
         total += cute.arch.shuffle_sync_bfly(total, offset=16)
         key = 2 * t + odd
-        scale = cute.arch.shuffle_sync(ptx.e8m0_to_f32(rounding.bytes_max(packed)), key * 4)
+        scale = cute.arch.shuffle_sync(conversions.e8m0_to_f32(rounding.bytes_max(packed)), key * 4)
         if (g < 2) & (first + key < visible):
             scores[row, first + key] = total * scale

@@ -8,7 +8,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32, range_constexpr
 
-from dsv4.kernels.device import async_copies
+from dsv4.kernels.device import shared_memory
 
 WARPS = 16
 THREADS = 32 * WARPS
@@ -35,7 +35,7 @@ class Selection:
         zero = Uint32(0)
         for index in range_constexpr(self.rounds):
             place = self.counts + index * (BINS * 4) + thread * (EACH * 4)
-            async_copies.store_shared_b128(place, (zero, zero, zero, zero))
+            shared_memory.store_words(place, (zero, zero, zero, zero))
 
     @cute.jit
     def count(self, keys: Any, prefix: Uint32, known: Uint32, below: Uint32, index: Int32) -> None:
@@ -43,7 +43,7 @@ class Selection:
         for key in keys:
             if ((key ^ prefix) & known) == 0:
                 digit = Int32((key >> below) & Uint32(BINS - 1))
-                async_copies.count_shared(self.counts + (index * BINS + digit) * 4)
+                shared_memory.count(self.counts + (index * BINS + digit) * 4)
 
     @cute.jit
     def find(self, wanted: Uint32, index: Int32) -> Any:
@@ -52,7 +52,7 @@ class Selection:
         thread, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()
         digit = BINS - EACH * (thread + 1)
-        own = async_copies.load_shared_b128(self.counts + (index * BINS + digit) * 4)
+        own = shared_memory.load_words(self.counts + (index * BINS + digit) * 4, 4)
         count = own[0] + own[1] + own[2] + own[3]
         upto = warp_scan(count)
         before, _ = self.before(cute.arch.shuffle_sync(upto, 31))
@@ -83,7 +83,7 @@ class Selection:
         for index in cutlass.range(3, unroll=1):
             if done == 0:
                 for turn in cutlass.range(turns, unroll=1):
-                    keys = async_copies.load_shared_b128(own + turn * TURN_BYTES)
+                    keys = shared_memory.load_words(own + turn * TURN_BYTES, 4)
                     self.count(keys, prefix, known, below, first + index)
                 digit, left, exact = self.find(left, first + index)
                 prefix = prefix | (digit << below)

@@ -19,7 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import async_copies
+from dsv4.kernels.device import global_memory, shared_memory
 from dsv4.kernels.ops.indexer import selection
 from dsv4.kernels.ops.indexer.selection import BINS, THREADS, Selection
 
@@ -72,7 +72,7 @@ class IndexTopk:
         select.clear()
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        at = async_copies.load_b32((position.iterator + row).toint())
+        at = global_memory.load_word((position.iterator + row).toint())
         own = cute.make_rmem_tensor((VECTOR, self.turns), Uint32)
         source = operands[0]
         if cutlass.const_expr(self.turns == 1):
@@ -141,7 +141,7 @@ class IndexTopk:
         for turn in range_constexpr(self.turns):
             item = first + turn * WARP_TURN
             present = Int32((turn < turns) & (item < count))
-            loaded.append(async_copies.load_f32x4_if(present, at + Int64(item) * 4))
+            loaded.append(global_memory.load_floats_if(present, at + Int64(item) * 4))
         for turn in range_constexpr(self.turns):
             for i in range_constexpr(VECTOR):
                 bits = loaded[turn][i].bitcast(Uint32)
@@ -177,7 +177,7 @@ class IndexTopk:
             for turn in range_constexpr(self.turns):
                 if turn < turns:
                     words = tuple(own[i, turn] for i in range(VECTOR))
-                    async_copies.store_shared_b128(keys + (first + turn * WARP_TURN) * 4, words)
+                    shared_memory.store_words(keys + (first + turn * WARP_TURN) * 4, words)
         else:
             turns = (listed + TURN - 1) // TURN
             first = self._first(turns)
@@ -243,7 +243,7 @@ class IndexTopk:
                 count += Uint32(own[i, turn] >= bound)
         for part in range_constexpr(LIST // TURN):
             place = keys + (part * TURN + thread * VECTOR) * 4
-            async_copies.store_shared_b128(place, (Uint32(0), Uint32(0), Uint32(0), Uint32(0)))
+            shared_memory.store_words(place, (Uint32(0), Uint32(0), Uint32(0), Uint32(0)))
         before, whole = select.before(cute.arch.warp_redux_sync(count, "add"))
         fits = Int32(whole) if whole <= LIST else Int32(0)
         if fits > 0:
@@ -253,9 +253,9 @@ class IndexTopk:
                     at, before = selection.ranks(marks, before)
                     for i in range_constexpr(VECTOR):
                         if marks[i] == 1:
-                            async_copies.store_shared_b32(keys + Int32(at[i]) * 4, own[i, turn])
+                            shared_memory.store_word(keys + Int32(at[i]) * 4, own[i, turn])
                             item = first + turn * WARP_TURN + i
-                            async_copies.store_shared_b32(ids + Int32(at[i]) * 4, Uint32(item))
+                            shared_memory.store_word(ids + Int32(at[i]) * 4, Uint32(item))
         return fits
 
     @cute.jit
@@ -277,11 +277,11 @@ class IndexTopk:
         own = keys + first * 4
         count = Uint32(0)
         for turn in cutlass.range(turns, unroll=1):
-            for key in async_copies.load_shared_b128(own + turn * (WARP_TURN * 4)):
+            for key in shared_memory.load_words(own + turn * (WARP_TURN * 4), 4):
                 count += selection.mark(key, limit)
         before, _ = select.before(cute.arch.warp_redux_sync(count, "add"))
         for turn in cutlass.range(turns, unroll=1):
-            loaded = async_copies.load_shared_b128(own + turn * (WARP_TURN * 4))
+            loaded = shared_memory.load_words(own + turn * (WARP_TURN * 4), 4)
             marks = [selection.mark(loaded[i], limit) for i in range(VECTOR)]
             at, before = selection.ranks(marks, before)
             for i in range_constexpr(VECTOR):
@@ -289,7 +289,7 @@ class IndexTopk:
                 if (marks[i] == 1) | ((marks[i] > 1) & (equal < ties)):
                     item = first + turn * WARP_TURN + i
                     if listed > 0:
-                        item = Int32(async_copies.load_shared_b32(ids + item * 4))
+                        item = Int32(shared_memory.load_word(ids + item * 4))
                     target = Int32(above + cutlass.min(equal, ties))
                     self._put(operands, row, part, target, item, loaded[i])
 

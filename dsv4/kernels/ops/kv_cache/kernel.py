@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import async_copies, rounding
+from dsv4.kernels.device import conversions, global_memory
 from dsv4.kernels.ops.kv_cache import pooling, rows
 from dsv4.kernels.ops.kv_cache.pooling import Compressor
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
@@ -129,7 +129,7 @@ class Append:
             for weight in weights:
                 lines = -(-cute.size(weight) * 4 // 128)
                 if thread < lines:
-                    async_copies.prefetch_l2(weight.iterator.toint() + thread.to(Int64) * 128)
+                    global_memory.prefetch(weight.iterator.toint() + thread.to(Int64) * 128)
             cute.arch.griddepcontrol_wait()
 
     @cute.jit
@@ -143,16 +143,16 @@ class Append:
             for part in range_constexpr(self.latent // (CHANNELS * TEAM)):
                 column = (part * TEAM + thread) * CHANNELS
                 values.extend(
-                    async_copies.load_channels(source.iterator, start + column, self.wide)
+                    global_memory.load_channels(source.iterator, start + column, self.wide)
                 )
-                weights.extend(async_copies.load_f32x4((norm.iterator + column).toint()))
+                weights.extend(global_memory.load_floats((norm.iterator + column).toint(), 4))
             squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
             out = rows.normed(values, weights, squares, self.latent, self.eps)
             for part in range_constexpr(self.latent // (CHANNELS * TEAM)):
                 a, b, c, d = out[CHANNELS * part : CHANNELS * (part + 1)]
                 column = (part * TEAM + thread) * CHANNELS
-                words = (rounding.bf16_pair(a, b), rounding.bf16_pair(c, d))
-                async_copies.store_b64((target.iterator + start + column).toint(), words)
+                words = (conversions.bf16_pair(a, b), conversions.bf16_pair(c, d))
+                global_memory.store_words((target.iterator + start + column).toint(), words)
 
     @cute.jit
     def _window(
@@ -162,12 +162,12 @@ class Append:
         source, norm, window, scales = operands
         self._wait([norm], thread)
         if thread < TEAM:
-            at = Int32(async_copies.load_b32((position.iterator + row).toint()))
-            own_slot = async_copies.load_b32((slot.iterator + row).toint())
+            at = Int32(global_memory.load_word((position.iterator + row).toint()))
+            own_slot = global_memory.load_word((slot.iterator + row).toint())
             column = thread * CHANNELS
             start = row.to(Int64) * self.width
-            values = async_copies.load_channels(source.iterator, start + column, self.wide)
-            weights = async_copies.load_f32x4((norm.iterator + column).toint())
+            values = global_memory.load_channels(source.iterator, start + column, self.wide)
+            weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             if at >= 0:
                 turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
                 squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
@@ -211,7 +211,7 @@ class Append:
         if (token[1] >= 0) & (thread < TEAM):
             pooling.write_ring(sizes, inputs, token, thread, TEAM)
         if complete:
-            weights = async_copies.load_f32x4((norm.iterator + column).toint())
+            weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
             turn = [rows.angle(table, begin, column, self.nope) for table in (cos, sin)]
             state = _empty_state()
@@ -258,7 +258,7 @@ class Append:
         if token[1] >= 0:
             pooling.write_ring(sizes, inputs, token, lane, 32)
         if complete:
-            weights = async_copies.load_f32x4((norm.iterator + column).toint())
+            weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
             turn = [rows.angle(table, begin, column, self.index_nope) for table in (cos, sin)]
             state = _empty_state()
@@ -289,4 +289,4 @@ def _empty_state() -> Any:
 
 def _entry(state: Any) -> list[Float32]:
     """The pooled values, rounded to bfloat16's."""
-    return rounding.to_bf16([state[2, c] / state[1, c] for c in range(CHANNELS)])
+    return conversions.to_bf16([state[2, c] / state[1, c] for c in range(CHANNELS)])

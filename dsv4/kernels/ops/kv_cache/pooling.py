@@ -12,7 +12,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import async_copies, ring
+from dsv4.kernels.device import async_copies, global_memory, shared_memory
+from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
 
 LOG2_E = 1.4426950408889634
@@ -30,7 +31,7 @@ class Compressor:
         self.channels = width * (2 if overlap else 1)
         self.slots = ratio * (2 if overlap else 1)
         self.batch = 8 if overlap else 4  # slots a thread reads at once
-        self.stage_bytes = self.batch * 3 * ring.LANE_BYTES  # of shared memory for one thread
+        self.stage_bytes = self.batch * 3 * LANE_BYTES  # of shared memory for one thread
 
 
 @cute.jit
@@ -52,12 +53,12 @@ def write_ring(
     for turn in range_constexpr(sizes.channels // (CHANNELS * threads)):
         column = (turn * threads + thread) * CHANNELS
         for tensor, offset in ((kv, source), (gate, source), (ape, place)):
-            loaded.append(async_copies.load_f32x4((tensor.iterator + offset + column).toint()))
+            loaded.append(global_memory.load_floats((tensor.iterator + offset + column).toint(), 4))
     for turn in range_constexpr(sizes.channels // (CHANNELS * threads)):
         column = (turn * threads + thread) * CHANNELS
         values, gates, added = loaded[3 * turn : 3 * turn + 3]
-        async_copies.store_f32x4((ring_kv.iterator + target + column).toint(), values)
-        async_copies.store_f32x4(
+        global_memory.store_floats((ring_kv.iterator + target + column).toint(), values)
+        global_memory.store_floats(
             (ring_gate.iterator + target + column).toint(),
             tuple(gates[i] + added[i] for i in range(CHANNELS)),
         )
@@ -123,11 +124,11 @@ def fetch(
         place = (sizes.ratio - 1 - back % sizes.ratio) * sizes.channels + at
         ape_at = (ape.iterator + place).toint()
         exists = Int32(position >= back)
-        target = stage + i * 3 * threads * ring.LANE_BYTES
-        async_copies.copy_b128_or_zero(target, kv_at, exists)
-        async_copies.copy_b128_or_zero(target + threads * ring.LANE_BYTES, gate_at, exists)
-        async_copies.copy_b128_or_zero(target + 2 * threads * ring.LANE_BYTES, ape_at, Int32(here))
-    ring.commit()
+        target = stage + i * 3 * threads * LANE_BYTES
+        async_copies.copy_or_zero(target, kv_at, exists)
+        async_copies.copy_or_zero(target + threads * LANE_BYTES, gate_at, exists)
+        async_copies.copy_or_zero(target + 2 * threads * LANE_BYTES, ape_at, Int32(here))
+    async_copies.commit()
 
 
 @cute.jit
@@ -144,13 +145,13 @@ def pool(
     position: of the token that completes the block. state: float32 `[3, 4]`: the largest gate, the
     sum of weights, the weighted sum; the largest is -inf at first.
     """
-    ring.wait(0)
+    async_copies.wait(0)
     values, gates = [], []
     for i in range_constexpr(sizes.batch):
-        source = stage + i * 3 * threads * ring.LANE_BYTES
-        values.append(async_copies.load_shared_f32x4(source))
-        raw = async_copies.load_shared_f32x4(source + threads * ring.LANE_BYTES)
-        added = async_copies.load_shared_f32x4(source + 2 * threads * ring.LANE_BYTES)
+        source = stage + i * 3 * threads * LANE_BYTES
+        values.append(shared_memory.load_floats(source, 4))
+        raw = shared_memory.load_floats(source + threads * LANE_BYTES, 4)
+        added = shared_memory.load_floats(source + 2 * threads * LANE_BYTES, 4)
         back = (sizes.slots - 1) - (first + i)
         absent = Float32(-float("inf"))
         gates.append([raw[c] + added[c] if position >= back else absent for c in range(CHANNELS)])

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float64, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import async_copies, rounding
+from dsv4.kernels.device import arithmetic, conversions, global_memory, rounding
 from dsv4.kernels.ops.kv_cache import rows
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
 
@@ -69,10 +69,10 @@ class QRope:
         head = block * self.warps + cute.arch.warp_idx()
         start = (Int64(row) * self.heads + head) * self.width + lane * CHANNELS
         parts = self.width // PART
-        known = async_copies.load_b32((position.iterator + row).toint())
+        known = global_memory.load_word((position.iterator + row).toint())
         values = []
         for part in range_constexpr(parts):
-            values.append(async_copies.load_channels(q.iterator, start + part * PART, self.wide))
+            values.append(global_memory.load_channels(q.iterator, start + part * PART, self.wide))
         at = cutlass.max(Int32(known), 0)
         column = (parts - 1) * PART + lane * CHANNELS
         turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
@@ -83,17 +83,17 @@ class QRope:
         mean = squares * Float64(1.0 / self.width) + Float64(self.eps)
         inverse = rounding.inverse_root(mean)
         for part in range_constexpr(parts):
-            scaled = [rounding.product(value, inverse) for value in values[part]]
+            scaled = [arithmetic.product(value, inverse) for value in values[part]]
             words = _pairs(scaled)
             if cutlass.const_expr(part == parts - 1):
-                rotated = rows.rotated(rounding.to_bf16(scaled), turn[0], turn[1])
+                rotated = rows.rotated(conversions.to_bf16(scaled), turn[0], turn[1])
                 words = _choose(column >= self.nope, rotated, words)
-            async_copies.store_b64((out.iterator + start + part * PART).toint(), words)
+            global_memory.store_words((out.iterator + start + part * PART).toint(), words)
 
 
 def _pairs(values: Any) -> Any:
     a, b, c, d = values
-    return rounding.bf16_pair(a, b), rounding.bf16_pair(c, d)
+    return conversions.bf16_pair(a, b), conversions.bf16_pair(c, d)
 
 
 @cute.jit

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Float64, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import async_copies, rounding
+from dsv4.kernels.device import arithmetic, conversions, global_memory, rounding
 
 CHANNELS = 4  # of one thread
 KV_BLOCK = 64  # channels per scale of a key/value row
@@ -52,9 +52,9 @@ def team_sum(own: Float64, partial: cute.Tensor, warps: cutlass.Constexpr) -> Fl
 def normed(values: Any, weights: Any, squares: Float64, width: int, eps: float) -> list[Float32]:
     """`weight · (value · rsqrt(mean square + eps))`, rounded to bfloat16's values."""
     inverse = rounding.inverse_root(squares * Float64(1.0 / width) + Float64(eps))
-    return rounding.to_bf16(
+    return conversions.to_bf16(
         [
-            rounding.product(weight, rounding.product(value, inverse))
+            arithmetic.product(weight, arithmetic.product(value, inverse))
             for value, weight in zip(values, weights, strict=True)
         ]
     )
@@ -65,7 +65,7 @@ def rotated(values: Any, cos: Any, sin: Any) -> tuple[Uint32, Uint32]:
     words = []
     for i in range(2):
         even, odd = rounding.rotate(values[2 * i], values[2 * i + 1], cos[i], sin[i])
-        words.append(rounding.bf16_pair(even, odd))
+        words.append(conversions.bf16_pair(even, odd))
     return words[0], words[1]
 
 
@@ -73,7 +73,7 @@ def rotated(values: Any, cos: Any, sin: Any) -> tuple[Uint32, Uint32]:
 def angle(table: cute.Tensor, position: Int32, column: Int32, nope: cutlass.Constexpr) -> Any:
     """The table's two entries for the thread's pairs; any two where it has no rotated channel."""
     pair = cutlass.max(column - nope, 0) // 2
-    return async_copies.load_f32x2((table.iterator + position * table.shape[1] + pair).toint())
+    return global_memory.load_floats((table.iterator + position * table.shape[1] + pair).toint(), 2)
 
 
 @cute.jit
@@ -92,7 +92,7 @@ def store_kv_row(
     bytes, one for each 64 channels, then 0.
     """
     if column >= nope:
-        async_copies.store_b64(
+        global_memory.store_words(
             row + nope + 2 * (column - nope).to(Int64), rotated(values, cos, sin)
         )
     amax = Float32(SMALLEST_KV_AMAX)
@@ -103,11 +103,11 @@ def store_kv_row(
     exponent = rounding.scale_exponent(amax, E4M3_MAX)
     if column < nope:
         inverse = rounding.inverse_scale(exponent)
-        codes = rounding.e4m3_word([rounding.product(value, inverse) for value in values])
-        async_copies.store_b32(row + column.to(Int64), codes)
+        codes = conversions.e4m3_word([arithmetic.product(value, inverse) for value in values])
+        global_memory.store_word(row + column.to(Int64), codes)
     block = column // KV_BLOCK
     if (column % KV_BLOCK == 0) & (block < KV_SCALES):
-        async_copies.store_b8(scales + block.to(Int64), exponent if column < nope else Uint32(0))
+        global_memory.store_byte(scales + block.to(Int64), exponent if column < nope else Uint32(0))
 
 
 @cute.jit
@@ -128,23 +128,23 @@ def store_index_key(
     """
     first, second = rotated(values, cos, sin)
     turned = [
-        rounding.bf16_low(first),
-        rounding.bf16_high(first),
-        rounding.bf16_low(second),
-        rounding.bf16_high(second),
+        conversions.bf16_low(first),
+        conversions.bf16_high(first),
+        conversions.bf16_low(second),
+        conversions.bf16_high(second),
     ]
     mixed = [turned[i] if column >= nope else values[i] for i in range(CHANNELS)]
     a, b, c, d = hadamard_lane(mixed, width)
-    pairs = (rounding.bf16_pair(a, c), rounding.bf16_pair(b, d))
+    pairs = (conversions.bf16_pair(a, c), conversions.bf16_pair(b, d))
     amax = cutlass.max(rounding.magnitude_max(pairs).bitcast(Uint32), _bits(SMALLEST_INDEXER_AMAX))
     threads = INDEXER_BLOCK // CHANNELS
     amax = cute.arch.warp_reduction(amax, cutlass.max, threads_in_group=threads)
     exponent = rounding.scale_exponent(amax.bitcast(Float32), E2M1_MAX)
     nibbles = rounding.e2m1_codes(pairs[0], exponent)
     nibbles |= rounding.e2m1_codes(pairs[1], exponent) << 4
-    async_copies.store_b16(row + (column // 2).to(Int64), (nibbles | (nibbles >> 8)) & 0xFFFF)
+    global_memory.store_half(row + (column // 2).to(Int64), (nibbles | (nibbles >> 8)) & 0xFFFF)
     if column % INDEXER_BLOCK == 0:
-        async_copies.store_b8(scales + (column // INDEXER_BLOCK).to(Int64), exponent)
+        global_memory.store_byte(scales + (column // INDEXER_BLOCK).to(Int64), exponent)
 
 
 def hadamard_lane(values: Any, width: int) -> list[Float32]:

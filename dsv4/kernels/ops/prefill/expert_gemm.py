@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import matrix_memory
+from dsv4.kernels.device import conversions, global_memory, shared_memory
 from dsv4.kernels.ops.prefill.mainloop import (
     CONSUMERS_BARRIER,
     PRODUCERS,
@@ -225,9 +225,9 @@ class ExpertsUp(ExpertGemm):
                     own = cutlass.min(part * STAGING_TOKENS + token + second, count - 1)
                     value = self._swiglu(acc[at + second] * gate, acc[at + 2 + second] * up)
                     values.append(value * weights.iterator[first + own])
-                word = matrix_memory.pack_bf16(values[0], values[1])
-                matrix_memory.store_u16(to + token * self.h_pitch, word)
-                matrix_memory.store_u16(to + (token + 1) * self.h_pitch, word >> 16)
+                word = conversions.bf16_pair(values[0], values[1])
+                shared_memory.store_half(to + token * self.h_pitch, word)
+                shared_memory.store_half(to + (token + 1) * self.h_pitch, word >> 16)
 
     @cute.jit
     def _swiglu(self, gate: Float32, up: Float32) -> Float32:
@@ -255,10 +255,10 @@ class ExpertsUp(ExpertGemm):
         for i in range_constexpr(STAGING_TOKENS // at_once):
             token, chunk = own // self.chunks + i * at_once, own % self.chunks
             if part * STAGING_TOKENS + token < count:
-                words = matrix_memory.load_b128(staging + token * self.h_pitch + chunk * 16)
+                words = shared_memory.load_words(staging + token * self.h_pitch + chunk * 16, 4)
                 row = Int64(first + part * STAGING_TOKENS + token)
                 to = base + row * (2 * self.inter) + Int64(chunk * 16)
-                matrix_memory.store_global_b128(to, words)
+                global_memory.store_words(to, words)
 
 
 class ExpertsDown(ExpertGemm):

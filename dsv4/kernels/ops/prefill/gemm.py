@@ -16,8 +16,9 @@ from dsv4.kernels.ops.prefill.weight_fragments import RUN
 class Gemm(Mainloop):
     """One shape of weight, a persistent grid of `ctas`.
 
-    x: bfloat16 `[M, G, K]`, arranged if the weight's format asks for it (fragments.py); operands:
-    codes, scales (not for "bf16"), global scale (only "nvfp4"); out: float32 or bfloat16 `[M, N]`.
+    x: bfloat16 `[M, G, K]`, arranged if the weight's format asks for it (weight_fragments.py);
+    operands: codes, scales (not for "bf16"), global scale (only "nvfp4"); out: float32 or bfloat16
+    `[M, N]`.
     With G > 1, rows `[g N/G, (g+1) N/G)` of the weight meet `x[:, g]`.
     """
 

@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
-from dsv4.kernels.device import matrix_memory
+from dsv4.kernels.device import async_copies, conversions, global_memory, shared_memory
 from dsv4.kernels.device.tma_tiles import Tile, copy_tile
 from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
@@ -167,7 +167,7 @@ class Mainloop:
             for run in range_constexpr(self.runs):
                 to = i * (PRODUCERS // 8) * TILE_ROW_BYTES + run * self.token_bytes
                 of = run * TILE_ROW_BYTES
-                matrix_memory.copy_async(to_x, source_row, nbytes, to, of)
+                async_copies.copy_beginning(to_x, source_row, nbytes, l2=128, to=to, of=of)
 
     @cute.jit
     def consume(
@@ -279,20 +279,20 @@ class Mainloop:
                 pairs = []
                 for part in range_constexpr(4):
                     at = m * self.sums + (first + some) // 2 + 2 * part
-                    pairs.append(matrix_memory.pack_bf16(acc[at] * factor, acc[at + 1] * factor))
+                    pairs.append(conversions.bf16_pair(acc[at] * factor, acc[at + 1] * factor))
                 token = some + lane // 16 * 8 + lane % 8
                 place = (warp * 2 + lane // 8 % 2) ^ (token % 8)
-                matrix_memory.store_transposed(staging + token * 128 + place * 16, pairs)
+                shared_memory.store_transposed(staging + token * 128 + place * 16, pairs)
             cute.arch.barrier(barrier_id=STAGING_BARRIER + group, number_of_threads=WARPGROUP)
             for i in range_constexpr(STAGING_TOKENS // 16):
                 token = thread % WARPGROUP // 8 + i * 16
                 row = rows[first // 16 + i]
                 if row >= 0:
-                    words = matrix_memory.load_b128(
-                        staging + token * 128 + (chunk ^ (token % 8)) * 16
+                    words = shared_memory.load_words(
+                        staging + token * 128 + (chunk ^ (token % 8)) * 16, 4
                     )
                     to = out + Int64(row) * (2 * self.n) + Int64(chunk * 16)
-                    matrix_memory.store_global_b128(to, words)
+                    global_memory.store_words(to, words)
 
 
 def _put(sums: list[Any], acc: Any, first: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, range_constexpr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, range_constexpr
 
-from dsv4.kernels.device import matrix_memory
+from dsv4.kernels.device import conversions, global_memory, shared_memory
+from dsv4.kernels.device.global_memory import Load
 
 ROUTE_THREADS = 1024
 THREADS = 256
@@ -139,7 +140,9 @@ class Combine:
         if column < self.hidden:
             first = partial.iterator.toint() + Int64(token) * (self.top_k * self.hidden * 2)
             rows = [
-                matrix_memory.load_global_b128(first + Int64(column * 2 + i * self.hidden * 2))
+                global_memory.load_words(
+                    first + Int64(column * 2 + i * self.hidden * 2), 4, Load.PLAIN
+                )
                 for i in range(self.top_k)
             ]
             count = Int32(0)
@@ -149,23 +152,25 @@ class Combine:
             for i in range_constexpr(LINE):
                 total = Float32(0.0)
                 for row in range_constexpr(self.top_k):
-                    value = matrix_memory.bf16_to_f32(rows[row][i // 2], i % 2)
+                    value = (conversions.bf16_low, conversions.bf16_high)[i % 2](rows[row][i // 2])
                     total += value if row < count else Float32(0.0)
                 sums.append(total)
             to = y.iterator.toint()
             if cutlass.const_expr(self.rounded):
-                words = [matrix_memory.pack_bf16(sums[2 * i], sums[2 * i + 1]) for i in range(4)]
+                words = [conversions.bf16_pair(sums[2 * i], sums[2 * i + 1]) for i in range(4)]
                 to += (Int64(token) * self.hidden + Int64(column)) * 2
-                matrix_memory.store_global_b128(to, words)
+                global_memory.store_words(to, words)
             else:
                 to += (Int64(token) * self.hidden + Int64(column)) * 4
                 for half in range_constexpr(2):
-                    words = [matrix_memory.float_bits(sums[4 * half + i]) for i in range(4)]
-                    matrix_memory.store_global_b128(to + half * 16, words)
+                    words = [sums[4 * half + i].bitcast(Uint32) for i in range(4)]
+                    global_memory.store_words(to + half * 16, words)
 
 
 class Arrange:
-    """Activations in the order of columns that packed weights are multiplied in (fragments.py).
+    """Activations in the order of columns that packed weights are multiplied in.
+
+    The order is that of weight_fragments.py.
 
     x, arranged: bfloat16 `[M, G, K]`, each 64 columns for themselves.
     """
@@ -191,8 +196,9 @@ class Arrange:
         column = (part * THREADS + thread) * LINE
         offset = (Int64(row) * self.cols + Int64(column)) * 2
         if column < self.cols:
-            matrix_memory.store_b128(
-                at + thread * 16, matrix_memory.load_global_b128(x.iterator.toint() + offset)
+            shared_memory.store_words(
+                at + thread * 16,
+                global_memory.load_words(x.iterator.toint() + offset, 4, Load.PLAIN),
             )
         cute.arch.sync_threads()
         if column < self.cols:
@@ -202,6 +208,6 @@ class Arrange:
             source = at + thread // 8 * 128 + own * 2
             words = []
             for t in range_constexpr(4):
-                low = matrix_memory.load_u16(source + t * 32)
-                words.append(low | (matrix_memory.load_u16(source + t * 32 + 8) << 16))
-            matrix_memory.store_global_b128(arranged.iterator.toint() + offset, words)
+                low = shared_memory.load_half(source + t * 32)
+                words.append(low | (shared_memory.load_half(source + t * 32 + 8) << 16))
+            global_memory.store_words(arranged.iterator.toint() + offset, words)

@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
-from dsv4.kernels.device import vectors, words
+from dsv4.kernels.device import conversions, global_memory
 
 THREADS = 256
 COLUMNS = 8  # of a thread
@@ -41,14 +41,14 @@ class Swiglu:
         at = Int64(group) * COLUMNS
         there = Int32(group < groups)
         loaded = [
-            vectors.load_b128_if(there, source.iterator + (at + 4 * half))
+            global_memory.load_words_if(there, source.iterator + (at + 4 * half))
             for source in (gate, up)
             for half in range(2)
         ]
-        values = [words.as_float(word) for quad in loaded for word in quad]
+        values = [word.bitcast(Float32) for quad in loaded for word in quad]
         result = [self._gated(values[i], values[COLUMNS + i]) for i in range(COLUMNS)]
         if group < groups:
-            vectors.store_b128(h.iterator + at, words.pack_all(result))
+            global_memory.store_words(h.iterator + at, conversions.bf16_pairs(result))
 
     def _gated(self, gate: Float32, up: Float32) -> Any:
         if self.limit > 0:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cutlass import Int32, Int64, Uint32
 
-from dsv4.kernels.device import matrix_memory, ptx
+from dsv4.kernels.device import arithmetic, async_copies, conversions, global_memory, shared_memory
 from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import TILE_ROW_BYTES
 
@@ -102,7 +102,7 @@ class Nvfp4Fragments(Fragments):
         nbytes = self.runs * SF_TILE
         first = Int64(place[0] // SF_ROWS) * (self.slab_runs * SF_TILE) + Int64(place[1] * SF_TILE)
         for band in range(self.rows // SF_ROWS):
-            matrix_memory.copy_bulk(
+            async_copies.copy_bulk(
                 stage + self.code_bytes + band * nbytes,
                 scales + first + band * (self.slab_runs * SF_TILE),
                 nbytes,
@@ -118,22 +118,28 @@ class Nvfp4Fragments(Fragments):
         """A lane's codes of two rows, and their scales."""
         at = stage + run * self.run_bytes + lane[0]
         scale = stage + run * SF_TILE + lane[1]
-        low, high = matrix_memory.load_b64(at), matrix_memory.load_b64(at + 8 * self.row_bytes)
-        return low, high, matrix_memory.load_u8(scale), matrix_memory.load_u8(scale + 8 * 16)
+        low, high = (
+            shared_memory.load_words(at, 2),
+            shared_memory.load_words(at + 8 * self.row_bytes, 2),
+        )
+        return low, high, shared_memory.load_byte(scale), shared_memory.load_byte(scale + 8 * 16)
 
     def a(self, loaded: Any, block_scale: Uint32) -> list[Any]:
         """The A operands of a run's four products."""
         low, high, first, second = loaded
-        pair = ptx.byte_permute(first, second, 0x3430) << 4
-        pair = ptx.mul_bf16x2(pair, Uint32(0x7F007F00))  # 2^127
-        pair = ptx.mul_bf16x2(pair, Uint32(0x77007700))  # 2^111
-        scales = ptx.byte_permute(pair, pair, 0x1010), ptx.byte_permute(pair, pair, 0x3232)
+        pair = arithmetic.byte_permute(first, second, 0x3430) << 4
+        pair = arithmetic.mul_bf16x2(pair, Uint32(0x7F007F00))  # 2^127
+        pair = arithmetic.mul_bf16x2(pair, Uint32(0x77007700))  # 2^111
+        scales = (
+            arithmetic.byte_permute(pair, pair, 0x1010),
+            arithmetic.byte_permute(pair, pair, 0x3232),
+        )
         operands = []
         for step in range(4):
             word, i = step // 2, 2 * (step % 2)
             operands.append(
                 tuple(
-                    ptx.mul_bf16x2(_e2m1_pair(codes[word], i + half), scale)
+                    arithmetic.mul_bf16x2(_e2m1_pair(codes[word], i + half), scale)
                     for half in range(2)
                     for codes, scale in zip((low, high), scales, strict=True)
                 )
@@ -158,7 +164,7 @@ class Fp8Fragments(Fragments):
     def block_scale(self, scales: Int64, row: Int32, step: Int32) -> Uint32:
         """The scale of a stage as bfloat16, twice."""
         at = row // SF_ROWS * (-(-self.k // 128)) + step * (self.runs * RUN) // 128
-        return matrix_memory.e8m0_to_bf16x2(matrix_memory.load_global_u8(scales + Int64(at)))
+        return conversions.e8m0_to_bf16x2(global_memory.load_byte(scales + Int64(at)))
 
     def lane(self, row: Int32, t: Int32) -> tuple[Int32, Int32]:
         """Place of a lane's codes."""
@@ -167,7 +173,7 @@ class Fp8Fragments(Fragments):
     def load(self, stage: Int32, run: int, lane: tuple[Int32, Int32]) -> Any:
         """A lane's codes of two rows."""
         at = stage + run * self.run_bytes + lane[0]
-        return matrix_memory.load_b128(at), matrix_memory.load_b128(at + 8 * self.row_bytes)
+        return shared_memory.load_words(at, 4), shared_memory.load_words(at + 8 * self.row_bytes, 4)
 
     def a(self, loaded: Any, block_scale: Uint32) -> list[Any]:
         """The A operands of a run's four products."""
@@ -176,7 +182,9 @@ class Fp8Fragments(Fragments):
             word, i = 2 * (step // 2), 2 * (step % 2)
             operands.append(
                 tuple(
-                    ptx.mul_bf16x2(_e4m3_pair(codes[word], codes[word + 1], i + half), block_scale)
+                    arithmetic.mul_bf16x2(
+                        _e4m3_pair(codes[word], codes[word + 1], i + half), block_scale
+                    )
                     for half in range(2)
                     for codes in loaded
                 )
@@ -186,9 +194,9 @@ class Fp8Fragments(Fragments):
 
 def _e4m3_pair(first: Uint32, second: Uint32, i: int) -> Uint32:
     """Code i of two words as bfloat16."""
-    pair = ptx.byte_permute(first, second, (i + 4) << 12 | i << 8 | i << 4 | i)
+    pair = arithmetic.byte_permute(first, second, (i + 4) << 12 | i << 8 | i << 4 | i)
     pair = (pair & Uint32(_SIGNS)) | ((pair >> 4) & Uint32(0x07F007F0))
-    return ptx.mul_bf16x2(pair, Uint32(0x7B807B80))  # 2^120
+    return arithmetic.mul_bf16x2(pair, Uint32(0x7B807B80))  # 2^120
 
 
 class Bf16Fragments(Fragments):

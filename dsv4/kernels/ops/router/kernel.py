@@ -4,10 +4,10 @@
     the experts of highest affinity + bias, or those that a table lists for the token
     weight = affinity / Σ chosen affinities * scaling
 
-Two kinds of CTAs, as in `streams.mhc`. A worker takes 32 experts (see `operands`) and a part of
-the columns, for eight tokens at once, and sends its sums to a mailbox. A finisher per token has a
-thread for each expert, which adds that expert's sums in the workers' order; one warp then picks the
-best, one after another: the highest score, the lowest number among equal ones.
+Two kinds of CTAs, as in `hyper_connections`. A worker takes 32 experts (see `weight_operands`) and
+a part of the columns, for eight tokens at once, and sends its sums to a mailbox. A finisher per
+token has a thread for each expert, which adds that expert's sums in the workers' order; one warp
+then picks the best, one after another: the highest score, the lowest number among equal ones.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
-from dsv4.kernels.device import mailbox, ptx, ring, words
+from dsv4.kernels.device import async_copies, global_memory, mailbox, shared_memory
+from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.elementary import sqrt_softplus
+from dsv4.kernels.device.global_memory import Load
+from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
 
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
@@ -100,7 +103,7 @@ class Router:
         smem = cutlass.memory.SmemAllocator()
         sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps, 2)), 16)
         found = smem.allocate_tensor(Float32, cute.make_layout((self.experts, 2, 2)), 16)
-        copies = smem.allocate(self.operand.pieces * ring.PIECE_BYTES * self.warps, 128).toint()
+        copies = smem.allocate(self.operand.pieces * PIECE_BYTES * self.warps, 128).toint()
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         tokens = Int32(x.shape[0])
@@ -128,14 +131,14 @@ class Router:
         part = (block // self.bands) % self.parts
         step, t = part * self.warps + warp, lane % 4
         row = (band // BANDS) * 128 + (band % BANDS) * 8 + lane // 4
-        slot = copies + warp * (self.operand.pieces * ring.PIECE_BYTES) + lane * ring.LANE_BYTES
+        slot = copies + warp * (self.operand.pieces * PIECE_BYTES) + lane * LANE_BYTES
         scales = gate[1].iterator if len(gate) > 1 else None
         at = slot
         for address in self.operand.addresses(gate[0].iterator, scales, row, step, t):
-            ring.copy_weights(at, address)
-            at += ring.PIECE_BYTES
-        ring.commit()
-        ring.wait(0)
+            async_copies.copy(at, address, l2=256)
+            at += PIECE_BYTES
+        async_copies.commit()
+        async_copies.wait(0)
         factor = Float32(self.operand.factor)
         if cutlass.const_expr(self.kind == "nvfp4"):
             factor *= gate[2][0]
@@ -148,10 +151,14 @@ class Router:
             acts: list[Any] = []
             for piece in range_constexpr(X_PIECES):
                 column = step * STEP + self.operand.x_column(piece, t)
-                acts.extend(words.load(x.iterator + token * self.hidden + column, 4))
+                acts.extend(
+                    global_memory.load_words(
+                        x.iterator + token * self.hidden + column, 4, Load.PAST_L1
+                    )
+                )
             own: list[Any] = []  # read again here: decoded while the activations are under way
             for piece in range_constexpr(self.operand.pieces):
-                own.extend(ring.read(slot + piece * ring.PIECE_BYTES))
+                own.extend(shared_memory.load_words(slot + piece * PIECE_BYTES, 4))
             acc = self._multiply(own, acts, t)
             for c in range_constexpr(8):
                 sums[c * 32 + lane, warp, parity] = acc[c]
@@ -167,7 +174,7 @@ class Router:
             chains = [(Float32(0.0),) * 4] * 2
             for mma in range(MMAS):
                 a = self.operand.a(own, prepared, tile, mma)
-                chains[mma % 2] = ptx.mma_bf16(chains[mma % 2], a, self.operand.b(acts, mma))
+                chains[mma % 2] = mma_bf16(chains[mma % 2], a, self.operand.b(acts, mma))
             sums += [a + b for a, b in zip(*chains, strict=True)]
         return sums
 
@@ -276,6 +283,6 @@ class Router:
 
 def _ordered(score: Float32) -> Uint32:
     """Unsigned numbers in the order of the scores; above 0."""
-    bits = words.as_word(score)
+    bits = score.bitcast(Uint32)
     flipped = cutlass.select_(score < 0, bits ^ Uint32(0xFFFFFFFF), bits | Uint32(0x80000000))
     return Uint32(flipped)

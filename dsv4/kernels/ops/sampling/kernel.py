@@ -15,7 +15,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64, Uint32, Uint64, range_constexpr
 
-from dsv4.kernels.device import vectors
+from dsv4.kernels.device import global_memory
+from dsv4.kernels.device.arithmetic import multiply_high
 from dsv4.kernels.device.cluster_words import LANES, Cluster, running_sum, warp_sum
 from dsv4.kernels.ops.sampling import numbers
 from dsv4.kernels.reference.sampling import INVALID_TOKEN, MAX_VOCAB
@@ -105,7 +106,7 @@ class Sample:
         end = cutlass.min(allowed, Int32(self.vocab))
         for v in range_constexpr(self.vectors):
             at = first + v * SPAN
-            words = vectors.load_b128_if(Int32(at < end), row + at)
+            words = global_memory.load_words_if(Int32(at < end), row + at)
             for e in range_constexpr(VECTOR):
                 value = words[e].bitcast(Float32)
                 x[v * VECTOR + e] = value if at + e < end else -Float32.inf
@@ -137,7 +138,7 @@ class Sample:
         chosen, writes = Int32(INVALID_TOKEN), leader
         attempt, undecided = Int32(0), total > 0
         while undecided:
-            place = numbers.multiply_high(numbers.random_bits(source[0], source[1], attempt), total)
+            place = multiply_high(numbers.random_bits(source[0], source[1], attempt), total)
             if temperature <= 0:
                 place = Uint64(0)
             owner = (place >= before) & (place - before < own)

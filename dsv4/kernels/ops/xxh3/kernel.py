@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32, Uint64, range_constexpr
 
-from dsv4.kernels.device import vectors
+from dsv4.kernels.device import global_memory
 from dsv4.kernels.reference.xxh3 import (
     BLOCK_BYTES,
     INITIAL,
@@ -87,7 +87,7 @@ class Xxh3:
 @cute.jit
 def _sums(source: Any, keys: Any, last: Any, ends: Any) -> tuple[Uint64, Uint64]:
     """Two lanes' sums over a block. keys: of both lanes, each stripe's one further."""
-    loaded = [vectors.load_b128_if(Int32(1), source + 64 * n) for n in range(STRIPES)]
+    loaded = [global_memory.load_words_if(Int32(1), source + 64 * n) for n in range(STRIPES)]
     low, high = Uint64(0), Uint64(0)
     for n in range_constexpr(STRIPES):
         a, b = _word(loaded[n][0], loaded[n][1]), _word(loaded[n][2], loaded[n][3])
