@@ -121,7 +121,7 @@ def passes_table(passes: Sequence[Pass]) -> Table:
 
 def kernel_line(line: Line) -> str:
     """One measured kernel as a line of progress."""
-    verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
+    verdict = f"WRONG: {'; '.join(line.faults)}" if line.faults else line.skipped or "right"
     time = ""
     if line.seconds and line.fraction:
         time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
@@ -184,7 +184,7 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             f"{line.nbytes / 1e6:.2f}",
             f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
             f"{line.fraction:.3f}" if line.fraction else "",
-            "WRONG" if line.faults else "right",
+            "WRONG" if line.faults else line.skipped or "right",
         )
     return table
 

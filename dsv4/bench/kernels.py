@@ -30,7 +30,8 @@ _STREAM_BYTES = 1 << 30
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One case. seconds: median of a run, None when it was not timed; fraction: of the bound, which
-    is bytes at the measured bandwidth or operations at the measured matrix rate.
+    is bytes at the measured bandwidth or operations at the measured matrix rate. skipped: why it
+    was not run at all, or nothing.
     """
 
     operation: str
@@ -42,6 +43,7 @@ class Line:
     fraction: float | None
     faults: tuple[str, ...]
     note: str
+    skipped: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +92,23 @@ def measure(
     device: torch.device,
     timed: bool = True,
 ) -> Iterator[Line]:
-    """Check and time each case, or only check it. A case that fails is reported, not skipped."""
+    """Check and time each case, or only check it. A case that fails is reported.
+
+    A case with a kernel that is not made for the library's architecture is skipped, and says so.
+    """
     for case in cases:
-        seconds = None
-        try:
-            faults = check(case, library, device)
-            if case.rows <= MAX_ROWS:
-                faults += check_alone(case, library, device)
-            if timed:
-                seconds = time_case(case, library, device)
-        except KernelError as error:
-            faults = [str(error)]
+        seconds, faults, skipped = None, list[str](), ""
+        if any(library.arch not in kernel.architectures for kernel in case.kernels):
+            skipped = f"not built for {library.arch}"
+        else:
+            try:
+                faults = check(case, library, device)
+                if case.rows <= MAX_ROWS:
+                    faults += check_alone(case, library, device)
+                if timed:
+                    seconds = time_case(case, library, device)
+            except KernelError as error:
+                faults = [str(error)]
         bound = max(case.nbytes / machine.bandwidth, case.flops / machine.matrix_rate)
         yield Line(
             case.operation,
@@ -112,6 +120,7 @@ def measure(
             bound / seconds if seconds else None,
             tuple(faults),
             case.note,
+            skipped,
         )
         torch.cuda.empty_cache()
 
