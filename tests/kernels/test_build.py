@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dsv4.formats.releases import FLASH
 from dsv4.kernels.core import library, signature
 from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library
+from dsv4.kernels.device.arch import architecture
+from dsv4.kernels.names import ARCHITECTURES
 from dsv4.kernels.ops import cases
 from dsv4.kernels.ops.gemv.contract import Weight, gemv
 
@@ -138,3 +141,24 @@ def test_machine_code_that_is_gone_is_named(built: Path, tmp_path: Path) -> None
     (copy / "sm_90a" / f"{SMALL.name}.so").unlink()
     with pytest.raises(KernelError, match=f"{SMALL.name}.so cannot be read.*makes it"):
         Library(copy, "sm_90a").function(SMALL)
+
+
+def test_the_architecture_is_decided_in_one_file() -> None:
+    """`core.build` passes it; no kernel asks the compiler what it compiles for."""
+    with pytest.raises(ValueError, match="kernels are made for sm_90a, sm_100a, not for sm_80"):
+        architecture("sm_80")
+    assert len({architecture(name) for name in ARCHITECTURES}) == len(ARCHITECTURES)
+    assert set(ARCHITECTURES) == set(signature.CAPABILITY.values())
+    package = Path(signature.__file__).parents[1]
+    asking = re.compile(r"get_arch_enum|BaseDSL|[\"']sm_\d+a?[\"']")
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if asking.search(file.read_text())
+    }
+    assert found == {
+        "names.py",
+        "core/signature.py",
+        "device/arch.py",
+        "ops/fp4_blackwell/gemm_contract.py",
+    }

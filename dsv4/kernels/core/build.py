@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
@@ -174,7 +175,11 @@ def compile_kernel(kernel: Kernel, arch: str, options: str = "") -> Any:
     from cutlass.cute.runtime import make_fake_stream
 
     module, _, name = kernel.implementation.partition(":")
-    function = getattr(importlib.import_module(module), name)(**dict(kernel.config))
+    made = getattr(importlib.import_module(module), name)
+    config: dict[str, Any] = dict(kernel.config)
+    if "arch" in inspect.signature(made).parameters:
+        config["arch"] = arch
+    function = made(**config)
     sizes: dict[str, Any] = {}
     arguments = [
         tuple(_fake(one, sizes) for one in argument)

@@ -56,7 +56,7 @@ def _swizzled(offset: Int32) -> Int32:
     return offset ^ ((offset >> 3) & (GROUP_BYTES - TILE_ROW_BYTES >> 3))
 
 
-def multiply(acc: list[Any], a: Any, b: Any, turned: bool) -> list[Any]:
+def multiply(acc: list[Any], a: Any, b: Any, turned: bool = False) -> list[Any]:
     """`acc + a · b` of the warp's 16 rows; what is returned may be read."""
     lane = cute.arch.lane_idx()
     row, second, third = lane % 8, lane // 8 % 2, lane // 16

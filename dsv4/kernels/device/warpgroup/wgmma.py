@@ -42,7 +42,7 @@ def rows(tiles: Int64, step: int) -> Int64:
     return tiles + Int64(step * MMA_COLS * TILE_ROW_BYTES // 16)
 
 
-def multiply(acc: list[Any], a: Any, b: Int64, turned: bool) -> list[Any]:
+def multiply(acc: list[Any], a: Any, b: Int64, turned: bool = False) -> list[Any]:
     """Issue `acc + a · b`. a: four registers, or a descriptor."""
     count = len(acc)
     operands = list(a) if isinstance(a, (tuple, list)) else [a]

@@ -27,8 +27,8 @@ from dsv4.kernels.device import (
     mbarriers,
     shared_memory,
 )
+from dsv4.kernels.device.arch import architecture
 from dsv4.kernels.device.global_memory import Load
-from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 from dsv4.kernels.ops.attention.combine import HEAD_DIM, LOG2E, LOWEST, Output
 from dsv4.kernels.ops.attention.gather_rows import ROW_BYTES, SCALE_BYTES, TILE, WARPS, Rows
@@ -61,8 +61,10 @@ class Attention:
         stages: int,
         cuts: int,
         pdl: bool,
+        *,
+        arch: str,
     ) -> None:
-        self.cuts = cuts
+        self.cuts, self.products = cuts, architecture(arch).products
         self.own = HEAD_DIM // 2 // cuts
         assert heads % HEADS == 0
         self.heads, self.splits, self.stages, self.pdl = heads, splits, stages, pdl
@@ -201,7 +203,7 @@ class Attention:
             before = slot - 1 if slot > 0 else Int32(self.stages)
             if ahead < find[4]:
                 self.rows.fetch(find, then, ahead, self._stage(base, stage, before))
-            scores = product.wait_for(scores)
+            scores = self.products.wait_for(scores)
             self._soften(scores, base, slot, acc, largest, weight)
             self._add_values(base, acc, cut)
             cute.arch.sync_threads()
@@ -262,16 +264,16 @@ class Attention:
         """Products of all heads with the tile's rows, over half of the dimensions."""
         tiles = base + self.at["tiles"] + cute.arch.warp_idx() // 4 * (SLICE_BYTES // 2)
         if cutlass.const_expr(phase == 0):
-            product.fence()
+            self.products.fence()
         for index in range_constexpr(SLICES // PHASES):
             piece = phase * (SLICES // PHASES) + index
-            query = product.tile(base + self.at["q"] + piece * (HEADS * TILE_ROW_BYTES))
-            tile = product.tile(tiles + piece * SLICE_BYTES)
+            query = self.products.tile(base + self.at["q"] + piece * (HEADS * TILE_ROW_BYTES))
+            tile = self.products.tile(tiles + piece * SLICE_BYTES)
             for step in range_constexpr(SLICE // MMA_COLS):
-                scores = product.multiply(
-                    scores, product.columns(query, step), product.columns(tile, step)
+                scores = self.products.multiply(
+                    scores, self.products.columns(query, step), self.products.columns(tile, step)
                 )
-        product.commit()
+        self.products.commit()
         return scores
 
     @cute.jit
@@ -329,15 +331,15 @@ class Attention:
         """The warpgroup's own dimensions."""
         group = 2 * cut + cute.arch.warp_idx() // 4
         tiles = base + self.at["tiles"] + group * (self.own // SLICE * SLICE_BYTES)
-        values = product.turned_tiles(tiles, SLICE_BYTES)
-        probabilities = product.tile(base + self.at["probabilities"])
+        values = self.products.turned_tiles(tiles, SLICE_BYTES)
+        probabilities = self.products.tile(base + self.at["probabilities"])
         sums = [acc[index] for index in range(self.own // 2)]
-        product.fence()
+        self.products.fence()
         for step in range_constexpr(TILE // MMA_COLS):
-            a = product.columns(probabilities, step)
-            sums = product.multiply(sums, a, product.rows(values, step), True)
-        product.commit()
-        sums = product.wait_for(sums)
+            a = self.products.columns(probabilities, step)
+            sums = self.products.multiply(sums, a, self.products.rows(values, step), True)
+        self.products.commit()
+        sums = self.products.wait_for(sums)
         for j in range_constexpr(self.own // 8):
             for c in range_constexpr(4):
                 acc[4 * j + c] = sums[4 * j + c]

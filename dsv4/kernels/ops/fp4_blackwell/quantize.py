@@ -17,6 +17,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4.kernels.device import arithmetic, global_memory
+from dsv4.kernels.device.arch import architecture
 from dsv4.kernels.ops.fp4_blackwell import groups, rounding
 from dsv4.kernels.ops.fp4_blackwell.tiles import TILE_COLUMNS, TILE_ROWS, scale_offset
 
@@ -82,8 +83,9 @@ class Quantize:
     A value that is not finite makes the global scale NaN.
     """
 
-    def __init__(self, k: int, per_row: bool, signed_zero: bool, pdl: bool) -> None:
+    def __init__(self, k: int, per_row: bool, signed_zero: bool, pdl: bool, *, arch: str) -> None:
         self.k, self.per_row, self.signed_zero, self.pdl = k, per_row, signed_zero, pdl
+        self.rounds_to_e2m1 = architecture(arch).rounds_to_e2m1
         self.groups = 0
 
     @cute.jit
@@ -204,13 +206,13 @@ class Quantize:
         if (divisor >= Float32(least)) & (divisor <= Float32(most)):
             inverse = arithmetic.reciprocal(divisor)
             q = [rounding.quotient_of(n.bitcast(Float32), divisor, inverse) for n in numbers]
-            low = rounding.e2m1_word(q[:8], self.signed_zero)
-            high = rounding.e2m1_word(q[8:], self.signed_zero)
+            low = rounding.e2m1_word(q[:8], self.signed_zero, self.rounds_to_e2m1)
+            high = rounding.e2m1_word(q[8:], self.signed_zero, self.rounds_to_e2m1)
         else:
             q = [arithmetic.quotient(n.bitcast(Float32), divisor) for n in numbers]
             q = [arithmetic.positive_zero(n) for n in q]
-            low = rounding.e2m1_word(q[:8], self.signed_zero)
-            high = rounding.e2m1_word(q[8:], self.signed_zero)
+            low = rounding.e2m1_word(q[:8], self.signed_zero, self.rounds_to_e2m1)
+            high = rounding.e2m1_word(q[8:], self.signed_zero, self.rounds_to_e2m1)
         global_memory.store_words(target, (low, high))
         return byte
 
@@ -221,8 +223,10 @@ class QuantizeGrouped(Quantize):
     offsets: int32 `[G + 1]`, on the device. Tiles of `scales` beyond the last group's stay.
     """
 
-    def __init__(self, k: int, per_row: bool, signed_zero: bool, groups: int, pdl: bool) -> None:
-        super().__init__(k, per_row, signed_zero, pdl)
+    def __init__(
+        self, k: int, per_row: bool, signed_zero: bool, groups: int, pdl: bool, *, arch: str
+    ) -> None:
+        super().__init__(k, per_row, signed_zero, pdl, arch=arch)
         self.groups = groups
 
     @cute.jit

@@ -1,7 +1,7 @@
 """Rounding to NVFP4, bit for bit as IEEE arithmetic in float32 does it.
 
 Hopper has no instruction that rounds to E2M1; Blackwell has one that rounds two numbers at once.
-Which is used follows the architecture that is compiled for; both give the same codes.
+Both ways give the same codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Uint32
-from cutlass.base_dsl import Arch, BaseDSL
 
 from dsv4.kernels.device import conversions
 from dsv4.kernels.device.arithmetic import fused, max_u16x2, product, quotient, remainder
@@ -24,11 +23,6 @@ PLAIN_DIVISOR = (2.0**-95, 2.0**15)
 
 _ONE = 0x3F800000
 _NIBBLES = 0x11111111
-
-
-def rounds_to_e2m1() -> bool:
-    """Whether the architecture that is compiled for has the instruction."""
-    return bool(BaseDSL._get_dsl().get_arch_enum() >= Arch.sm_100)
 
 
 def quotient_of(a: Float32, b: Float32, inverse: Float32) -> Float32:
@@ -68,12 +62,12 @@ def _e2m1_code(value: Float32) -> Uint32:
     return code | ((bits >> Uint32(28)) & Uint32(8))
 
 
-def e2m1_word(values: Any, signed_zero: bool) -> Uint32:
+def e2m1_word(values: Any, signed_zero: bool, instruction: bool) -> Uint32:
     """Codes of eight float32 (none of them -0), the first lowest.
 
-    signed_zero: what rounds to zero keeps its sign.
+    signed_zero: what rounds to zero keeps its sign. instruction: there is one that rounds.
     """
-    if rounds_to_e2m1():
+    if instruction:
         word = conversions.e2m1_word(values)
     else:
         word = Uint32(0)

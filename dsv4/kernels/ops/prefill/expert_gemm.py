@@ -112,9 +112,13 @@ class ExpertsUp(ExpertGemm):
         limit: float,
         ctas: int,
         narrow: int = 0,
+        *,
+        arch: str,
         **tuning: int,
     ) -> None:
-        super().__init__(experts, top_k, ctas, narrow, 2 * inter, hidden, 1, gathers=True, **tuning)
+        super().__init__(
+            experts, top_k, ctas, narrow, 2 * inter, hidden, 1, gathers=True, arch=arch, **tuning
+        )
         self.hidden, self.inter, self.limit = hidden, inter, limit
         self.h_cols = self.rows // 2
         self.h_pitch = self.h_cols * 2 + 16
@@ -277,9 +281,11 @@ class ExpertsDown(ExpertGemm):
         slabs: int,
         ctas: int,
         narrow: int = 0,
+        *,
+        arch: str,
         **tuning: int,
     ) -> None:
-        super().__init__(experts, top_k, ctas, narrow, hidden, inter, slabs, **tuning)
+        super().__init__(experts, top_k, ctas, narrow, hidden, inter, slabs, arch=arch, **tuning)
         self.inter = inter
 
     @cute.jit

@@ -38,6 +38,7 @@ class Gemm(Mainloop):
         stages: int = 4,
         unroll: int = 1,
         ctas: int = 132,
+        arch: str,
     ) -> None:
         super().__init__(
             kind,
@@ -50,6 +51,7 @@ class Gemm(Mainloop):
             runs=runs,
             stages=stages,
             unroll=unroll,
+            arch=arch,
         )
         self.groups, self.rounded, self.ctas = groups, out == "bfloat16", ctas
         self.staging = warpgroups * STAGING_BYTES if self.rounded else 16

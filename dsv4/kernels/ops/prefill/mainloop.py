@@ -16,8 +16,8 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
 from dsv4.kernels.device import async_copies, conversions, global_memory, shared_memory
+from dsv4.kernels.device.arch import architecture
 from dsv4.kernels.device.tma_tiles import Tile, copy_tile
-from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 from dsv4.kernels.ops.prefill.weight_fragments import FRAGMENTS, RUN
 
@@ -52,11 +52,13 @@ class Mainloop:
         stages: int,
         unroll: int = 1,
         gathers: bool = False,
+        arch: str,
     ) -> None:
+        self.products = architecture(arch).products
         self.m_each, self.n_tile, self.runs = m_each, n_tile, runs
         self.rows = 64 * warpgroups * m_each
         self.sums = n_tile // 2  # float32 registers of 64 rows
-        self.weight: Any = FRAGMENTS[kind](n, k, slabs, self.rows, runs)
+        self.weight: Any = FRAGMENTS[kind](n, k, slabs, self.rows, runs, self.products)
         self.n, self.k, self.warpgroups = n, k, warpgroups
         self.stages, self.unroll, self.gathers = stages, unroll, gathers
         self.steps = k // (runs * RUN)
@@ -210,7 +212,7 @@ class Mainloop:
                 before = stage
                 stage, turn = self._following(stage, turn)
         for m in range_constexpr(self.m_each):
-            sums = product.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
+            sums = self.products.wait_for([acc[m * self.sums + i] for i in range(n // 2)])
             _put(sums, acc, m * self.sums)
         if lane == 0:
             cute.arch.mbarrier_arrive(empty + before)
@@ -239,14 +241,14 @@ class Mainloop:
         at least two in the body of the loop.
         """
         a = self.weight.a(self.weight.load(stage, run, place), block_scale)
-        tile = product.tile(stage + self.weight_bytes + run * self.token_bytes)
+        tile = self.products.tile(stage + self.weight_bytes + run * self.token_bytes)
         sums = [acc[m * self.sums + i] for i in range(n // 2)]
-        product.fence()
+        self.products.fence()
         for step in range_constexpr(RUN // MMA_COLS):
-            sums = product.multiply(sums, a[step], product.columns(tile, step))
-        product.commit()
+            sums = self.products.multiply(sums, a[step], self.products.columns(tile, step))
+        self.products.commit()
         _put(sums, acc, m * self.sums)
-        product.wait(1)
+        self.products.wait(1)
 
     @cute.jit
     def first_row(self) -> Int32:

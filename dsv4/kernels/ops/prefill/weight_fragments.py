@@ -16,8 +16,8 @@ from typing import Any
 from cutlass import Int32, Int64, Uint32
 
 from dsv4.kernels.device import arithmetic, async_copies, conversions, global_memory, shared_memory
-from dsv4.kernels.device.warpgroup import product
 from dsv4.kernels.device.warpgroup.layout import TILE_ROW_BYTES
+from dsv4.kernels.device.warpgroup.product import Products
 
 RUN = 64  # columns
 MAX_BOX = 256  # rows that the copy unit copies at once
@@ -42,8 +42,11 @@ class Fragments:
     arranged = True
     block_scales = False  # one scale per 128 x 128, asked for by `block_scale`
 
-    def __init__(self, n: int, k: int, slabs: int, rows: int, runs: int) -> None:
+    def __init__(
+        self, n: int, k: int, slabs: int, rows: int, runs: int, products: Products
+    ) -> None:
         self.n, self.k, self.slabs, self.rows, self.runs = n, k, slabs, rows, runs
+        self.products = products
         self.box = min(rows, MAX_BOX)
         self.run_bytes = self.box * self.row_bytes
         self.pitch = k // slabs // RUN * self.row_elements
@@ -91,8 +94,10 @@ class Nvfp4Fragments(Fragments):
     row_bytes = 32
     factor = 2.0**8
 
-    def __init__(self, n: int, k: int, slabs: int, rows: int, runs: int) -> None:
-        super().__init__(n, k, slabs, rows, runs)
+    def __init__(
+        self, n: int, k: int, slabs: int, rows: int, runs: int, products: Products
+    ) -> None:
+        super().__init__(n, k, slabs, rows, runs, products)
         self.scale_bytes = runs * rows // SF_ROWS * SF_TILE
 
     def copy_scales(
@@ -213,11 +218,11 @@ class Bf16Fragments(Fragments):
 
     def load(self, stage: Int32, run: int, lane: tuple[Int32, Int32]) -> Any:
         """The tile."""
-        return product.tile(stage + run * self.run_bytes + lane[0])
+        return self.products.tile(stage + run * self.run_bytes + lane[0])
 
     def a(self, loaded: Any, block_scale: Uint32) -> list[Any]:
         """The A operands of a run's four products."""
-        return [product.columns(loaded, step) for step in range(4)]
+        return [self.products.columns(loaded, step) for step in range(4)]
 
 
 FRAGMENTS: dict[str, Any] = {"nvfp4": Nvfp4Fragments, "fp8": Fp8Fragments, "bf16": Bf16Fragments}
