@@ -25,4 +25,3 @@ CONTRACTS = {
 OPERATIONS = tuple(CONTRACTS)
 PREFILL = ("gemm", "experts_prefill", "swiglu")
 """Of those: for chunks of a prompt, of more rows than the others are timed with."""
-STEP_ROWS = 8

@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from dsv4.cli import cli
+from dsv4.formats import matrices
 from dsv4.formats.errors import KernelError
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.core import library, signature
+from dsv4.kernels.core import library, signature, sizes
 from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.device.arch import architecture
@@ -141,6 +142,14 @@ def test_machine_code_that_is_gone_is_named(built: Path, tmp_path: Path) -> None
     (copy / "sm_90a" / f"{SMALL.name}.so").unlink()
     with pytest.raises(KernelError, match=f"{SMALL.name}.so cannot be read.*makes it"):
         Library(copy, "sm_90a").function(SMALL)
+
+
+def test_scale_tiles_are_those_of_the_format() -> None:
+    assert (sizes.SCALE_TILE_ROWS, sizes.SCALE_TILE_COLUMNS, sizes.SCALE_TILE_BYTES) == (
+        matrices.SF_ROWS,
+        matrices.NVFP4_K_ALIGN,
+        matrices.SF_TILE_BYTES,
+    )
 
 
 def test_the_architecture_is_decided_in_one_file() -> None:

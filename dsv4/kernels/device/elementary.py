@@ -10,13 +10,14 @@ import math
 import cutlass
 from cutlass import Float32, cute
 
+LOG2_E = math.log2(math.e)
 _ATANH_TERMS = 7  # the next is below 2^-26 for arguments up to 1/3
 _LONG_TAIL = -16.0  # below: log1p(e^x) is e^x to 2^-24
 
 
 def exp(x: Float32) -> Float32:
     """`e^x` to `2^-21 + 2^-23 |x|`."""
-    return Float32(cute.math.exp2(x * Float32(1 / math.log(2)), fastmath=True))
+    return Float32(cute.math.exp2(x * Float32(LOG2_E), fastmath=True))
 
 
 def log(x: Float32) -> Float32:
@@ -45,3 +46,12 @@ def sqrt_softplus(x: Float32) -> Float32:
     whole = cute.math.sqrt(cutlass.max(x, Float32(0.0)) + tail, fastmath=True)
     far = exp(Float32(0.5) * x)
     return Float32(cutlass.select_(x < Float32(_LONG_TAIL), far, whole))
+
+
+def swiglu(gate: Float32, up: Float32, limit: float) -> Float32:
+    """`silu(min(gate, limit)) · clamp(up, -limit, limit)`, as exact as `sigmoid`; 0: no limit."""
+    if limit > 0:
+        gate = cutlass.min(gate, Float32(limit))
+        up = cutlass.max(cutlass.min(up, Float32(limit)), Float32(-limit))
+    decay = cute.math.exp2(gate * Float32(-LOG2_E), fastmath=True)
+    return gate * cute.arch.rcp_approx(Float32(1.0) + decay) * up

@@ -15,10 +15,16 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32, Uint32
 
+from dsv4.kernels.core.sizes import (
+    SCALE_TILE_BYTES,
+    SCALE_TILE_COLUMNS,
+    SCALE_TILE_ROWS,
+    STEP_COLUMNS,
+)
 from dsv4.kernels.device.arithmetic import byte_permute, mul_bf16x2
 from dsv4.kernels.device.conversions import e8m0_to_f32
 
-STEP = 128  # columns a warp reads at once
+STEP = STEP_COLUMNS
 MMAS = 8  # of 16 columns each
 ROWS_PER_LANE = 4
 ROW_STRIDE = 32
@@ -98,9 +104,10 @@ class Nvfp4Operand(Operand):
         half = self.slab_cols // 2
         for i in range(ROWS_PER_LANE):
             yield codes + (slab * self.rows + self.row(row, i)) * half + col // 2 + t * 16
-        tiles = self.slab_cols // 64
-        tile = (slab * (-(-self.rows // 128)) + row // 128) * tiles + col // 64 + t // 2
-        yield scales + tile * 512 + (row % 32) * 16
+        tiles = self.slab_cols // SCALE_TILE_COLUMNS
+        tile_row = slab * (-(-self.rows // SCALE_TILE_ROWS)) + row // SCALE_TILE_ROWS
+        tile = tile_row * tiles + col // SCALE_TILE_COLUMNS + t // 2
+        yield scales + tile * SCALE_TILE_BYTES + (row % 32) * 16
 
     def x_column(self, piece: int, t: Int32) -> Int32:
         return t * 32 + piece * 8

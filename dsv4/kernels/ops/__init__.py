@@ -12,7 +12,8 @@ from types import ModuleType
 
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.core.contract import Case
-from dsv4.kernels.names import CONTRACTS, OPERATIONS, PREFILL, STEP_ROWS
+from dsv4.kernels.core.sizes import STEP_ROWS
+from dsv4.kernels.names import CONTRACTS, OPERATIONS, PREFILL
 
 
 def cases(

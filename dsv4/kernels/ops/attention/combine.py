@@ -10,12 +10,12 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import arithmetic, async_copies, conversions, global_memory, shared_memory
+from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.ops.attention.gather_rows import Rows
 
 HEAD_DIM = 512
 ROTARY = 64
-LOG2E = 1.4426950408889634
 LOWEST = -1.0e30  # a maximum of no scores, finite so that differences are
 QUARTER = 128  # dimensions of a warp, 4 of a lane
 
@@ -82,7 +82,7 @@ class Join:
         item = group * self.warps + warp
         head, column = item // 4, item % 4 * QUARTER + lane * 4
         angles = [self.output.angle(cos, sin, place, column + 2 * i) for i in range(2)]
-        sink = sinks[head] * LOG2E
+        sink = sinks[head] * LOG2_E
         blocks, seen = self.rows.count(place)
         share = self.rows.share(blocks, seen)
         parts = (blocks + seen + share - 1) // share
@@ -154,7 +154,7 @@ class Output:
     ) -> None:
         """A head's sums at `column + 8j` and the next, of the only part."""
         sinks, cos, sin, o = out
-        sink = sinks[head] * LOG2E
+        sink = sinks[head] * LOG2_E
         top = cute.arch.fmax(sink, pair[0])
         fade = arithmetic.exp2(pair[0] - top)
         factor = fade * cute.arch.rcp_approx(pair[1] * fade + arithmetic.exp2(sink - top))

@@ -17,6 +17,7 @@ import torch
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
+from dsv4.kernels.core.sizes import MULTIPROCESSORS
 from dsv4.kernels.ops.attention.inputs import Plan, make
 from dsv4.kernels.ops.attention.reference import (
     ROW_BYTES,
@@ -30,7 +31,6 @@ SOURCES = "dsv4.kernels.ops.attention"
 DECODE_ROWS = 16  # up to here a token's rows are cut into parts
 TILE = 64  # rows that are multiplied at once
 HEADS = 64  # likewise
-MULTIPROCESSORS = 132  # of an H100
 CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 

@@ -28,9 +28,10 @@ from dsv4.kernels.device import (
     shared_memory,
 )
 from dsv4.kernels.device.arch import architecture
+from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
-from dsv4.kernels.ops.attention.combine import HEAD_DIM, LOG2E, LOWEST, Output
+from dsv4.kernels.ops.attention.combine import HEAD_DIM, LOWEST, Output
 from dsv4.kernels.ops.attention.gather_rows import ROW_BYTES, SCALE_BYTES, TILE, WARPS, Rows
 
 HEADS = 64  # of a CTA
@@ -70,7 +71,7 @@ class Attention:
         self.heads, self.splits, self.stages, self.pdl = heads, splits, stages, pdl
         self.rows = Rows(mode, window, ratio, topk, splits)
         self.output = Output(heads)
-        self.scale = HEAD_DIM**-0.5 * LOG2E
+        self.scale = HEAD_DIM**-0.5 * LOG2_E
         sizes = {
             "q": SLICES * HEADS * TILE_ROW_BYTES,
             "tiles": SLICES * SLICE_BYTES,
@@ -241,9 +242,9 @@ class Attention:
         if piece == SLICES - 1:
             for group in range_constexpr(TILE // 16):
                 here = source + group * (8 * ROW_BYTES) + t * 32
-                words = [shared_memory.load_words(here + half * 16, 4) for half in range(2)]
+                pair = [shared_memory.load_words(here + half * 16, 4) for half in range(2)]
                 for half in range_constexpr(2):
-                    shared_memory.store_words(places[half] + group * 1024, words[half])
+                    shared_memory.store_words(places[half] + group * 1024, pair[half])
         else:
             # Loads keep their order with stores, so those of two groups come first.
             for pair in range_constexpr(TILE // 32):

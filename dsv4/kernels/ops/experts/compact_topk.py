@@ -13,7 +13,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-MAX_ROWS = 8
+from dsv4.kernels.core.sizes import STEP_ROWS
+
 MAX_CHOICES = 64  # of all tokens together
 _NONE = 0x7FFFFFFF
 
@@ -28,7 +29,7 @@ class Chosen:
             return smem.allocate_tensor(kind, cute.make_layout(size), 16)
 
         self.experts, self.count = table(Int32, MAX_CHOICES), table(Int32, 4)
-        self.entry = table(Int32, MAX_CHOICES * MAX_ROWS)
+        self.entry = table(Int32, MAX_CHOICES * STEP_ROWS)
         self.weights = table(Float32, MAX_CHOICES)
         self.ids, self.keys = table(Int32, MAX_CHOICES), table(Int32, MAX_CHOICES)
 
@@ -53,7 +54,7 @@ def choose(
         weights[thread] = topk_weights[thread // top_k, thread % top_k]
     if thread < MAX_CHOICES:
         ids[thread] = own
-    for turn in cutlass.range_constexpr(MAX_CHOICES * MAX_ROWS // threads):
+    for turn in cutlass.range_constexpr(MAX_CHOICES * STEP_ROWS // threads):
         entry[turn * threads + thread] = Int32(-1)
     cute.arch.sync_threads()
     first = Int32(own >= 0)
@@ -71,7 +72,7 @@ def choose(
             rank += Int32(key < own)
             count += Int32(key < _NONE)
         if own >= 0:
-            entry[rank * MAX_ROWS + thread // top_k] = thread
+            entry[rank * STEP_ROWS + thread // top_k] = thread
         if first != 0:
             firsts[rank] = own
         if thread == 0:

@@ -20,9 +20,10 @@ from dsv4.formats.config import ModelConfig
 from dsv4.formats.matrices import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
+from dsv4.kernels.core.sizes import STEP_ROWS
 from dsv4.kernels.ops.experts.reference import SLABS, expected
 
-MAX_ROWS = 8
+MAX_ROWS = STEP_ROWS
 COUNTERS = 2
 IMPLEMENTATION = "dsv4.kernels.ops.experts.kernel:Experts"
 

@@ -20,14 +20,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, range_constexpr
 
+from dsv4.kernels.core.sizes import STEP_ROWS
 from dsv4.kernels.device import arithmetic, conversions, global_memory, shared_memory
 from dsv4.kernels.device.async_copies import PIECE_BYTES, wait
+from dsv4.kernels.device.elementary import swiglu
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.grid_barrier import arrive_and_wait
 from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.device.weight_operands import MMAS, STEP, Fp8Operand, Nvfp4Operand
 from dsv4.kernels.ops.experts import compact_topk, weight_stream
-from dsv4.kernels.ops.experts.compact_topk import MAX_ROWS, Chosen
+from dsv4.kernels.ops.experts.compact_topk import Chosen
 from dsv4.kernels.ops.experts.reduce import Sums, exchange, item, total
 from dsv4.kernels.ops.experts.weight_stream import (
     FP8_PIECES,
@@ -42,7 +44,6 @@ GROUP = 8  # columns in 16 bytes
 GROUPS = 4  # of a lane in a step
 STEP_BYTES = GROUPS * 32 * 16  # activations of eight tokens
 X_BATCH = 4  # loads of a thread that are under way together
-LOG2_E = 1.4426950408889634
 
 
 class Experts:
@@ -196,7 +197,7 @@ class Experts:
             wait(self.slots - 2)
             slots = weight_stream.take(weights), weight_stream.take(weights)
             at = frags + (warp * self.shape.steps13 + step) * STEP_BYTES + lane * 16
-            x = []
+            x: list[Any] = []
             for part in range_constexpr(GROUPS):
                 x.extend(shared_memory.load_words(at, 4, part * 32 * 16))
             bands = [_read(slot, PIECES) for slot in slots]
@@ -235,7 +236,7 @@ class Experts:
             wait(self.slots - 1)
             slot = weight_stream.take(weights)
             step = warp * self.shape.steps13 + turn
-            x = []
+            x: list[Any] = []
             for piece in range_constexpr(GROUPS):
                 at = frags + step * STEP_BYTES + place
                 x.extend(shared_memory.load_words(at, 4, piece % 2 * 32 * 16 + piece // 2 * 32))
@@ -267,9 +268,9 @@ class Experts:
         if cute.arch.warp_idx() < 8:
             gate, up = total(sums, c), total(sums, 8 + c)
             expert, place = unit // self.shape.units, unit % self.shape.units
-            entry = table.entry[expert * MAX_ROWS + token]
+            entry = table.entry[expert * STEP_ROWS + token]
             if entry >= 0:
-                value = self._swiglu(gate * scale[expert, 0], up * scale[expert, 1])
+                value = swiglu(gate * scale[expert, 0], up * scale[expert, 1], self.limit)
                 group = place // 2 * GROUP + place % 2 + 2 * eight
                 h[entry, _column(group, g)] = (value * table.weights[entry]).to(BFloat16)
 
@@ -284,15 +285,7 @@ class Experts:
         if (warp < 2) & (token < rows):
             gate, up = total(sums, warp), total(sums, 2 + warp)
             entry = Int32(h.shape[0]) - rows + token
-            h[entry, _column(unit, lane // 4)] = self._swiglu(gate, up).to(BFloat16)
-
-    @cute.jit
-    def _swiglu(self, gate: Float32, up: Float32) -> Float32:
-        if cutlass.const_expr(self.limit > 0):
-            gate = cutlass.min(gate, Float32(self.limit))
-            up = cutlass.max(cutlass.min(up, Float32(self.limit)), Float32(-self.limit))
-        decay = cute.math.exp2(gate * Float32(-LOG2_E), fastmath=True)
-        return gate * cute.arch.rcp_approx(Float32(1.0) + decay) * up
+            h[entry, _column(unit, lane // 4)] = swiglu(gate, up, self.limit).to(BFloat16)
 
     @cute.jit
     def _band(self, weights: Any, table: Any, scale: Any, h: cute.Tensor, rows: Int32) -> Any:
@@ -349,7 +342,7 @@ class Experts:
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
         entry = Int32(-1)
         if expert < count:
-            entry = table.entry[expert * MAX_ROWS + lane // 4]
+            entry = table.entry[expert * STEP_ROWS + lane // 4]
         pieces = self.shape.steps2 * GROUPS
         at = Int64(entry) * (self.shape.inter * 2) + (warp * pieces * 4 + lane % 4) * 16
         address = h.iterator.toint() + at

@@ -16,6 +16,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
+from dsv4.kernels.core.sizes import SCALE_TILE_BYTES, SCALE_TILE_COLUMNS, SCALE_TILE_ROWS
 from dsv4.kernels.device import async_copies
 from dsv4.kernels.device.async_copies import PIECE_BYTES
 from dsv4.kernels.device.weight_operands import ROW_STRIDE, ROWS_PER_LANE, STEP
@@ -28,9 +29,6 @@ SLOT_BYTES = PIECES * PIECE_BYTES
 UNIT_ROWS = 64  # of w13: two bands, gate and up of the same outputs
 SHARED_ROWS = 8  # of gate and of up
 BAND_ROWS = 32
-TILE_ROWS = 128
-TILE_COLS = 64
-TILE_BYTES = 512
 SHARED = -1  # in the place of a chosen expert
 
 # state: next units and band, next expert of the band, what is being read, slots of it left
@@ -55,7 +53,10 @@ class Shape:
         self.steps13 = hidden // STEP // warps  # of a warp
         self.steps2 = inter // STEP // warps
         self.row13, self.row2 = hidden // 2, inter // SLABS // 2
-        self.tiles13, self.tiles2 = hidden // TILE_COLS, inter // SLABS // TILE_COLS
+        self.tiles13, self.tiles2 = (
+            hidden // SCALE_TILE_COLUMNS,
+            inter // SLABS // SCALE_TILE_COLUMNS,
+        )
         self.per_slab = warps // SLABS
         self.codes13, self.codes2 = 2 * inter * hidden // 2, hidden * inter // 2
         self.scales13, self.scales2 = self.codes13 // 8, self.codes2 // 8
@@ -205,7 +206,7 @@ def _copy_up(stream: Any, free: Int32) -> None:
         at[_SCALES] += 8 * 16
     else:
         at[_CODES] += STEP // 2 - down
-        at[_SCALES] += 2 * TILE_BYTES - 8 * 16
+        at[_SCALES] += 2 * SCALE_TILE_BYTES - 8 * 16
 
 
 @cute.jit
@@ -213,7 +214,7 @@ def _copy_down(stream: Any, free: Int32) -> None:
     at = stream.at
     _copy_nvfp4(free, at, stream.shape.row2)
     at[_CODES] += STEP // 2
-    at[_SCALES] += 2 * TILE_BYTES
+    at[_SCALES] += 2 * SCALE_TILE_BYTES
 
 
 @cute.jit
@@ -255,7 +256,7 @@ def _shared_up(stream: Any) -> None:
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     row = state[_SHARED_UNIT] * SHARED_ROWS + lane // 4
     at[_CODES] = w13[2] + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
-    at[_SCALES] = w13[3] + row // TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
+    at[_SCALES] = w13[3] + row // SCALE_TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
     state[_LEFT] = Int32(shape.steps13)
     state[_KIND] = Int32(_SHARED_UP)
     state[_SHARED_UNIT] += stream.ctas
@@ -270,10 +271,10 @@ def _chosen_up(stream: Any) -> None:
         expert, unit = state[_UNIT] // shape.units, state[_UNIT] % shape.units
         tile, row = unit // 2, unit % 2 * 16 + lane // 4
         index = Int64(stream.experts[expert])
-        column = (tile * TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
+        column = (tile * SCALE_TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
         at[_CODES] = w13[0] + index * shape.codes13 + column + lane % 4 * 16
         place = tile * shape.tiles13 + warp * (2 * shape.steps13) + lane % 4 // 2
-        at[_SCALES] = w13[1] + index * shape.scales13 + place * TILE_BYTES + row * 16
+        at[_SCALES] = w13[1] + index * shape.scales13 + place * SCALE_TILE_BYTES + row * 16
         state[_LEFT] = Int32(2 * shape.steps13)
         state[_KIND] = Int32(_UP)
         state[_UNIT] += stream.ctas
@@ -288,7 +289,7 @@ def _band(stream: Any) -> None:
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     tile, row = state[_BAND] // 4, state[_BAND] % 4 * 8 + lane // 4
     slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
-    in_slab = (slab * shape.hidden + tile * TILE_ROWS + row) * shape.row2 + part * (STEP // 2)
+    in_slab = (slab * shape.hidden + tile * SCALE_TILE_ROWS + row) * shape.row2 + part * (STEP // 2)
     if cutlass.const_expr(not shape.shared):
         _chosen_down(stream, in_slab, tile, row)
     else:
@@ -321,8 +322,10 @@ def _chosen_down(stream: Any, in_slab: Int32, tile: Int32, row: Int32) -> None:
         at[_CODES] = w2[0] + index * shape.codes2 + in_slab + lane % 4 * 16
         slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
         place = (
-            (slab * (shape.hidden // TILE_ROWS) + tile) * shape.tiles2 + 2 * part + lane % 4 // 2
+            (slab * (shape.hidden // SCALE_TILE_ROWS) + tile) * shape.tiles2
+            + 2 * part
+            + lane % 4 // 2
         )
-        at[_SCALES] = w2[1] + index * shape.scales2 + place * TILE_BYTES + row * 16
+        at[_SCALES] = w2[1] + index * shape.scales2 + place * SCALE_TILE_BYTES + row * 16
         state[_LEFT] = Int32(shape.steps2)
         state[_KIND] = Int32(_DOWN)

@@ -85,6 +85,7 @@ class Epilogue:
         return conversions.bf16_pairs(values)
 
     def _swiglu(self, gate: Float32, up: Float32, scales: Any) -> Float32:
+        """Like `elementary.swiglu`, by a true division, which the contract's bound is made for."""
         gate, up = gate * scales[0], up * scales[1]
         if self.limit:
             gate = cutlass.min(gate, Float32(self.limit))

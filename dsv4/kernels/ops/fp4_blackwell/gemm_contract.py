@@ -18,6 +18,7 @@ from dsv4.formats.layouts import untile_scales
 from dsv4.formats.matrices import SF_ROWS, Nvfp4Matrix
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
+from dsv4.kernels.core.sizes import BLACKWELL_MULTIPROCESSORS
 from dsv4.kernels.ops.fp4_blackwell.reference import Activations, dequantize_activations
 from dsv4.kernels.ops.fp4_blackwell.tiles import TILE_BYTES, TILE_COLUMNS, row_tiles
 from dsv4.kernels.reference.accumulate import WIDE
@@ -26,7 +27,6 @@ from dsv4.kernels.reference.linear import dequantize_rows
 OPERATION = "fp4_gemm"
 MODULE = "dsv4.kernels.ops.fp4_blackwell.gemm"
 ARCHITECTURES = ("sm_100a",)
-MULTIPROCESSORS = 148  # of a B200: a CTA on each
 TILE_N = 128
 _ROWS_AT_ONCE = 8192
 
@@ -63,7 +63,7 @@ class Product(NamedTuple):
         """What the kernel's class is made with."""
         if self.k % (self.slabs * TILE_COLUMNS) or self.n % 8:
             raise ValueError(f"{self}: expected N in eights and slabs of a multiple of 64 columns")
-        return {**self._asdict(), "tile_n": tile_n, "ctas": MULTIPROCESSORS, "pdl": pdl}
+        return {**self._asdict(), "tile_n": tile_n, "ctas": BLACKWELL_MULTIPROCESSORS, "pdl": pdl}
 
 
 def fp4_gemm(product: Product, tile_n: int = TILE_N, pdl: bool = True) -> Kernel:

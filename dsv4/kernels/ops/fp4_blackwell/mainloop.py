@@ -19,6 +19,7 @@ from cutlass import Float4E2M1FN, Float8E4M3FN, Int32, Int64, range_constexpr
 from cutlass.cute.nvgpu import cpasync, make_tiled_tma_atom_A, make_tiled_tma_atom_B, tcgen05
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
+from dsv4.kernels.core.sizes import SHARED_BYTES
 from dsv4.kernels.device import async_copies
 from dsv4.kernels.ops.fp4_blackwell import tensor_memory
 from dsv4.kernels.ops.fp4_blackwell.tiles import (
@@ -36,7 +37,6 @@ EPILOGUE_WARPS = 4
 MMA_WARP, COPY_WARP = 4, 5
 THREADS = 32 * 6
 TENSOR_MEMORY_COLUMNS = 512
-SHARED_BYTES = 227 * 1024
 RESERVED_BYTES = 2048  # barriers, the group search, alignment
 MOST_STAGES = 8
 

@@ -60,7 +60,7 @@ class Amax:
         end = cutlass.min(begin + per_part, vectors)
         most = Uint32(0)
         for first in cutlass.range(begin + thread, end, AMAX_THREADS * UNROLL, unroll=1):
-            words = []
+            words: list[Any] = []
             for turn in range_constexpr(UNROLL):
                 at = first + turn * AMAX_THREADS
                 words.extend(

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-TILE_ROWS = 128
-TILE_COLUMNS = 64  # 4 blocks of 16
-TILE_BYTES = 512
+from dsv4.kernels.core.sizes import SCALE_TILE_BYTES, SCALE_TILE_COLUMNS, SCALE_TILE_ROWS
+
+TILE_ROWS = SCALE_TILE_ROWS
+TILE_COLUMNS = SCALE_TILE_COLUMNS  # 4 blocks of 16
+TILE_BYTES = SCALE_TILE_BYTES
 
 
 def row_tiles(rows: Any) -> Any:

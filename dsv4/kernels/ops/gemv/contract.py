@@ -25,15 +25,15 @@ from dsv4.formats.matrices import (
 )
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
+from dsv4.kernels.core.sizes import MULTIPROCESSORS, STEP_COLUMNS, STEP_ROWS
 from dsv4.kernels.reference.linear import dequantize_rows
 
-MAX_ROWS = 8
-STEP = 128  # columns a warp takes at once; K is a multiple of it
+MAX_ROWS = STEP_ROWS
+STEP = STEP_COLUMNS  # K is a multiple of it
 IMPLEMENTATION = "dsv4.kernels.ops.gemv.kernel:Gemv"
 
 SMALL_CUTS = ((2, 2), (2, 3), (4, 2))  # warps and stages, the better one first
-MULTIPROCESSORS = 132  # of an H100 or an H200
-SHARED_BYTES = 228 << 10  # of a multiprocessor,
+MULTIPROCESSOR_BYTES = 228 << 10  # of shared memory,
 RESERVED_BYTES = 1 << 10  # of which every CTA takes this much besides its own
 FP8_STAGE_BYTES = 6 << 10  # of a warp: 4 KiB of weights and 2 of activations
 SUM_BYTES = 1 << 10  # likewise
@@ -131,7 +131,7 @@ def tuned(weights: Sequence[Weight]) -> dict[str, int | bool]:
 def _full_waves(bands: int, warps: int, stages: int) -> float:
     """How full the waves of CTAs are that FP8 takes, by the shared memory that a CTA has."""
     nbytes = warps * (stages * FP8_STAGE_BYTES + SUM_BYTES) + RESERVED_BYTES
-    waves = bands / (MULTIPROCESSORS * (SHARED_BYTES // nbytes))
+    waves = bands / (MULTIPROCESSORS * (MULTIPROCESSOR_BYTES // nbytes))
     return waves / math.ceil(waves)
 
 

@@ -18,13 +18,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
+from dsv4.kernels.core.sizes import SCALE_TILE_ROWS
 from dsv4.kernels.device import async_copies, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.mma import mma_bf16
 from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
 
 SUMS = 256  # 32 rows of the weight by 8 of x
-TILE_ROWS = 128
 BANDS = 4  # of 32 rows, interleaved by 8, in a tile
 X_PIECES = 4
 MAX_STEPS = 32  # of one warp: a lane keeps the scale of each
@@ -55,7 +55,7 @@ class _Alike:
 
     def format(self, n: Any) -> Any:
         """How one of `n` rows is read."""
-        whole = all(part.n % TILE_ROWS == 0 for part in self.parts)
+        whole = all(part.n % SCALE_TILE_ROWS == 0 for part in self.parts)
         return OPERANDS[self.kind](n, self.k, self.slabs, whole)
 
 
@@ -106,7 +106,7 @@ class Gemv:
         for (*common, _), weights in kinds.items():
             one = _Alike(*common)
             for number, n, operand in weights:
-                end = cta + -(-n // TILE_ROWS) * BANDS
+                end = cta + -(-n // SCALE_TILE_ROWS) * BANDS
                 one.parts.append(_Part(number, n, operand, cta, end))
                 cta = end
             found.append(one)
@@ -165,7 +165,7 @@ class Gemv:
     @cute.jit
     def _run(self, alike: Any, x: Any, own: Any, factor: Any, sums: Any, slots: Int32) -> None:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        row = (own.band // BANDS) * TILE_ROWS + (own.band % BANDS) * 8 + lane // 4
+        row = (own.band // BANDS) * SCALE_TILE_ROWS + (own.band % BANDS) * 8 + lane // 4
         count = (alike.steps - warp + self.warps - 1) // self.warps
         for stage in range_constexpr(self.stages - 1):
             if stage < count:
@@ -228,7 +228,8 @@ class Gemv:
     @cute.jit
     def _multiply(self, own: Any, acc: Any, slot: Int32, scale: Float32, turn: Int32) -> None:
         """128 columns into the sums: two tiles of 16 rows, eight MMAs each."""
-        x, words = [], []
+        x: list[Any] = []
+        words: list[Any] = []
         for piece in range_constexpr(X_PIECES):
             x.extend(shared_memory.load_words(slot + piece * PIECE_BYTES, 4))
         for piece in range_constexpr(own.pieces):
@@ -260,7 +261,12 @@ class Gemv:
                 total = Float32(0.0)
                 for warp in range_constexpr(self.warps):
                     total += sums[source, warp]
-                row = (own.band // BANDS) * TILE_ROWS + (own.band % BANDS) * 8 + g + 32 * quarter
+                row = (
+                    (own.band // BANDS) * SCALE_TILE_ROWS
+                    + (own.band % BANDS) * 8
+                    + g
+                    + 32 * quarter
+                )
                 if (col < rows) & (row < own.n):
                     if cutlass.const_expr(factor is not None):
                         total *= Float32(own.format.factor) * factor[0]

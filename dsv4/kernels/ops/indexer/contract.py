@@ -16,6 +16,7 @@ import torch
 from dsv4.formats.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
+from dsv4.kernels.core.sizes import MULTIPROCESSORS
 from dsv4.kernels.ops.indexer.inputs import (
     Rows,
     Values,
@@ -36,7 +37,9 @@ WHOLE = 4 * TURN  # scores that one CTA chooses from alone
 PARTS = 16  # of a longer row at most, if parts of 2 turns do
 
 
-def index_scores(config: ModelConfig, ctas: int = 132, stages: int = 3, pdl: bool = True) -> Kernel:
+def index_scores(
+    config: ModelConfig, ctas: int = MULTIPROCESSORS, stages: int = 3, pdl: bool = True
+) -> Kernel:
     """The kernel of scores. ctas: that rows and keys are shared among, the device's.
 
     Arguments: position, slot int32 `[T]`; cos, sin float32 `[P, rope / 2]`; q float32

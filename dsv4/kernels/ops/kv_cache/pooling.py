@@ -14,9 +14,8 @@ from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import async_copies, global_memory, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES
+from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
-
-LOG2_E = 1.4426950408889634
 
 
 class Compressor:

@@ -16,6 +16,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import conversions, global_memory, shared_memory
+from dsv4.kernels.device.elementary import swiglu
 from dsv4.kernels.ops.prefill.mainloop import (
     CONSUMERS_BARRIER,
     PRODUCERS,
@@ -25,8 +26,6 @@ from dsv4.kernels.ops.prefill.mainloop import (
     Mainloop,
 )
 from dsv4.kernels.ops.prefill.weight_fragments import RUN
-
-_LOG2_E = 1.4426950408889634
 
 
 class ExpertGemm(Mainloop):
@@ -227,19 +226,11 @@ class ExpertsUp(ExpertGemm):
                 values = []
                 for second in range_constexpr(2):
                     own = cutlass.min(part * STAGING_TOKENS + token + second, count - 1)
-                    value = self._swiglu(acc[at + second] * gate, acc[at + 2 + second] * up)
+                    value = swiglu(acc[at + second] * gate, acc[at + 2 + second] * up, self.limit)
                     values.append(value * weights.iterator[first + own])
                 word = conversions.bf16_pair(values[0], values[1])
                 shared_memory.store_half(to + token * self.h_pitch, word)
                 shared_memory.store_half(to + (token + 1) * self.h_pitch, word >> 16)
-
-    @cute.jit
-    def _swiglu(self, gate: Float32, up: Float32) -> Float32:
-        if cutlass.const_expr(self.limit > 0.0):
-            gate = cutlass.min(gate, Float32(self.limit))
-            up = cutlass.max(cutlass.min(up, Float32(self.limit)), Float32(-self.limit))
-        e = cute.math.exp2(gate * Float32(-_LOG2_E), fastmath=True)
-        return gate * cute.arch.rcp_approx(Float32(1.0) + e) * up
 
     @cute.jit
     def _write(

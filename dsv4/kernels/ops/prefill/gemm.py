@@ -9,6 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
+from dsv4.kernels.core.sizes import MULTIPROCESSORS
 from dsv4.kernels.ops.prefill.mainloop import PRODUCERS, STAGING_BYTES, Mainloop
 from dsv4.kernels.ops.prefill.weight_fragments import RUN
 
@@ -37,7 +38,7 @@ class Gemm(Mainloop):
         runs: int = 1,
         stages: int = 4,
         unroll: int = 1,
-        ctas: int = 132,
+        ctas: int = MULTIPROCESSORS,
         arch: str,
     ) -> None:
         super().__init__(

@@ -15,6 +15,7 @@ from dsv4.formats.config import ModelConfig
 from dsv4.kernels.core.bounds import blocked
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
+from dsv4.kernels.core.sizes import MULTIPROCESSORS
 from dsv4.kernels.ops.gemv import contract as gemv
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS, Weight
 from dsv4.kernels.reference.linear import dequantize_rows
@@ -23,7 +24,7 @@ MODULE = "dsv4.kernels.ops.prefill"
 ROWS_AT_ONCE = 8192  # of a weight, for the reference
 RAGGED = (1, 8, 17, 300)
 WEIGHT_ROWS = 128  # of a tile, 64 a warpgroup
-CTAS = 132
+CTAS = MULTIPROCESSORS
 NARROW = {"warpgroups": 2, "m_each": 1, "n_tile": 128, "runs": 2, "stages": 4}
 WIDE = {"warpgroups": 2, "m_each": 1, "n_tile": 256, "runs": 1, "unroll": 2, "stages": 5}
 

@@ -15,6 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 
+from dsv4.kernels.core.sizes import SHARED_BYTES
 from dsv4.kernels.device import async_copies, conversions, global_memory, shared_memory
 from dsv4.kernels.device.arch import architecture
 from dsv4.kernels.device.tma_tiles import Tile, copy_tile
@@ -25,7 +26,6 @@ WARPGROUP = 128
 PRODUCERS = 128  # threads; those of the first warp alone drive the copy unit
 STAGING_BARRIER = 1  # named barriers 1… are the consumer warpgroups' own, 15 is theirs together
 CONSUMERS_BARRIER = 15
-SHARED_BYTES = 227 << 10  # of a CTA
 OTHER_BYTES = 4 << 10  # alignment, barriers, an expert's tiles
 STAGING_TOKENS = 32
 STAGING_BYTES = STAGING_TOKENS * 128  # of one warpgroup

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cuda.bindings.driver as cuda
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from dsv4.kernels.device import conversions, global_memory
+from dsv4.kernels.device.elementary import swiglu
 
 THREADS = 256
 COLUMNS = 8  # of a thread
-LOG2_E = 1.4426950408889634
 
 
 class Swiglu:
@@ -46,13 +43,6 @@ class Swiglu:
             for half in range(2)
         ]
         values = [word.bitcast(Float32) for quad in loaded for word in quad]
-        result = [self._gated(values[i], values[COLUMNS + i]) for i in range(COLUMNS)]
+        result = [swiglu(values[i], values[COLUMNS + i], self.limit) for i in range(COLUMNS)]
         if group < groups:
             global_memory.store_words(h.iterator + at, conversions.bf16_pairs(result))
-
-    def _gated(self, gate: Float32, up: Float32) -> Any:
-        if self.limit > 0:
-            gate = cutlass.min(gate, Float32(self.limit))
-            up = cutlass.max(cutlass.min(up, Float32(self.limit)), Float32(-self.limit))
-        decay = cute.math.exp2(gate * Float32(-LOG2_E), fastmath=True)
-        return gate * cute.arch.rcp_approx(Float32(1.0) + decay) * up

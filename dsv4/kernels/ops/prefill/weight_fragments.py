@@ -15,14 +15,13 @@ from typing import Any
 
 from cutlass import Int32, Int64, Uint32
 
+from dsv4.kernels.core.sizes import SCALE_TILE_BYTES, SCALE_TILE_ROWS
 from dsv4.kernels.device import arithmetic, async_copies, conversions, global_memory, shared_memory
 from dsv4.kernels.device.warpgroup.layout import TILE_ROW_BYTES
 from dsv4.kernels.device.warpgroup.product import Products
 
 RUN = 64  # columns
 MAX_BOX = 256  # rows that the copy unit copies at once
-SF_TILE = 512
-SF_ROWS = 128
 _SIGNS = 0x80008000
 
 
@@ -98,31 +97,38 @@ class Nvfp4Fragments(Fragments):
         self, n: int, k: int, slabs: int, rows: int, runs: int, products: Products
     ) -> None:
         super().__init__(n, k, slabs, rows, runs, products)
-        self.scale_bytes = runs * rows // SF_ROWS * SF_TILE
+        self.scale_bytes = runs * rows // SCALE_TILE_ROWS * SCALE_TILE_BYTES
 
     def copy_scales(
         self, scales: Int64, place: tuple[Int32, Int32], stage: Int32, barrier: Int32
     ) -> None:
         """Tiles of one band of 128 rows follow each other."""
-        nbytes = self.runs * SF_TILE
-        first = Int64(place[0] // SF_ROWS) * (self.slab_runs * SF_TILE) + Int64(place[1] * SF_TILE)
-        for band in range(self.rows // SF_ROWS):
+        nbytes = self.runs * SCALE_TILE_BYTES
+        first = Int64(place[0] // SCALE_TILE_ROWS) * (self.slab_runs * SCALE_TILE_BYTES) + Int64(
+            place[1] * SCALE_TILE_BYTES
+        )
+        for band in range(self.rows // SCALE_TILE_ROWS):
             async_copies.copy_bulk(
                 stage + self.code_bytes + band * nbytes,
-                scales + first + band * (self.slab_runs * SF_TILE),
+                scales + first + band * (self.slab_runs * SCALE_TILE_BYTES),
                 nbytes,
                 barrier,
             )
 
     def lane(self, row: Int32, t: Int32) -> tuple[Int32, Int32]:
         """Places of a lane's codes and scale: row, its first of the CTA's rows."""
-        scale = row // SF_ROWS * (self.runs * SF_TILE) + row % 32 * 16 + row % SF_ROWS // 32 * 4 + t
+        scale = (
+            row // SCALE_TILE_ROWS * (self.runs * SCALE_TILE_BYTES)
+            + row % 32 * 16
+            + row % SCALE_TILE_ROWS // 32 * 4
+            + t
+        )
         return Int32(self.row_place(row) + t * 8), Int32(self.code_bytes + scale)
 
     def load(self, stage: Int32, run: int, lane: tuple[Int32, Int32]) -> Any:
         """A lane's codes of two rows, and their scales."""
         at = stage + run * self.run_bytes + lane[0]
-        scale = stage + run * SF_TILE + lane[1]
+        scale = stage + run * SCALE_TILE_BYTES + lane[1]
         low, high = (
             shared_memory.load_words(at, 2),
             shared_memory.load_words(at + 8 * self.row_bytes, 2),
@@ -168,7 +174,7 @@ class Fp8Fragments(Fragments):
 
     def block_scale(self, scales: Int64, row: Int32, step: Int32) -> Uint32:
         """The scale of a stage as bfloat16, twice."""
-        at = row // SF_ROWS * (-(-self.k // 128)) + step * (self.runs * RUN) // 128
+        at = row // SCALE_TILE_ROWS * (-(-self.k // 128)) + step * (self.runs * RUN) // 128
         return conversions.e8m0_to_bf16x2(global_memory.load_byte(scales + Int64(at)))
 
     def lane(self, row: Int32, t: Int32) -> tuple[Int32, Int32]:
