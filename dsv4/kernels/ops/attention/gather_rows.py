@@ -6,7 +6,7 @@ tiles of rows; what a part holds depends on the token's own numbers alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -20,6 +20,41 @@ SCALE_BYTES = 8
 WARPS = 8  # of a CTA
 WARP_ROWS = 8  # that a warp asks for
 TILE = WARPS * WARP_ROWS  # rows that are fetched at once
+
+
+class Caches(NamedTuple):
+    """Tensors: the window's rows and scales; those of the compressed blocks where there are any;
+    listed: int32 `[T, topk]`, numbers of blocks, in mode "list".
+    """
+
+    window: Any
+    window_scales: Any
+    blocks: Any = None
+    block_scales: Any = None
+    listed: Any = None
+
+
+class Query(NamedTuple):
+    """A token: its slot of the caches, its position, where its oldest window row lies in the ring.
+
+    blocks: entries that it may see. last: the end of this part of the rows.
+    """
+
+    caches: Caches
+    slot: Any
+    position: Any
+    oldest: Any
+    blocks: Any
+    last: Any
+
+
+class Stage(NamedTuple):
+    """Addresses of a tile's rows, scales and live bits, and of its barrier."""
+
+    rows: Any
+    scales: Any
+    live: Any
+    barrier: Any
 
 
 class Rows:
@@ -49,48 +84,47 @@ class Rows:
         """The row of a tile whose place this thread works out."""
         return cute.arch.warp_idx() * WARP_ROWS + cute.arch.lane_idx() % WARP_ROWS
 
-    def listed(self, caches: Any, token: Any, first: Any) -> Any:
+    def listed(self, caches: Caches, token: Any, first: Any) -> Any:
         """The listed entry of this thread's row of a tile; asked for early."""
         if self.mode != "list":
             return Int32(0)
         at = token * self.topk + cutlass.min(first + self._own(), self.topk - 1)
         return Int32(
-            global_memory.load_word(caches[4].iterator.toint() + Int64(at) * 4, Load.PLAIN)
+            global_memory.load_word(caches.listed.iterator.toint() + Int64(at) * 4, Load.PLAIN)
         )
 
     @cute.jit
-    def _row(self, find: Any, listed: Any, j: Int32) -> tuple[Int64, Int64]:
+    def _row(self, query: Query, listed: Any, j: Int32) -> tuple[Int64, Int64]:
         """Where the j-th row lies: row and scales; 0 for none."""
-        caches, sequence, oldest, blocks, last, _ = find
-        ring_size = Int32(caches[0].shape[1])
-        place = oldest + (j - blocks)
+        caches, blocks = query.caches, query.blocks
+        ring_size = Int32(caches.window.shape[1])
+        place = query.oldest + (j - blocks)
         place = place - ring_size if place >= ring_size else place
-        row = Int64(sequence * ring_size + place)
-        live = j < last
-        kv, scales = caches[0].iterator.toint(), caches[1].iterator.toint()
+        row = Int64(query.slot * ring_size + place)
+        live = j < query.last
+        kv, scales = caches.window.iterator.toint(), caches.window_scales.iterator.toint()
         if cutlass.const_expr(self.mode != "none"):
             old = j < blocks
             block = j
             if cutlass.const_expr(self.mode == "list"):
                 block = listed
                 live = live & ((j >= blocks) | (listed >= 0))
-            capacity = Int64(caches[2].shape[1])
-            row = Int64(sequence) * capacity + block if old else row
-            kv = caches[2].iterator.toint() if old else kv
-            scales = caches[3].iterator.toint() if old else scales
+            capacity = Int64(caches.blocks.shape[1])
+            row = Int64(query.slot) * capacity + block if old else row
+            kv = caches.blocks.iterator.toint() if old else kv
+            scales = caches.block_scales.iterator.toint() if old else scales
         kv, scales = kv + row * ROW_BYTES, scales + row * SCALE_BYTES
         return (kv if live else Int64(0)), (scales if live else Int64(0))
 
     @cute.jit
-    def fetch(self, find: Any, listed: Any, first: Int32, at: Any) -> None:
+    def fetch(self, query: Query, listed: Any, first: Int32, stage: Stage) -> None:
         """Ask for the rows `first ...` of a tile; zeros where there is none.
 
-        find: (caches, sequence, oldest, blocks, last, place). at: addresses of the rows, the
-        scales, the live bits and the barrier, which expects all threads.
+        The stage's barrier expects all threads.
         """
-        rows, scales, live, barrier = at
+        rows, scales, live, barrier = stage
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        kv, scale = self._row(find, listed, first + self._own())
+        kv, scale = self._row(query, listed, first + self._own())
         low, high = Int32(kv), Int32(kv >> 32)
         rows += warp * (WARP_ROWS * ROW_BYTES)
         for row in range_constexpr(WARP_ROWS):

@@ -32,7 +32,16 @@ from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.warpgroup.layout import MMA_COLS, TILE_ROW_BYTES
 from dsv4.kernels.ops.attention.combine import HEAD_DIM, LOWEST, Output
-from dsv4.kernels.ops.attention.gather_rows import ROW_BYTES, SCALE_BYTES, TILE, WARPS, Rows
+from dsv4.kernels.ops.attention.gather_rows import (
+    ROW_BYTES,
+    SCALE_BYTES,
+    TILE,
+    WARPS,
+    Caches,
+    Query,
+    Rows,
+    Stage,
+)
 
 HEADS = 64  # of a CTA
 SLICE = 64  # dimensions of a tile
@@ -123,27 +132,28 @@ class Attention:
             cute.arch.griddepcontrol_wait()
             # After the wait: `Join` may read what earlier kernels wrote before it waits.
             cute.arch.griddepcontrol_launch_dependents()
-        sequence = Int32(
+        own_slot = Int32(
             global_memory.load_word(slot.iterator.toint() + Int64(token) * 4, Load.PLAIN)
         )
         place = Int32(
             global_memory.load_word(position.iterator.toint() + Int64(token) * 4, Load.PLAIN)
         )
+        tensors = Caches(*caches)
         self._copy_query(q, base, token, block)
         blocks, seen = self.rows.count(place)
         share = self.rows.share(blocks, seen)
         first, last = part * share, cutlass.min((part + 1) * share, blocks + seen)
         listed = [
-            self.rows.listed(caches, token, first + stage * TILE) for stage in range(self.stages)
+            self.rows.listed(tensors, token, first + stage * TILE) for stage in range(self.stages)
         ]
         # What is loaded is asked for at once: the branch depends on all of it.
-        asked = (first < last) & (sequence >= 0)
+        asked = (first < last) & (own_slot >= 0)
         for entry in listed:
             asked = asked & (entry >= -1)
         if cute.arch.vote_ballot_sync(asked) != 0:
-            oldest = (place + 1 - seen) % Int32(caches[0].shape[1])
-            find = (caches, sequence, oldest, blocks, last, place)
-            self._run(find, listed, base, token, first, part, block, cut, out)
+            oldest = (place + 1 - seen) % Int32(tensors.window.shape[1])
+            query = Query(tensors, own_slot, place, oldest, blocks, last)
+            self._run(query, listed, base, token, first, part, block, cut, out)
         async_copies.wait(0)
 
     @cute.jit
@@ -167,7 +177,7 @@ class Attention:
     @cute.jit
     def _run(
         self,
-        find: Any,
+        query: Query,
         listed: Any,
         base: Int32,
         token: Int32,
@@ -178,11 +188,11 @@ class Attention:
         out: Any,
     ) -> None:
         """All tiles of a part that has rows."""
-        tiles = (find[4] - first + TILE - 1) // TILE
+        tiles = (query.last - first + TILE - 1) // TILE
         for stage in range_constexpr(self.stages):
             if stage < tiles:
                 at = self._stage(base, Int32(stage), Int32(stage))
-                self.rows.fetch(find, listed[stage], first + stage * TILE, at)
+                self.rows.fetch(query, listed[stage], first + stage * TILE, at)
         acc = cute.make_rmem_tensor(self.own // 2, Float32)
         acc.fill(0.0)
         largest = cute.make_rmem_tensor(2, Float32)
@@ -193,7 +203,7 @@ class Attention:
         stage, parity, slot = Int32(0), Int32(0), Int32(0)
         for turn in cutlass.range(tiles, unroll=1):
             ahead = first + (turn + self.stages) * TILE
-            then = self.rows.listed(find[0], token, ahead)
+            then = self.rows.listed(query.caches, token, ahead)
             mbarriers.wait(base + self.at["barriers"] + stage * 8, parity)
             scores = [Float32(0.0) for _ in range(TILE // 4)]
             for phase in range_constexpr(PHASES):
@@ -202,8 +212,8 @@ class Attention:
                 cute.arch.sync_threads()
                 scores = self._score(base, scores, phase)
             before = slot - 1 if slot > 0 else Int32(self.stages)
-            if ahead < find[4]:
-                self.rows.fetch(find, then, ahead, self._stage(base, stage, before))
+            if ahead < query.last:
+                self.rows.fetch(query, then, ahead, self._stage(base, stage, before))
             scores = self.products.wait_for(scores)
             self._soften(scores, base, slot, acc, largest, weight)
             self._add_values(base, acc, cut)
@@ -211,14 +221,14 @@ class Attention:
             slot = slot + 1 if slot < self.stages else Int32(0)
             stage = stage + 1 if stage < self.stages - 1 else Int32(0)
             parity = parity if stage > 0 else 1 - parity
-        self._finish(base, acc, largest, weight, token, find[5], part, block, cut, out)
+        self._finish(base, acc, largest, weight, token, query.position, part, block, cut, out)
 
-    def _stage(self, base: Any, stage: Any, slot: Any) -> tuple[Any, ...]:
-        """Where a tile's rows, scales, live bits and barrier lie.
+    def _stage(self, base: Any, stage: Any, slot: Any) -> Stage:
+        """Where a tile lies.
 
         Live bits have a slot more: others may still read the last tile's.
         """
-        return (
+        return Stage(
             base + self.at["rows"] + stage * (TILE * ROW_BYTES),
             base + self.at["scales"] + stage * (TILE * SCALE_BYTES),
             base + self.at["live"] + slot * LIVE_BYTES,
@@ -268,11 +278,11 @@ class Attention:
             self.products.fence()
         for index in range_constexpr(SLICES // PHASES):
             piece = phase * (SLICES // PHASES) + index
-            query = self.products.tile(base + self.at["q"] + piece * (HEADS * TILE_ROW_BYTES))
+            own = self.products.tile(base + self.at["q"] + piece * (HEADS * TILE_ROW_BYTES))
             tile = self.products.tile(tiles + piece * SLICE_BYTES)
             for step in range_constexpr(SLICE // MMA_COLS):
                 scores = self.products.multiply(
-                    scores, self.products.columns(query, step), self.products.columns(tile, step)
+                    scores, self.products.columns(own, step), self.products.columns(tile, step)
                 )
         self.products.commit()
         return scores

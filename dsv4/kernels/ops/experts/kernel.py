@@ -37,6 +37,7 @@ from dsv4.kernels.ops.experts.weight_stream import (
     SCALE_AT,
     SLOT_BYTES,
     Shape,
+    Stack,
     Stream,
 )
 
@@ -114,16 +115,16 @@ class Experts:
         frags = smem.allocate(self.shape.hidden // STEP * STEP_BYTES, 128).toint()
         rings = smem.allocate(SLOT_BYTES * self.slots * self.shape.warps, 128).toint()
         own = rings + cute.arch.warp_idx() * (SLOT_BYTES * self.slots) + cute.arch.lane_idx() * 16
-        bases = [[a.iterator.toint() for a in (*w[:2], *w[3:])] for w in (w13, w2)]
-        weights = Stream(self.shape, self.slots, bases[0], bases[1], own, cta, ctas)
+        up, down = Stack(*w13), Stack(*w2)
+        weights = Stream(self.shape, self.slots, up.addresses(), down.addresses(), own, cta, ctas)
         weight_stream.start(weights)
         self._clear(frags)
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        compact_topk.choose(table, topk_idx, topk_weights, Int32(w13[0].shape[0]), self.threads)
+        compact_topk.choose(table, topk_idx, topk_weights, Int32(up.codes.shape[0]), self.threads)
         weight_stream.go_on(weights, table.experts, table.count[0])
         self._stage(x, frags)
-        self._read_scales(w13[2], w2[2], table, scale)
+        self._read_scales(up.global_scales, down.global_scales, table, scale)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.shape.shared):
             first, end, stride = weights.shared_units()

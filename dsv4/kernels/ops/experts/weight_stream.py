@@ -10,7 +10,7 @@ rows of `w13` are summed, and the shared expert's before anybody knows which exp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -62,15 +62,31 @@ class Shape:
         self.scales13, self.scales2 = self.codes13 // 8, self.codes2 // 8
 
 
+class Stack(NamedTuple):
+    """Tensors of w13 or w2 of all experts; then of a shared expert's w1 and w3, or of its w2."""
+
+    codes: Any
+    scales: Any
+    global_scales: Any
+    shared: Any = None
+    shared_scales: Any = None
+    shared_up: Any = None
+    shared_up_scales: Any = None
+
+    def addresses(self) -> Stack:
+        """Numbers of bytes in place of the tensors."""
+        return Stack(*(None if one is None else one.iterator.toint() for one in self))
+
+
 class Stream:
     """State of one warp.
 
-    w13, w2: addresses of the operands, the shared expert's behind the stacks'. first: the lane's
+    w13, w2: addresses. first: the lane's
     part of the first slot. count: how many experts are chosen, once that is known.
     """
 
     def __init__(
-        self, shape: Shape, slots: int, w13: Any, w2: Any, first: Int32, cta: Int32, ctas: Int32
+        self, shape: Shape, slots: int, w13: Stack, w2: Stack, first: Int32, cta: Int32, ctas: Int32
     ) -> None:
         self.shape, self.slots, self.w13, self.w2 = shape, slots, w13, w2
         self.first, self.cta, self.ctas = first, cta, ctas
@@ -223,11 +239,13 @@ def _copy_shared_up(stream: Any, free: Int32) -> None:
     at, w13 = stream.at, stream.w13
     async_copies.copy(free, at[_CODES], l2=256)
     async_copies.copy(free, at[_CODES], l2=256, to=PIECE_BYTES, of=STEP // 2)
-    up = at[_CODES] + (w13[4] - w13[2])
+    up = at[_CODES] + (w13.shared_up - w13.shared)
     async_copies.copy(free, up, l2=256, to=2 * PIECE_BYTES)
     async_copies.copy(free, up, l2=256, to=3 * PIECE_BYTES, of=STEP // 2)
     async_copies.copy_word_around(free, at[_SCALES], SCALE_AT)
-    async_copies.copy_word_around(free, at[_SCALES] + (w13[5] - w13[3]), SCALE_AT + 4)
+    async_copies.copy_word_around(
+        free, at[_SCALES] + (w13.shared_up_scales - w13.shared_scales), SCALE_AT + 4
+    )
     at[_CODES] += STEP
     at[_SCALES] += 1
 
@@ -255,8 +273,10 @@ def _shared_up(stream: Any) -> None:
     shape, state, at, w13 = stream.shape, stream.state, stream.at, stream.w13
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     row = state[_SHARED_UNIT] * SHARED_ROWS + lane // 4
-    at[_CODES] = w13[2] + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
-    at[_SCALES] = w13[3] + row // SCALE_TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
+    at[_CODES] = w13.shared + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
+    at[_SCALES] = (
+        w13.shared_scales + row // SCALE_TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
+    )
     state[_LEFT] = Int32(shape.steps13)
     state[_KIND] = Int32(_SHARED_UP)
     state[_SHARED_UNIT] += stream.ctas
@@ -272,9 +292,9 @@ def _chosen_up(stream: Any) -> None:
         tile, row = unit // 2, unit % 2 * 16 + lane // 4
         index = Int64(stream.experts[expert])
         column = (tile * SCALE_TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
-        at[_CODES] = w13[0] + index * shape.codes13 + column + lane % 4 * 16
+        at[_CODES] = w13.codes + index * shape.codes13 + column + lane % 4 * 16
         place = tile * shape.tiles13 + warp * (2 * shape.steps13) + lane % 4 // 2
-        at[_SCALES] = w13[1] + index * shape.scales13 + place * SCALE_TILE_BYTES + row * 16
+        at[_SCALES] = w13.scales + index * shape.scales13 + place * SCALE_TILE_BYTES + row * 16
         state[_LEFT] = Int32(2 * shape.steps13)
         state[_KIND] = Int32(_UP)
         state[_UNIT] += stream.ctas
@@ -307,8 +327,8 @@ def _band(stream: Any) -> None:
 def _shared_down(stream: Any, in_slab: Int32, tile: Int32) -> None:
     shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    at[_CODES] = w2[2] + 2 * in_slab + lane % 4 * 16
-    at[_SCALES] = w2[3] + tile * (shape.inter // STEP) + warp * shape.steps2
+    at[_CODES] = w2.shared + 2 * in_slab + lane % 4 * 16
+    at[_SCALES] = w2.shared_scales + tile * (shape.inter // STEP) + warp * shape.steps2
     state[_LEFT] = Int32(2 * shape.steps2)
     state[_KIND] = Int32(_SHARED_DOWN)
 
@@ -319,13 +339,13 @@ def _chosen_down(stream: Any, in_slab: Int32, tile: Int32, row: Int32) -> None:
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     if stream.count > 0:
         index = Int64(stream.experts[state[_EXPERT]])
-        at[_CODES] = w2[0] + index * shape.codes2 + in_slab + lane % 4 * 16
+        at[_CODES] = w2.codes + index * shape.codes2 + in_slab + lane % 4 * 16
         slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
         place = (
             (slab * (shape.hidden // SCALE_TILE_ROWS) + tile) * shape.tiles2
             + 2 * part
             + lane % 4 // 2
         )
-        at[_SCALES] = w2[1] + index * shape.scales2 + place * SCALE_TILE_BYTES + row * 16
+        at[_SCALES] = w2.scales + index * shape.scales2 + place * SCALE_TILE_BYTES + row * 16
         state[_LEFT] = Int32(shape.steps2)
         state[_KIND] = Int32(_DOWN)

@@ -4,11 +4,11 @@
     mix  = (fn · X') / rms(X')                  24 values of a token, from 4 D columns
     pre, post, comb from mix;  x = rms_norm(Σ_j pre_j X'_j)
 
-Two kinds of CTAs. Workers own `4 * width * warps` columns of every stream, with the columns of `fn`
-that meet them: they make X', write it, and send their part of the sums to a mailbox. A finisher
-per token makes the token's X' once more, for itself, while the sums are under way, then adds them
-in the workers' order; nothing is read back. Its last warp turns the sums into post and comb while
-the others collapse and norm. Workers come first in the grid and wait for nobody.
+Workers and finishers share the launch (see `roles`). Workers own `4 * width * warps` columns of
+every stream, with the columns of `fn` that meet them: they make X', write it, and send their part
+of the sums to a mailbox. A finisher per token makes the token's X' once more, for itself, while the
+sums are under way, then adds them in the workers' order; nothing is read back. Its last warp turns
+the sums into post and comb while the others collapse and norm.
 
 The product runs on tensor cores: `fn` is the A operand, split into three bfloat16 that sum to it
 exactly, tokens are the eight columns of B. The four lanes of a token take `width` neighbouring
@@ -18,7 +18,7 @@ leaves them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -36,17 +36,33 @@ from dsv4.kernels.device import (
 from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.device.elementary import exp, sigmoid
 from dsv4.kernels.device.mma import mma_bf16
+from dsv4.kernels.device.roles import GROUP, MAX_FINISHERS, Roles
 from dsv4.kernels.ops.hyper_connections.sinkhorn import sinkhorn
 from dsv4.kernels.ops.hyper_connections.sources import STREAMS, Streams
 
-GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 LANES = 4  # of a token in an operand B
 LETTER = 32  # words that a worker sends of a token: the mix, and at SQUARES the sum of squares
 SQUARES = 24
 PADDED = 36  # floats between tokens in shared memory: no bank conflicts
 PIECES = 3  # bfloat16 that a float32 is the sum of
-MAX_SLICES = 8  # groups of tokens that are worked on at once
-MAX_FINISHERS = 128
+
+
+class Weights(NamedTuple):
+    """fn: float32 `[24, 4 D]`, for the last place 4 rows; base, scale of the mix; norm `[D]`."""
+
+    fn: Any
+    base: Any
+    scale: Any
+    norm: Any
+
+
+class Outputs(NamedTuple):
+    """streams: not those of the sources; x: bfloat16 `[T, D]`; the last place has no more."""
+
+    streams: Any
+    x: Any
+    post: Any = None
+    comb: Any = None
 
 
 class Mhc:
@@ -75,7 +91,7 @@ class Mhc:
         u_parts: int,
         pdl: bool,
     ) -> None:
-        self.last, self.hidden, self.pdl = place == "last", hidden, pdl
+        self.last, self.hidden = place == "last", hidden
         self.streams = Streams(hidden, place == "first", u_type, u_parts)
         self.warps, self.finish_warps = warps, finish_warps
         self.iterations, self.hc_eps, self.norm_eps = iterations, hc_eps, norm_eps
@@ -84,6 +100,7 @@ class Mhc:
         self.width = width  # columns of a lane
         self.piece_bytes = 32 * 4 * width
         self.workers = hidden // (LANES * width * warps)
+        self.roles = Roles(self.workers, pdl)
         self.chunks = hidden // 8 // (32 * finish_warps)  # of eight columns, of a finisher's thread
         whole = hidden == 256 * finish_warps * self.chunks
         if not whole or hidden % (LANES * width * warps) or self.workers % finish_warps:
@@ -93,20 +110,16 @@ class Mhc:
     def __call__(
         self, sources: Any, weights: Any, outputs: Any, letters: cute.Tensor, stream: cuda.CUstream
     ) -> None:
-        tokens = Int32(outputs[1].shape[0])
-        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
-        finishers = cutlass.min(tokens, MAX_FINISHERS)
         self.kernel(sources, weights, outputs, letters).launch(
-            grid=[self.workers * slices + finishers, 1, 1],
+            grid=[self.roles.ctas(Int32(outputs[1].shape[0])), 1, 1],
             block=[32 * max(self.warps, self.finish_warps + 1), 1, 1],
             stream=stream,
-            use_pdl=self.pdl,
+            use_pdl=self.roles.pdl,
         )
 
     @cute.kernel
     def kernel(self, sources: Any, weights: Any, outputs: Any, letters: cute.Tensor) -> None:
-        if cutlass.const_expr(self.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
+        self.roles.begin()
         smem = cutlass.memory.SmemAllocator()
         fn_bytes = STREAMS * self.bands * self.warps * self.piece_bytes
         copies = smem.allocate(max(fn_bytes, 4 * self.hidden), 128).toint()
@@ -115,25 +128,18 @@ class Mhc:
         squares = smem.allocate_tensor(Float32, cute.make_layout((self.finish_warps, 2)), 16)
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.warp_idx()
-        tokens = Int32(outputs[1].shape[0])
-        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
-        finisher = block - self.workers * slices
+        named, out = Weights(*weights), Outputs(*outputs)
+        slices = self.roles.slices(Int32(out.x.shape[0]))
+        finisher = self.roles.finisher(block, slices)
         if finisher < 0:
             if warp < self.warps:
-                self._work(sources, weights[0], outputs[0], letters, copies, sums, slices)
+                self._work(sources, named.fn, out.streams, letters, copies, sums, slices)
         else:
             if warp < self.finish_warps:
-                self._collapse(
-                    sources, weights, outputs[1], letters, copies, totals, squares, finisher
-                )
+                self._collapse(sources, named, out.x, letters, copies, totals, squares, finisher)
             if cutlass.const_expr(not self.last):  # noqa: SIM102  (one is of the compiler)
                 if warp == self.finish_warps:
-                    self._coefficients(weights, outputs, totals, finisher)
-
-    def _wait(self) -> None:
-        """For the kernels before; weights may be read without."""
-        if self.pdl:
-            cute.arch.griddepcontrol_wait()
+                    self._coefficients(named, out, totals, finisher)
 
     @cute.jit
     def _work(
@@ -168,10 +174,10 @@ class Mhc:
             ]
             for band in range(self.bands)
         ]
-        self._wait()
+        self.roles.wait()
         tokens = Int32(streams.shape[0])
         parity = Int32(0)
-        groups = (tokens + GROUP - 1) // GROUP
+        groups = self.roles.groups(tokens)
         for group in cutlass.range(block // self.workers, groups, slices, unroll=1):
             token = group * GROUP + g
             after = self.streams(sources, cutlass.min(token, tokens - 1), column, self.width)
@@ -266,17 +272,17 @@ class Mhc:
         mean = cute.arch.shuffle_sync(total, SQUARES) * Float32(1 / (STREAMS * self.hidden))
         return total * cute.math.rsqrt(mean + Float32(self.norm_eps))
 
-    def _affine(self, weights: Any) -> tuple[Float32, Float32]:
+    def _affine(self, weights: Weights) -> tuple[Float32, Float32]:
         """Scale and base of the lane's value: pre, post, comb."""
         lane = cutlass.min(cute.arch.lane_idx(), self.rows - 1)
         kind = cutlass.min(lane // STREAMS, 2)
-        return weights[2][kind], weights[1][lane]
+        return weights.scale[kind], weights.base[lane]
 
     @cute.jit
     def _collapse(
         self,
         sources: Any,
-        weights: Any,
+        weights: Weights,
         x: Any,
         letters: Any,
         copies: Int32,
@@ -292,12 +298,12 @@ class Mhc:
             column = 8 * (half // 2 * threads + thread) + 4 * (half % 2)
             async_copies.copy(
                 slot + half * threads * LANE_BYTES,
-                weights[3].iterator + column,
+                weights.norm.iterator + column,
                 l2=256,
             )
         async_copies.commit()
         scale, base = self._affine(weights)
-        self._wait()
+        self.roles.wait()
         tokens = Int32(x.shape[0])
         parity = Int32(0)
         for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
@@ -325,7 +331,7 @@ class Mhc:
             inverse = cute.math.rsqrt(mean + Float32(self.norm_eps))
             async_copies.wait(0)
             for c in range_constexpr(self.chunks):
-                norm = []
+                norm: list[Any] = []
                 for half in range_constexpr(2):
                     norm.extend(
                         shared_memory.load_words(slot + (2 * c + half) * threads * LANE_BYTES, 4)
@@ -336,12 +342,14 @@ class Mhc:
             parity = 1 - parity
 
     @cute.jit
-    def _coefficients(self, weights: Any, outputs: Any, totals: Any, finisher: Int32) -> None:
+    def _coefficients(
+        self, weights: Weights, outputs: Outputs, totals: Any, finisher: Int32
+    ) -> None:
         """post and comb of every token, by one warp beside the others."""
         lane = cute.arch.lane_idx()
         scale, base = self._affine(weights)
-        self._wait()
-        _, x, post, comb = outputs
+        self.roles.wait()
+        x, post, comb = outputs.x, outputs.post, outputs.comb
         parity = Int32(0)
         for token in cutlass.range(finisher, Int32(x.shape[0]), MAX_FINISHERS, unroll=1):
             listeners = 32 * (self.finish_warps + 1)

@@ -10,7 +10,7 @@ No job waits for another. What a row writes does not depend on the rows beside i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -19,13 +19,59 @@ from cutlass import Float32, Float64, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import conversions, global_memory
 from dsv4.kernels.ops.kv_cache import pooling, rows
-from dsv4.kernels.ops.kv_cache.pooling import Compressor
+from dsv4.kernels.ops.kv_cache.pooling import Compressor, Inputs
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
 
 WARPS = 4  # of a team
 TEAM = 32 * WARPS
 GROUPS = 4  # teams that share the slots of a block without overlap
-COMPRESSOR_ARGUMENTS = 8
+
+
+class Step(NamedTuple):
+    """Of all rows: int32 `[T]` positions and slots; tables of angles."""
+
+    position: Any
+    slot: Any
+    cos: Any
+    sin: Any
+
+
+class Latent(NamedTuple):
+    """The latent query `[T, L]`, its norm `[L]`; qr: bfloat16 `[T, L]`, written."""
+
+    source: Any
+    norm: Any
+    qr: Any
+
+
+class Window(NamedTuple):
+    """The key/value vectors `[T, W]`, their norm; rows and scales of the ring, written."""
+
+    source: Any
+    norm: Any
+    rows: Any
+    scales: Any
+
+
+class Operands(NamedTuple):
+    """What each job of a launch works on; None for jobs that it does not have."""
+
+    latent: Latent
+    window: Window
+    compressor: Inputs | None = None
+    indexer: Inputs | None = None
+
+    @classmethod
+    def of(cls, tensors: Any) -> Operands:
+        """From the arguments of the launch, in order."""
+        left, found = list(tensors), list[Any]()
+        kinds: tuple[Any, ...] = (Latent, Window, Inputs, Inputs)
+        for kind in kinds:
+            if left:
+                count = len(kind._fields)
+                found.append(kind(*left[:count]))
+                left = left[count:]
+        return cls(*found)
 
 
 class Append:
@@ -107,20 +153,19 @@ class Append:
             shared = (stages.toint(), smem.allocate_tensor(Float32, layout, 16))
         row, job, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
-        step = (position, slot, cos, sin)
-        first = 7
+        step, named = Step(position, slot, cos, sin), Operands.of(operands)
+        # The longest job comes first, and the indexer's, of a warp a row, fills up at the end.
         if job == self.jobs - 1:
-            self._window(step, operands[3:first], row, thread, partial)
+            self._window(step, named.window, row, thread, partial)
         if job == self.jobs - 2:
-            self._latent(operands[0:3], row, thread, partial)
+            self._latent(named.latent, row, thread, partial)
         if cutlass.const_expr(self.ratio > 0):
-            second = first + COMPRESSOR_ARGUMENTS
             if job == 0:
-                self._compress(step, operands[first:second], row, thread, partial, shared)
+                self._compress(step, named.compressor, row, thread, partial, shared)
             if cutlass.const_expr(self.overlap):
                 key = row * WARPS + cute.arch.warp_idx()
                 if (job == self.jobs) & (key < position.shape[0]):
-                    self._index(step, operands[second:], key, thread, shared)
+                    self._index(step, named.indexer, key, thread, shared)
 
     @cute.jit
     def _wait(self, weights: Any, thread: Int32) -> None:
@@ -133,7 +178,7 @@ class Append:
             cute.arch.griddepcontrol_wait()
 
     @cute.jit
-    def _latent(self, operands: Any, row: Int32, thread: Int32, partial: cute.Tensor) -> None:
+    def _latent(self, operands: Latent, row: Int32, thread: Int32, partial: cute.Tensor) -> None:
         source, norm, target = operands
         self._wait([norm], thread)
         if thread < TEAM:
@@ -156,7 +201,7 @@ class Append:
 
     @cute.jit
     def _window(
-        self, step: Any, operands: Any, row: Int32, thread: Int32, partial: cute.Tensor
+        self, step: Step, operands: Window, row: Int32, thread: Int32, partial: cute.Tensor
     ) -> None:
         position, slot, cos, sin = step
         source, norm, window, scales = operands
@@ -192,41 +237,40 @@ class Append:
 
     @cute.jit
     def _compress(
-        self, step: Any, operands: Any, row: Int32, thread: Int32, partial: Any, shared: Any
+        self, step: Step, inputs: Inputs, row: Int32, thread: Int32, partial: Any, shared: Any
     ) -> None:
         position, slot, cos, sin = step
-        kv, gate, ape, norm, ring_kv, ring_gate, entries, scales = operands
-        inputs = (kv, gate, ape, ring_kv, ring_gate)
+        norm, entries, scales = inputs.norm, inputs.entries, inputs.scales
         sizes, threads = self.compressor, TEAM * self.groups
         stages, others = shared
         team, own = thread % TEAM, sizes.slots // self.groups
         first, column, stage = thread // TEAM * own, team * CHANNELS, stages + thread * 16
         self._wait([norm], thread)
         token = pooling.place_of(sizes, row, position, slot)
-        index = token[1] // sizes.ratio
-        complete = token[1] % sizes.ratio == sizes.ratio - 1
-        complete = complete & (token[1] >= 0) & (index < entries.shape[1])
+        index = token.position // sizes.ratio
+        complete = token.position % sizes.ratio == sizes.ratio - 1
+        complete = complete & (token.position >= 0) & (index < entries.shape[1])
         if complete:
             pooling.fetch(sizes, inputs, token, first, column, stage, threads)
-        if (token[1] >= 0) & (thread < TEAM):
+        if (token.position >= 0) & (thread < TEAM):
             pooling.write_ring(sizes, inputs, token, thread, TEAM)
         if complete:
             weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
             turn = [rows.angle(table, begin, column, self.nope) for table in (cos, sin)]
             state = _empty_state()
-            pooling.pool(sizes, token[1], first, stage, threads, state)
+            pooling.pool(sizes, token.position, first, stage, threads, state)
             for batch in cutlass.range(1, own // sizes.batch, unroll=1):
                 at = first + batch * sizes.batch
                 pooling.fetch(sizes, inputs, token, at, column, stage, threads)
-                pooling.pool(sizes, token[1], at, stage, threads, state)
+                pooling.pool(sizes, token.position, at, stage, threads, state)
             if cutlass.const_expr(self.groups > 1):
                 self._share(state, others, thread)
             if thread < TEAM:
                 values = _entry(state)
                 squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
                 out = rows.normed(values, weights, squares, self.width, self.eps)
-                place = token[2].to(Int64) * entries.shape[1] + index
+                place = token.slot.to(Int64) * entries.shape[1] + index
                 self._store_row(out, turn, column, entries, scales, place)
 
     @cute.jit
@@ -242,31 +286,30 @@ class Append:
             pooling.merge(state, others, self.groups - 1, team)
 
     @cute.jit
-    def _index(self, step: Any, operands: Any, row: Int32, thread: Int32, shared: Any) -> None:
+    def _index(self, step: Step, inputs: Inputs, row: Int32, thread: Int32, shared: Any) -> None:
         position, slot, cos, sin = step
-        kv, gate, ape, norm, ring_kv, ring_gate, keys, scales = operands
-        inputs = (kv, gate, ape, ring_kv, ring_gate)
+        norm, keys, scales = inputs.norm, inputs.entries, inputs.scales
         sizes, lane, stage = self.indexer, thread % 32, shared[0] + thread * 16
         column = lane * CHANNELS
         self._wait([norm], lane)
         token = pooling.place_of(sizes, row, position, slot)
-        index = token[1] // sizes.ratio
-        complete = token[1] % sizes.ratio == sizes.ratio - 1
-        complete = complete & (token[1] >= 0) & (index < keys.shape[1])
+        index = token.position // sizes.ratio
+        complete = token.position % sizes.ratio == sizes.ratio - 1
+        complete = complete & (token.position >= 0) & (index < keys.shape[1])
         if complete:
             pooling.fetch(sizes, inputs, token, Int32(0), column, stage, TEAM)
-        if token[1] >= 0:
+        if token.position >= 0:
             pooling.write_ring(sizes, inputs, token, lane, 32)
         if complete:
             weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
             turn = [rows.angle(table, begin, column, self.index_nope) for table in (cos, sin)]
             state = _empty_state()
-            pooling.pool(sizes, token[1], Int32(0), stage, TEAM, state)
+            pooling.pool(sizes, token.position, Int32(0), stage, TEAM, state)
             values = _entry(state)
             squares = cute.arch.warp_reduction_sum(rows.square_sum(values))
             out = rows.normed(values, weights, squares, sizes.width, self.eps)
-            place = token[2].to(Int64) * keys.shape[1] + index
+            place = token.slot.to(Int64) * keys.shape[1] + index
             rows.store_index_key(
                 out,
                 turn[0],

@@ -6,7 +6,7 @@ another: a ring is long enough that the step's tokens overwrite none that its ro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,6 +16,33 @@ from dsv4.kernels.device import async_copies, global_memory, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
+
+
+class Inputs(NamedTuple):
+    """Tensors of a compressor: what is projected from the tokens, kv and gate float32 `[T, C]`; ape
+    `[ratio, C]`; the norm of an entry, `[width]`; ring_kv, ring_gate float32 `[S, ring, C]`;
+    entries and scales uint8 `[S, capacity, ...]`.
+    """
+
+    kv: Any
+    gate: Any
+    ape: Any
+    norm: Any
+    ring_kv: Any
+    ring_gate: Any
+    entries: Any
+    scales: Any
+
+
+class Token(NamedTuple):
+    """A row, its position, its slot of the caches; together: how many rows of its sequence end with
+    it, counted no further than a block's slots.
+    """
+
+    row: Any
+    position: Any
+    slot: Any
+    together: Any
 
 
 class Compressor:
@@ -36,13 +63,14 @@ class Compressor:
 @cute.jit
 def write_ring(
     sizes: cutlass.Constexpr,
-    inputs: Any,
-    token: Any,
+    inputs: Inputs,
+    token: Token,
     thread: Int32,
     threads: cutlass.Constexpr,
 ) -> None:
-    """Put the token into the ring, its gate with `ape` added. inputs, token: see `pool`."""
-    kv, gate, ape, ring_kv, ring_gate = inputs
+    """Put the token into the ring, its gate with `ape` added."""
+    kv, gate, ape = inputs.kv, inputs.gate, inputs.ape
+    ring_kv, ring_gate = inputs.ring_kv, inputs.ring_gate
     row, position, slot, _ = token
     length = ring_kv.shape[1]
     source = (row * sizes.channels).to(Int64)
@@ -64,12 +92,8 @@ def write_ring(
 
 
 @cute.jit
-def place_of(sizes: cutlass.Constexpr, row: Int32, position: Any, slot: Any) -> Any:
-    """-> (row, its position, its slot of the caches, how many rows of its sequence end with it).
-
-    Rows of a sequence stand together in ascending order. The last number counts no further than
-    a block's slots.
-    """
+def place_of(sizes: cutlass.Constexpr, row: Int32, position: Any, slot: Any) -> Token:
+    """The token of a row. Rows of a sequence stand together in ascending order."""
     lane, own = cute.arch.lane_idx(), (position[row], slot[row])
     earlier = []
     for turn in range_constexpr(-(-sizes.slots // 32)):
@@ -85,14 +109,14 @@ def place_of(sizes: cutlass.Constexpr, row: Int32, position: Any, slot: Any) -> 
         run = cute.arch.clz(cute.arch.brev(others))
         count += run * whole
         whole = whole if others == 0 else Int32(0)
-    return row, own[0], own[1], count
+    return Token(row, own[0], own[1], count)
 
 
 @cute.jit
 def fetch(
     sizes: cutlass.Constexpr,
-    inputs: Any,
-    token: Any,
+    inputs: Inputs,
+    token: Token,
     first: Int32,
     column: Int32,
     stage: Int32,
@@ -100,11 +124,11 @@ def fetch(
 ) -> None:
     """Ask for a batch of slots from `first` on: their values, gates, and what is added to those.
 
-    inputs: kv, gate, ape, ring_kv, ring_gate; token: the one that completes the block (see
-    `place_of`). stage: the thread's bytes in shared memory, `[slot][3][thread][16]`. A token
-    before the sequence's first counts as zeros.
+    token: the one that completes the block. stage: the thread's bytes in shared memory,
+    `[slot][3][thread][16]`. A token before the sequence's first counts as zeros.
     """
-    kv, gate, ape, ring_kv, ring_gate = inputs
+    kv, gate, ape = inputs.kv, inputs.gate, inputs.ape
+    ring_kv, ring_gate = inputs.ring_kv, inputs.ring_gate
     row, position, slot, together = token
     length = ring_kv.shape[1]
     newest = position % length

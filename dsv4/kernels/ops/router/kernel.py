@@ -4,15 +4,16 @@
     the experts of highest affinity + bias, or those that a table lists for the token
     weight = affinity / Σ chosen affinities * scaling
 
-Two kinds of CTAs, as in `hyper_connections`. A worker takes 32 experts (see `weight_operands`) and
-a part of the columns, for eight tokens at once, and sends its sums to a mailbox. A finisher per
-token has a thread for each expert, which adds that expert's sums in the workers' order; one warp
-then picks the best, one after another: the highest score, the lowest number among equal ones.
+Workers and finishers share the launch (see `roles`). A worker takes 32 experts (see
+`weight_operands`) and a part of the columns, for eight tokens at once, and sends its sums to a
+mailbox. A finisher per token has a thread for each expert, which adds that expert's sums in the
+workers' order; one warp then picks the best, one after another: the highest score, the lowest
+number among equal ones.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -24,16 +25,22 @@ from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.elementary import sqrt_softplus
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.mma import mma_bf16
+from dsv4.kernels.device.roles import GROUP, MAX_FINISHERS, Roles
 from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
 
-GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 SUMS = 256  # 32 experts by 8 tokens
 BANDS = 4  # of 32 rows, interleaved by 8, in a tile of 128
 X_PIECES = 4
-MAX_SLICES = 8  # groups of tokens that are worked on at once
-MAX_FINISHERS = 128
 TINY = 1e-20  # as the reference: keeps the quotient finite
 LANES = 32
+
+
+class Gate(NamedTuple):
+    """Operands of the gate: a plain one has codes alone."""
+
+    codes: Any
+    scales: Any = None
+    global_scale: Any = None
 
 
 class Router:
@@ -59,11 +66,12 @@ class Router:
         warps: int,
         pdl: bool,
     ) -> None:
-        self.kind, self.experts, self.hidden, self.pdl = kind, experts, hidden, pdl
+        self.kind, self.experts, self.hidden = kind, experts, hidden
         self.top_k, self.hashed, self.scaling, self.warps = top_k, hashed, scaling, warps
         self.operand = OPERANDS[kind](experts, hidden, slabs)
         self.parts = hidden // STEP // warps
         self.bands = experts // 32
+        self.roles = Roles(self.bands * self.parts, pdl)
         if experts % 128 or hidden % (STEP * warps) or top_k > LANES:
             raise ValueError(f"a gate of {experts} x {hidden} does not divide into {warps} warps")
 
@@ -78,14 +86,11 @@ class Router:
         letters: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
-        tokens = Int32(x.shape[0])
-        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
-        finishers = cutlass.min(tokens, MAX_FINISHERS)
         self.kernel(x, gate, choice, topk_idx, topk_weights, letters).launch(
-            grid=[self.bands * self.parts * slices + finishers, 1, 1],
+            grid=[self.roles.ctas(Int32(x.shape[0])), 1, 1],
             block=[max(32 * self.warps, self.experts), 1, 1],
             stream=stream,
-            use_pdl=self.pdl,
+            use_pdl=self.roles.pdl,
         )
 
     @cute.kernel
@@ -98,28 +103,21 @@ class Router:
         topk_weights: cute.Tensor,
         letters: cute.Tensor,
     ) -> None:
-        if cutlass.const_expr(self.pdl):
-            cute.arch.griddepcontrol_launch_dependents()
+        self.roles.begin()
         smem = cutlass.memory.SmemAllocator()
         sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps, 2)), 16)
         found = smem.allocate_tensor(Float32, cute.make_layout((self.experts, 2, 2)), 16)
         copies = smem.allocate(self.operand.pieces * PIECE_BYTES * self.warps, 128).toint()
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
-        tokens = Int32(x.shape[0])
-        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
-        finisher = block - self.bands * self.parts * slices
+        slices = self.roles.slices(Int32(x.shape[0]))
+        finisher = self.roles.finisher(block, slices)
         if finisher < 0:
             if thread < 32 * self.warps:
                 self._work(x, gate, letters, sums, copies, slices)
         else:
             if thread < self.experts:
                 self._finish(choice, topk_idx, topk_weights, letters, found, finisher)
-
-    def _wait(self) -> None:
-        """For the kernels before; weights may be read without."""
-        if self.pdl:
-            cute.arch.griddepcontrol_wait()
 
     @cute.jit
     def _work(
@@ -132,21 +130,22 @@ class Router:
         step, t = part * self.warps + warp, lane % 4
         row = (band // BANDS) * 128 + (band % BANDS) * 8 + lane // 4
         slot = copies + warp * (self.operand.pieces * PIECE_BYTES) + lane * LANE_BYTES
-        scales = gate[1].iterator if len(gate) > 1 else None
+        weight = Gate(*gate)
+        scales = None if weight.scales is None else weight.scales.iterator
         at = slot
-        for address in self.operand.addresses(gate[0].iterator, scales, row, step, t):
+        for address in self.operand.addresses(weight.codes.iterator, scales, row, step, t):
             async_copies.copy(at, address, l2=256)
             at += PIECE_BYTES
         async_copies.commit()
         async_copies.wait(0)
         factor = Float32(self.operand.factor)
         if cutlass.const_expr(self.kind == "nvfp4"):
-            factor *= gate[2][0]
-        self._wait()
+            factor *= weight.global_scale[0]
+        self.roles.wait()
         tokens = Int32(x.shape[0])
-        groups = (tokens + GROUP - 1) // GROUP
+        groups = self.roles.groups(tokens)
         parity = Int32(0)
-        for group in cutlass.range(block // (self.bands * self.parts), groups, slices, unroll=1):
+        for group in cutlass.range(block // self.roles.workers, groups, slices, unroll=1):
             token = cutlass.min(group * GROUP + lane // 4, tokens - 1)
             acts: list[Any] = []
             for piece in range_constexpr(X_PIECES):
@@ -220,7 +219,7 @@ class Router:
         bias = Float32(0.0)
         if cutlass.const_expr(not self.hashed):
             bias = choice[0][thread]
-        self._wait()
+        self.roles.wait()
         tokens = Int32(topk_idx.shape[0])
         parity = Int32(0)
         for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
