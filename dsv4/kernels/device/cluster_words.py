@@ -1,7 +1,8 @@
 """What the CTAs of a cluster tell each other, without a barrier of the cluster.
 
 Numbers go straight into the other CTAs' shared memory, and with their bytes complete a phase of a
-memory barrier there, so that nobody flushes anything. Sums have two places in turn: who is told
+memory barrier there, so that nobody flushes anything (`barrier.cluster` does: its fences reach
+memory). Sums have two places in turn: who is told
 number n + 1 knows that everybody has read number n - 1.
 """
 

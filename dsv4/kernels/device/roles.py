@@ -43,7 +43,10 @@ class Roles:
         return block - self.workers * slices
 
     def begin(self) -> None:
-        """Let the next launch begin: its CTAs fill up what this one leaves free."""
+        """Let the next launch begin: its CTAs fill up what this one leaves free.
+
+        They ask for weights, which no launch writes, before they wait for this one.
+        """
         if self.pdl:
             cute.arch.griddepcontrol_launch_dependents()
 

@@ -8,6 +8,11 @@ transposed, for its own dimensions: half of all, or of the CTA's cut of them.
 
 A thread `4g + t` of warp w of a warpgroup has heads `16w + g` and `16w + g + 8`; of these scores at
 rows `8j + 2t` and the next, and sums at such dimensions of its own.
+
+At eight tokens the time is the conversion of FP8 rows and the products, 3 to 4 us for 64 rows.
+Products of each warp's own (`mma.sync`) take longer there than a warpgroup's, if not at one token.
+Parts are joined by a launch of its own (combine.py): clusters of eight CTAs that join through their
+shared memory took 19 to 26 us.
 """
 
 from __future__ import annotations

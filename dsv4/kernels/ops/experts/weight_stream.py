@@ -159,7 +159,9 @@ def refill(stream: Any, free: Int32, phase: str = "shared", chosen: bool = True)
     """Ask for the next slot of the sequence, to lie in `free`; close a group in any case.
 
     phase: what the warp is reading: what it asks for lies there or behind. Every place that asks
-    has all this code, and the instruction cache is small. chosen: whether the experts are known.
+    has all this code, and the kernels of a step share the instruction cache: with 122 KB of code
+    this launch took 47.5 us back to back and 72 us in a layer, with 77 KB 43.8 and 56. chosen:
+    whether the experts are known.
     """
     shape, state = stream.shape, stream.state
     if state[_LEFT] == 0:

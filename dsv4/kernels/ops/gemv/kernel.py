@@ -5,8 +5,12 @@ row costs what eight do and nothing is computed twice. A CTA owns 32 rows of `w`
 turns at steps of 128 columns, and their sums meet in shared memory in a fixed order: a row of `x`
 is summed alike whatever the other rows are. Weights that meet the same `x` share one launch, one
 after another along the grid, and those that differ in their rows alone share its code: the
-instruction cache is small. Every warp keeps a few steps on their way (see `ring`); the first are
-asked for before the kernel that makes `x` has ended.
+instruction cache is small (64 to 22 KB for the seven that read a CSA layer's input). Every warp
+keeps a few steps on their way (see `async_copies`); the first are asked for before the kernel that
+makes `x` has ended.
+
+Many small CTAs hide more than a few that stay for several bands of 32 rows with their rings running
+ahead: lm_head took 87 us for 102 to 111 on an H200.
 """
 
 from __future__ import annotations

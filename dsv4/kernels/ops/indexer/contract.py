@@ -40,7 +40,8 @@ PARTS = 16  # of a longer row at most, if parts of 2 turns do
 def index_scores(
     config: ModelConfig, ctas: int = MULTIPROCESSORS, stages: int = 3, pdl: bool = True
 ) -> Kernel:
-    """The kernel of scores. ctas: that rows and keys are shared among, the device's.
+    """The kernel of scores. ctas: that rows and keys are shared among, the device's: with twice as
+    many they took 6.4 us for 3.4.
 
     Arguments: position, slot int32 `[T]`; cos, sin float32 `[P, rope / 2]`; q float32
     `[T, heads · 128]` and weights float32 `[T, heads]`, both as projected; keys uint8
