@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.source import Source
 from dsv4.formats.errors import SourceError
+
+if TYPE_CHECKING:
+    from dsv4.convert.source import Source
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -18,10 +20,25 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
 
     A directory of that name wins. Raises SourceError, also for a revision of a directory.
     """
+    if is_directory(src, revision):
+        from dsv4.convert.local_source import LocalSource
+
+        return LocalSource(src)
+    # huggingface_hub takes half a second to import and is of use here only.
+    from dsv4.convert.hub_source import HubSource
+
+    return HubSource(str(src), revision)
+
+
+def is_directory(src: str | Path, revision: str | None = None) -> bool:
+    """Whether `src` is a directory, and not a hub id; nothing is opened, nor torch imported.
+
+    Raises SourceError for what is neither, and for a revision of a directory.
+    """
     if os.path.isdir(src):  # noqa: PTH112  # False for every string that can be no path
         if revision is not None:
             raise SourceError(f"--revision {revision} has no meaning for the directory {src}")
-        return LocalSource(src)
+        return True
     text = str(src)
     if os.path.exists(src):  # noqa: PTH110
         raise SourceError(f"{text} is a file; give the directory of a checkpoint")
@@ -31,7 +48,4 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
         raise SourceError(
             f"{text!r:.200} is neither a directory nor a hub id such as org/name; give one of them"
         )
-    # huggingface_hub takes half a second to import and is of use here only.
-    from dsv4.convert.hub_source import HubSource
-
-    return HubSource(text, revision)
+    return False

@@ -30,6 +30,7 @@ from dsv4.validate.coherence import check_counts, check_padding
 from dsv4.validate.provenance import add_scales, quantized_groups, said_exact
 from dsv4.validate.report import Report
 from dsv4.validate.values import NO_JUDGE, Judge, judges
+from dsv4.validate.watch import Watch
 
 Checksums = Literal["blake3", "xxh3"]
 """What a full pass compares: both kinds of checksum, or XXH3 alone."""
@@ -69,14 +70,20 @@ def in_parallel(
 
 
 def check_content(
-    packed: PackedCheckpoint, report: Report, *, workers: int, checksums: Checksums = "blake3"
+    packed: PackedCheckpoint,
+    report: Report,
+    *,
+    workers: int,
+    checksums: Checksums = "blake3",
+    watch: Watch | None = None,
 ) -> None:
-    """Read all files, on `workers` cores; findings go into `report`."""
+    """Read all files, on `workers` cores; findings go into `report`, what was read to `watch`."""
     store = packed.store
     files = store.files_under(None)
     judged = judges(packed)
     threads = workers * THREADS_A_CORE
-    scans = scan_files(store, files, judged, workers=threads, proof=checksums == "blake3")
+    proof = checksums == "blake3"
+    scans = scan_files(store, files, judged, workers=threads, proof=proof, watch=watch or Watch())
     damaged = False
     broken: dict[tuple[str, str], None] = {}
     for file, scan in zip(files, scans, strict=True):
@@ -117,6 +124,7 @@ def scan_files(
     *,
     workers: int,
     proof: bool,
+    watch: Watch,
 ) -> list[Scan]:
     """Read each file once; -> one Scan per file, in their order. Large files are begun first."""
     real: set[str] = set()
@@ -129,7 +137,7 @@ def scan_files(
             found.problems.append((None, f"{link} is a symbolic link, expected a directory"))
             return found
         try:
-            _scan(store, file, judged.get(file.key, NO_JUDGE), found, proof=proof)
+            _scan(store, file, judged.get(file.key, NO_JUDGE), found, watch, proof=proof)
         except (OSError, StoreError) as error:
             found.problems.append((None, f"it cannot be read: {error}"))
         return found
@@ -139,7 +147,9 @@ def scan_files(
     return [done[number] for number in range(len(files))]
 
 
-def _scan(store: PackedStore, file: FileSpec, judge: Judge, found: Scan, *, proof: bool) -> None:
+def _scan(
+    store: PackedStore, file: FileSpec, judge: Judge, found: Scan, watch: Watch, *, proof: bool
+) -> None:
     chunks, whole = ChunkDigests(file.chunk_nbytes), blake3()
     descriptor = os.open(store.root / file.key, _OPEN)
     try:
@@ -154,6 +164,7 @@ def _scan(store: PackedStore, file: FileSpec, judge: Judge, found: Scan, *, proo
                 counts = torch.bincount(torch.from_numpy(piece), minlength=256)
                 found.tally = counts if found.tally is None else found.tally + counts
             found.nbytes += len(piece)
+            watch.read("checksums", len(piece))
         index = os.pread(descriptor, file.index_nbytes, file.payload_nbytes)
     finally:
         os.close(descriptor)
