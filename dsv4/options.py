@@ -54,9 +54,7 @@ class Target(click.ParamType[Path]):
         """The path; refuses an option's name, a directory, and what cannot be written."""
         path, text = Path(value), str(value)
         if text.startswith("--"):
-            self.fail(
-                f"a file name is expected before {text}, or ./{text} if it is one", param, ctx
-            )
+            self.fail(f"expected a file name before {text}, or ./{text} if it is one", param, ctx)
         if not text:
             self.fail("the file name is empty", param, ctx)
         if path.is_dir():
@@ -84,10 +82,10 @@ recipe_option = click.option(
     type=click.Choice(RECIPE_NAMES),
     default=DEFAULT_RECIPE,
     show_default=True,
-    help="native: nothing of 8 bits or more is rounded; every value is the source's. standard: "
-    "router gates and lm_head are rounded to NVFP4, and wider experts; smaller, answers can differ "
-    "a little. nvfp4: attention and shared experts too; the smallest, and the most that differs. "
-    "MXFP4 and NVFP4 experts become NVFP4 in each, exactly.",
+    help="native: nothing is rounded, every value is the source's. standard: router gates, lm_head "
+    "and experts of 8 bits or more are rounded to NVFP4; smaller, and answers can differ a little. "
+    "nvfp4: attention and shared experts too; the smallest, and what differs most. In each, MXFP4 "
+    "and NVFP4 experts are carried exactly, as NVFP4.",
 )
 keep_option = click.option(
     "--keep",

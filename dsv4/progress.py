@@ -66,7 +66,7 @@ def told(stand: Stand, clock: Clock) -> list[str]:
     """Percent and time left, then what may be dropped where there is no room."""
     rate, left = clock.rate(stand), clock.seconds_left(stand)
     percent = f"{100 * stand.done // max(stand.total, 1):3d} %"
-    first = percent if left is None else f"{percent}  {duration(left)} left"
+    first = percent if not left else f"{percent}  {duration(left)} left"
     more = [f"{size(stand.done)} of {size(stand.total)}"]
     more += [] if rate is None else [f"{size(rate)}/s"]
     return [first, *more, *stand.facts]

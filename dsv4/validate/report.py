@@ -105,11 +105,11 @@ class Report:
         """What the agreement of the gates means for an answer, and what can be done about it."""
         worst = min((gate.same_set for gate in self.gates), default=1.0)
         return (
-            "Same experts is the share of random inputs whose whole set of experts is the source's. "
-            f"At {worst:.0%} the others go to a set that mostly differs in one expert, so answers "
-            "can differ from the source's. In this project's small trained model, 80 % on real text "
-            "went with a KL divergence of 0.0158 nats a token, more than all else that was rounded. "
-            "To keep the gates exact, convert with --keep '*.gate.weight' "
+            "Same experts: the share of random inputs whose whole set of experts is the source's. "
+            f"At {worst:.0%} the others mostly differ in one expert, so answers can differ from "
+            "the source's. In this project's small trained model 80 % on real text went with a KL "
+            "divergence of 0.0158 nats a token, more than lm_head and experts cost together. To "
+            "keep the gates exact, convert with --keep '*.gate.weight' "
             f"({size(self.gate_bytes)} more)."
         )
 

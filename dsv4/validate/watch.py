@@ -93,7 +93,7 @@ class WatchedSource(Source):
     def stream(self, file: str) -> Iterator[ByteStream]:
         """The source's."""
         with self._source.stream(file) as stream:
-            yield _WatchedStream(stream, self._watch, f"hash of {file}")
+            yield _WatchedStream(stream, self._watch, "hashing the source")
 
     def aux_files(self) -> Mapping[str, bytes]:
         """The source's."""
