@@ -9,9 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -81,14 +83,15 @@ def render_html(report: Report) -> str:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {"words": _words, "size": size, "duration": duration}
+    where = Path(os.path.abspath(report.path))  # noqa: PTH100  # follows no link
     template = environment.from_string(_resource("report.html.j2"))
     return template.render(
         report=report,
         style=Markup(style),
         style_hash=digest,
         validated_by=TOOL,
-        name=report.path.resolve().name,
-        where=str(report.path.resolve()),
+        name=where.name,
+        where=str(where),
         command=_command(report),
         sentence=_sentence(report),
         advice={check: _advice(check, report) for check in ADVICE},
