@@ -29,6 +29,7 @@ from dsv4.formats.plain_text import counted, size
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
     STDOUT,
+    OutDirectory,
     keep_option,
     memory_option,
     recipe_option,
@@ -169,7 +170,7 @@ def plan(
     "--out",
     "target",
     required=True,
-    type=click.Path(path_type=Path),
+    type=OutDirectory(),
     metavar="DIR",
     help="Where the packed store is written; an unfinished one is continued.",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dsv4.formats.checkpoint import PackedCheckpoint
@@ -21,7 +22,7 @@ _GLOB = frozenset("*?[")
 
 def inspection(
     directory: Path, name: str | None, other: Path | None
-) -> tuple[dict[str, Any], Table | str, bool]:
+) -> tuple[dict[str, Any], RenderableType, bool]:
     """-> (JSON document, what to show, whether nothing differs) of what is asked for.
 
     A store, its tensors whose names match a glob, one tensor, or two stores. Raises StoreError for
@@ -51,20 +52,18 @@ def inspection(
     return facts, tensor_table(name, facts), True
 
 
-def store_table(tree: Mapping[str, Any]) -> Table:
+def store_table(tree: Mapping[str, Any]) -> Group:
     """A store at a glance: tensors, sizes and formats by part."""
     origin = " ".join(map(str, tree["source"].values()))
-    title = (
-        f"packed store, root {tree['root']}\nfrom {origin}, recipe {recipe_text(tree['recipe'])}"
-    )
-    table = list_table(title, ("part",), ("tensors", "size"))
+    recipe = recipe_text(tree["recipe"])
+    table = list_table("", ("part",), ("tensors", "size"))
     table.add_column("formats", overflow="fold")
     for part, facts in tree["parts"].items():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["formats"].items())
         table.add_row(part, f"{facts['tensors']:,}", size(facts["bytes"]), kinds)
     table.add_section()
     table.add_row("all", f"{len(tree['tensors']):,}", size(tree["bytes"]))
-    return table
+    return Group(f"packed store, recipe {recipe}, from {origin}\nroot {tree['root']}", table)
 
 
 def names_table(glob: str, tensors: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -92,6 +91,8 @@ def tensor_table(name: str, facts: Mapping[str, Any]) -> Table:
     rows |= {f"first block: {key}": plain(value) for key, value in block.items()}
     if "codes" in block:
         rows["first block: codes"] = " ".join(f"{code:x}" for code in block["codes"])
+    if "blocks" in rows:
+        rows["blocks of the stack"] = rows.pop("blocks")
     for key in ("sources", "name"):
         rows.pop(key, None)
     return facts_table(name, {key.replace("_", " "): value for key, value in rows.items()})
@@ -114,16 +115,16 @@ def plain(value: Any) -> str:
             return str(value)
 
 
-def diff_text(document: Mapping[str, Any]) -> Table | str:
+def diff_text(document: Mapping[str, Any]) -> RenderableType:
     """What differs between two stores; a sentence when nothing does."""
     found = document["differences"]
     if not found:
         return f"{document['a']} and {document['b']} do not differ; both have the same root"
     title = f"A {document['a']}\nB {document['b']}\n{counted(len(found), 'difference')}"
-    table = list_table(title, ("kind", "where", "tensors", "what"))
+    table = list_table("", ("kind", "where", "tensors", "what"))
     for one in found:
         table.add_row(one["kind"], one["path"], ", ".join(one["names"]), one["what"])
-    return table
+    return Group(title, table)
 
 
 def _shape(shape: list[int]) -> str:

@@ -33,6 +33,23 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class OutDirectory(click.ParamType[Path]):
+    """A directory that is there or can be made; refused now if something else lies there."""
+
+    name = "directory"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; refuses the empty one, which would be the current directory."""
+        path = Path(value)
+        if not str(value):
+            self.fail("the directory's name is empty; give . for the current one", param, ctx)
+        if path.is_symlink() and not path.exists():
+            self.fail(f"{path} is a link to nothing; remove it or choose another", param, ctx)
+        if path.exists() and not path.is_dir():
+            self.fail(f"{path} is not a directory; choose another one", param, ctx)
+        return path
+
+
 class Device(click.ParamType[str]):
     """Where to compute: cpu, cuda, or one of several GPUs as cuda:1."""
 

@@ -41,7 +41,8 @@ def facts_table(title: str, rows: Mapping[str, object]) -> Table:
 
 def list_table(title: str, texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
     """An empty table: columns of text, which may fold, and of numbers, which do not."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
     for column in texts:
         table.add_column(column, overflow="fold")
     for column in numbers:

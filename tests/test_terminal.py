@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,12 +27,18 @@ from rich.filesize import decimal
 import dsv4
 from dsv4 import progress as progress_module
 from dsv4.cli import EPILOG, ORDER, cli
+from dsv4.convert import engine as converting
 from dsv4.endings import endings
+from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.plain_text import counted, duration, memory_size, size
+from dsv4.formats.releases import FLASH
+from dsv4.kernels.compiled import NAME_LENGTH
+from dsv4.kernels.operations import cases
 from dsv4.progress import Bar, Lines, Stand
 from dsv4.render import report_tables
+from dsv4.runtime.load import plan_load
+from dsv4.validate import engine as validating
 from dsv4.validate.report import Report, TensorVerdict
-from tests.test_cli import dsv4_command, refused
 
 PACKAGE = Path(dsv4.__file__).parent
 ROOT = PACKAGE.parent
@@ -42,6 +49,19 @@ sys.argv = ["dsv4", *sys.argv[1:]]
 from dsv4.cli import main
 main()
 """
+
+
+def invoked(*args: str | Path) -> Result:
+    """A command in this process; a refusal of ours is its `exception`."""
+    return CliRunner().invoke(cli, list(map(str, args)))
+
+
+def refused(*args: str | Path, code: int = 2) -> str:
+    """Its one sentence."""
+    error = invoked(*args).exception
+    assert isinstance(error, Dsv4Error), error
+    assert error.exit_code == code
+    return str(error)
 
 
 # Texts
@@ -248,6 +268,8 @@ def test_numbers_are_whole_at_eighty_columns() -> None:
         (["convert", "--hf", "a/b", "--out", "o", "--memory", "2x"], "'2x' is not a size"),
         (["convert", "--hf", "a/b", "--out", "o", "--recipe", "best"], "is not one of 'native'"),
         (["convert", "--hf", ".", "--out", "o", "--revision", "v1"], "has no meaning for the"),
+        (["convert", "--hf", "a/b", "--out", ""], "the directory's name is empty"),
+        (["convert", "--hf", "a/b", "--out", "/dev/null"], "/dev/null is not a directory"),
         (["plan", "typo"], "'typo' is neither a directory nor a hub id"),
         (["inspect", "nosuch"], "Directory 'nosuch' does not exist"),
         (["inspect", ".", "--diff", "nosuch"], "Directory 'nosuch' does not exist"),
@@ -307,14 +329,14 @@ def test_too_little_memory_is_said_in_its_unit(tiny_source: Path) -> None:
 
 def test_the_verdict_comes_before_its_files(standard_store: Path) -> None:
     for option in ("--json", "--html"):
-        done = dsv4_command("validate", standard_store, "--quick", option, "/dev/full")
-        assert done.returncode == 3
+        done = invoked("validate", standard_store, "--quick", option, "/dev/full")
         assert "verdict" in done.stdout and "OK" in done.stdout
-        assert "/dev/full cannot be written: No space left on device" in done.stderr
+        assert isinstance(done.exception, Dsv4Error) and done.exception.exit_code == 3
+        assert "/dev/full cannot be written: No space left on device" in str(done.exception)
 
 
 def test_a_report_may_go_to_stdout(standard_store: Path) -> None:
-    done = dsv4_command("validate", standard_store, "--quick", "--json", "-")
+    done = invoked("validate", standard_store, "--quick", "--json", "-")
     document = json.loads(done.stdout)
     assert document["ok"] is True and document["begun"].startswith("20")
     assert "verdict" in done.stderr
@@ -339,22 +361,20 @@ def test_a_full_disk_ends_with_the_files_name(capsys: pytest.CaptureFixture[str]
 def test_a_dry_run_writes_nothing_and_names_the_damage(
     standard_store: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     store = Path(shutil.copytree(standard_store, tmp_path / "store"))
     (store / "norm" / "weight" / "c" / "0").unlink()
     (store / "head" / "zarr.json").write_text("{}")
     (store / "head" / "codes" / "c" / "0" / "0.partial").write_bytes(b"")  # of a killed repair
     before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
-    done = dsv4_command("repair", store, "--dry-run", "--json")
+    done = invoked("repair", store, "--dry-run", "--json")
     document = json.loads(done.stdout)
-    assert (done.returncode, document["ok"], document["dry_run"]) == (1, False, True)
+    assert (done.exit_code, document["ok"], document["dry_run"]) == (1, False, True)
     assert [file["key"] for file in document["files"]] == ["norm/weight/c/0", "head/zarr.json"]
-    text = dsv4_command("repair", store, "--dry-run").stdout
+    text = invoked("repair", store, "--dry-run").stdout
     assert "DAMAGED, 2 files; nothing was written" in text
     assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
-    assert dsv4_command("repair", store, "--source", tiny_source).returncode == 0
-    assert dsv4_command("repair", store, "--dry-run").returncode == 0
+    assert invoked("repair", store, "--source", tiny_source).exit_code == 0
+    assert invoked("repair", store, "--dry-run").exit_code == 0
 
 
 SLOW = """
@@ -401,7 +421,7 @@ def test_ctrl_c_ends_a_validation_in_the_middle_of_a_file(
         process.send_signal(signal.SIGINT)
         begin = time.monotonic()
         _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - begin < 2.0
+        assert time.monotonic() - begin < 5.0  # a piece takes 0.5 s, a file minutes
     assert process.returncode == 130
     assert errors.endswith("dsv4: interrupted\n") and "Traceback" not in errors
 
@@ -425,22 +445,23 @@ def test_progress_counts_every_byte_once(standard_store: Path, tiny_source: Path
 
 def test_a_glob_lists_what_it_matches(standard_store: Path) -> None:
     packed = dsv4.open(standard_store)
-    done = dsv4_command("inspect", standard_store, "*", "--json")
+    done = invoked("inspect", standard_store, "*", "--json")
     tensors = json.loads(done.stdout)["tensors"]
     assert list(tensors) == packed.names()
     arrays = packed.store.hierarchy.arrays.values()
     payload = sum(spec.nbytes for spec in arrays if not spec.path.endswith("/lineage"))
     assert sum(facts["bytes"] for facts in tensors.values()) == payload
-    text = dsv4_command("inspect", standard_store, "layers.2.ffn.gate.*").stdout
+    text = invoked("inspect", standard_store, "layers.2.ffn.gate.*").stdout
     assert "layers.2.ffn.gate.weight" in text and "nvfp4" in text
     assert "no tensor's name matches 'ffn*'" in refused("inspect", standard_store, "ffn*")
 
 
 def test_nothing_is_shown_as_python_writes_it(standard_store: Path) -> None:
     name = "layers.2.ffn.experts.5.w1.weight"
-    for arguments in ([], [name], ["layers.2.ffn.gate.weight"], ["--diff", standard_store]):
-        done = dsv4_command("inspect", standard_store, *arguments)
-        assert done.returncode == 0, done.stderr
+    asked: list[list[str | Path]] = [[], [name], ["layers.2.ffn.gate.weight"]]
+    for arguments in [*asked, ["--diff", standard_store]]:
+        done = invoked("inspect", standard_store, *arguments)
+        assert done.exit_code == 0, done.output
         assert not re.search(r"\{|\[|True|False|None|'", done.stdout), done.stdout
     assert "do not differ" in done.stdout
 
@@ -448,9 +469,8 @@ def test_nothing_is_shown_as_python_writes_it(standard_store: Path) -> None:
 def test_what_running_takes_is_what_the_loader_takes(
     standard_store: Path, tiny_source: Path
 ) -> None:
-    from dsv4.runtime.load import plan_load
 
-    document = json.loads(dsv4_command("plan", tiny_source, "--json").stdout)
+    document = json.loads(invoked("plan", tiny_source, "--json").stdout)
     placed = plan_load(dsv4.open(standard_store).store).arrays.values()
     expected = sum(one.spec.nbytes for one in placed)
     assert 0.99 * document["run_bytes"] <= expected <= document["run_bytes"]
@@ -488,9 +508,6 @@ def test_help_tells_codes_variables_and_options() -> None:
 
 
 def test_a_package_that_is_a_function_has_its_signature() -> None:
-    from dsv4.convert import engine as converting
-    from dsv4.validate import engine as validating
-
     for package, function in (
         (dsv4.convert, converting.convert),
         (dsv4.validate, validating.validate),
@@ -507,9 +524,6 @@ def test_what_is_offered_is_listed() -> None:
 
 
 def test_kernel_names_keep_their_letters() -> None:
-    from dsv4.formats.releases import FLASH
-    from dsv4.kernels.operations import cases
-
     kernels = {k for case in cases(FLASH, "flash", (1, 8)) for k in case.kernels}
     flags = [
         (k, f"{key}{value}".lower())
@@ -519,4 +533,4 @@ def test_kernel_names_keep_their_letters() -> None:
     ]
     assert flags
     for one, word in flags:
-        assert re.sub("[^a-z0-9]+", "_", word) in one.name or len(one.name) > 100, one.name
+        assert re.sub("[^a-z0-9]+", "_", word) in one.name or len(one.name) > NAME_LENGTH, one.name

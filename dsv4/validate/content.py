@@ -59,12 +59,13 @@ def default_workers() -> int:
 
 
 def in_parallel(
-    work: Callable[[_Item], _Done], items: Sequence[_Item], workers: int
+    work: Callable[[_Item], _Done], items: Sequence[_Item], workers: int, watch: Watch
 ) -> Iterator[_Done]:
-    """`map` over threads, in order; what has not begun is dropped when the caller stops."""
+    """`map` over threads, in order; when the caller stops, what has begun is made to end."""
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from pool.map(work, items)
+        with watch.stopping():
+            yield from pool.map(work, items)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -143,7 +144,7 @@ def scan_files(
         return found
 
     order = sorted(range(len(files)), key=lambda number: -files[number].nbytes)
-    done = dict(zip(order, in_parallel(scan, order, workers), strict=True))
+    done = dict(zip(order, in_parallel(scan, order, workers, watch), strict=True))
     return [done[number] for number in range(len(files))]
 
 

@@ -51,6 +51,7 @@ def invert(
 
     `packed` need not verify checksums. Raises FormatError for values no source may hold.
     """
+    watch = watch or Watch()
     config = ModelConfig.from_hf(source.config)
     if config != packed.config:
         report.add("config", "manifest", "the model config is not the source's")
@@ -73,11 +74,10 @@ def invert(
     with one_torch_thread():
         for begin in range(0, len(common), BATCH):
             batch = common[begin : begin + BATCH]
-            parts = in_parallel(compare, batch, workers)
+            parts = in_parallel(compare, batch, workers, watch)
             for tensor, part in zip(batch, parts, strict=True):
                 report.absorb(part)
-                if watch is not None:
-                    watch.read("comparing", tensor.nbytes)
+                watch.read("comparing", tensor.nbytes)
                 (verdict,) = part.tensors
                 losses[verdict.name] = (verdict.loss or {}).get("rel_mse") or 0.0
         compare_gates(packed, source, tensors, report)
