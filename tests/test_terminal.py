@@ -32,8 +32,8 @@ from dsv4.endings import endings
 from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.plain_text import counted, duration, memory_size, size
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.compiled import NAME_LENGTH
-from dsv4.kernels.operations import cases
+from dsv4.kernels.core.signature import NAME_LENGTH
+from dsv4.kernels.ops import cases
 from dsv4.progress import Bar, Lines, Stand
 from dsv4.render import report_tables
 from dsv4.runtime.load import plan_load
