@@ -27,7 +27,10 @@ from dsv4.options import (
 
 @click.group()
 def bench() -> None:
-    """Measure: each line a figure, its bound, the fraction of it, and correctness."""
+    """Measure this machine, dsv4, and what others do.
+
+    Each line is a figure, its bound, the fraction of it, and whether the result was right.
+    """
 
 
 @bench.command("quantize")

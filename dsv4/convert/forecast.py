@@ -20,7 +20,7 @@ METADATA_BYTES_PER_FILE = 4096  # a directory, a share of a zarr.json, a line of
 class Forecast:
     """Bytes. network: every remote file once, and what of it is read again. disk: at its peak.
 
-    run: weights in the memory of the device that runs it, which leaves out the draft layers.
+    run: weights in the memory of the device that runs it: without draft layers and lineage.
     """
 
     network_bytes: int
@@ -53,6 +53,7 @@ def forecast(plan: Plan, source: Source, budget: Budget) -> Forecast:
         for output in plan.outputs
         if not output.path.startswith(DRAFT)
         for array in output.arrays()
+        if not array.path.endswith("/lineage")
     )
     return Forecast(network, budget.peak_bytes, disk, budget.workers, run)
 
