@@ -84,8 +84,8 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            error.message += " `dsv4 --help` lists the commands."
-            raise
+            text = f"{error.message} `dsv4 --help` lists the commands."
+            raise click.UsageError(text, ctx) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)

@@ -21,7 +21,7 @@ from dsv4.formats.plain_text import counted, duration, size
 
 if TYPE_CHECKING:
     from dsv4.convert.engine import Summary
-    from dsv4.validate.repair import RepairReport
+    from dsv4.validate.repair_report import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20

@@ -40,6 +40,7 @@ from dsv4.render import report_tables
 from dsv4.runtime.load import Part, plan_load
 from dsv4.validate import engine as validating
 from dsv4.validate.report import Report, TensorVerdict
+from dsv4.validate.watch import Step
 
 PACKAGE = Path(dsv4.__file__).parent
 ROOT = PACKAGE.parent
@@ -202,7 +203,7 @@ def test_the_bar_fits_and_keeps_percent_and_time(
     width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     stand = Stand("draft layer 0", 3_500_000_000, 4_100_000_000, facts=("302 of 446 tensors",))
     bar = Bar(stand)
     now[0] += 71.0
@@ -219,7 +220,7 @@ def test_the_bar_fits_and_keeps_percent_and_time(
 
 def test_no_time_is_given_before_there_is_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=80)
     lines = Lines(console)
     file = console.file
@@ -428,7 +429,7 @@ def test_ctrl_c_ends_a_validation_in_the_middle_of_a_file(
 
 
 def test_progress_counts_every_byte_once(standard_store: Path, tiny_source: Path) -> None:
-    steps = []
+    steps: list[Step] = []
     report = dsv4.validate(standard_store, source=tiny_source, progress=steps.append)
     assert report.ok
     assert [step.done_bytes for step in steps] == sorted(step.done_bytes for step in steps)
@@ -459,8 +460,9 @@ def test_a_glob_lists_what_it_matches(standard_store: Path) -> None:
 
 def test_nothing_is_shown_as_python_writes_it(standard_store: Path) -> None:
     name = "layers.2.ffn.experts.5.w1.weight"
-    asked: list[list[str | Path]] = [[], [name], ["layers.2.ffn.gate.weight"]]
-    for arguments in [*asked, ["--diff", standard_store]]:
+    gate = "layers.2.ffn.gate.weight"
+    asked: list[list[str | Path]] = [[], [name], [gate], ["--diff", standard_store]]
+    for arguments in asked:
         done = invoked("inspect", standard_store, *arguments)
         assert done.exit_code == 0, done.output
         assert not re.search(r"\{|\[|True|False|None|'", done.stdout), done.stdout
