@@ -30,7 +30,7 @@ WIDTHS = {plots.WIDTH: "narrow", plots.WIDE: "wide"}
 
 ADVICE = {
     "open": "Give the directory that `dsv4 convert` wrote; if it is unfinished, run the same "
-    "conversion again.",
+    "conversion again; if files of it are missing or cut short, {repair} rewrites them.",
     "root": "The metadata is not what was packed. Copy the store again from where it validates, "
     "or convert the source again.",
     "files": "The store was damaged after packing. {repair} rewrites what is missing or altered, "
