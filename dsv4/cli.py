@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import dsv4
+from dsv4 import interrupts
 from dsv4.bench_cli import bench
 from dsv4.console import (
     err,
@@ -23,7 +24,7 @@ from dsv4.console import (
     show,
     write_report,
 )
-from dsv4.convert.open_source import is_directory
+from dsv4.convert.open_source import check_name
 from dsv4.endings import EXIT_FAILED, endings
 from dsv4.formats.plain_text import counted, size
 from dsv4.kernels_cli import kernels
@@ -63,7 +64,8 @@ Completion of commands and options in bash:
 
 
 def main() -> None:
-    """Entry point."""
+    """The command line as a program. `__main__` is where the process begins."""
+    interrupts.install()
     escape_what_cannot_be_written()
     with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
@@ -139,15 +141,15 @@ def plan(
 
     From headers alone: of a hub id, nothing but a few megabytes is read.
     """
-    is_directory(source, revision)  # a wrong name is refused before torch is imported
+    check_name(source, revision)  # a wrong name is refused before torch is imported
     from dsv4.convert.forecast import budget_for, forecast
     from dsv4.convert.open_source import open_source
-    from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
+    from dsv4.convert.travelling import make_whole_plan
     from dsv4.render import plan_table
 
     opened = open_source(source, revision)
-    planned = make_plan(opened, make_recipe(recipe, keep))
+    planned = make_whole_plan(opened, make_recipe(recipe, keep))
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = {"commit": opened.commit} | planned.to_dict() | expected.to_dict()
     for sentence in planned.notices:
@@ -198,7 +200,7 @@ def convert(
 
     What is in DIR unfinished, from the same source by the same recipe, is continued.
     """
-    is_directory(source, revision)  # a wrong name is refused before torch is imported
+    check_name(source, revision)  # a wrong name is refused before torch is imported
     from dsv4.convert import engine
     from dsv4.progress import conversion_progress
     from dsv4.render import summary_table
@@ -215,12 +217,11 @@ def convert(
                 revision=revision,
                 memory=memory,
                 scheduler=scheduler,
+                notice=notice,
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
-    for sentence in summary.plan.notices:
-        notice(sentence)
     if as_json:
         print_json(summary.to_dict())
     else:
@@ -243,7 +244,7 @@ def validate(
     With it: every tensor compared with the source, and what rounding cost.
     """
     if source is not None:
-        is_directory(source)  # a wrong name is refused before torch is imported
+        check_name(source)  # a wrong name is refused before torch is imported
     from dsv4.progress import checking_progress
     from dsv4.render import report_tables
     from dsv4.validate import engine
@@ -280,7 +281,7 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
     with --dry-run, 1 if anything is damaged.
     """
     if source is not None:
-        is_directory(source)  # a wrong name is refused before torch is imported
+        check_name(source)  # a wrong name is refused before torch is imported
     from dsv4.progress import checking_progress
     from dsv4.render import repair_tables
     from dsv4.validate import repair as repairing
