@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 
 from dsv4.convert.open_source import open_source
+from dsv4.convert.source import Source
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store.reader import PackedStore, collector_paused
@@ -14,6 +16,7 @@ from dsv4.validate.inversion import invert
 from dsv4.validate.report import Report
 from dsv4.validate.rounding import Optimum
 from dsv4.validate.structure import check_metadata
+from dsv4.validate.watch import Progress, Watch, WatchedSource
 
 
 def validate(
@@ -24,18 +27,21 @@ def validate(
     workers: int | None = None,
     checksums: Checksums = "blake3",
     optimum: Optimum = "sample",
+    progress: Progress | None = None,
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
     `quick` reads metadata and file sizes only. workers: cores to use, by default all.
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
+    progress: called from several threads, with what is read and how much of it has been.
     Findings are reported, not raised; SourceError and ConfigError are raised when `source` itself
     cannot be read.
     """
-    begin = time.perf_counter()
+    begin, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     path = packed if isinstance(packed, str | Path) else packed.store.root
     report = Report(Path(path), quick=quick, source=None if source is None else str(source))
+    report.begun = now.isoformat(timespec="seconds")
     opened_source = None if source is None else open_source(source)
     try:
         checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
@@ -46,12 +52,26 @@ def validate(
     report.count("store opened")
     with collector_paused():
         check_metadata(checkpoint, report)
-    workers = workers or default_workers()
+    files = checkpoint.store.files_under(None)
+    report.nbytes = sum(file.nbytes for file in files)
+    workers, watch = workers or default_workers(), Watch(progress)
     if not quick:
-        check_content(checkpoint, report, workers=workers, checksums=checksums)
-    if opened_source is not None and not report.findings:
-        # Comparing with the source is stronger than any checksum, so none is computed twice.
-        unverified = PackedCheckpoint(PackedStore.open(checkpoint.store.root, verify=False))
-        invert(unverified, opened_source, report, workers=workers, optimum=optimum)
+        watch.expect(sum(file.payload_nbytes for file in files))
+    if opened_source is not None:
+        watch.expect(_bytes_to_compare(opened_source))
+    with watch.stopping():
+        if not quick:
+            check_content(checkpoint, report, workers=workers, checksums=checksums, watch=watch)
+        if opened_source is not None and not report.findings:
+            # Comparing with the source is stronger than any checksum, so none is computed twice.
+            unverified = PackedCheckpoint(PackedStore.open(checkpoint.store.root, verify=False))
+            watched = WatchedSource(opened_source, watch)
+            invert(unverified, watched, report, workers=workers, optimum=optimum, watch=watch)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _bytes_to_compare(source: Source) -> int:
+    """Every tensor once, and once more the files whose hashes nobody published."""
+    hashed = (n for name, n in source.sizes.items() if source.published_sha256(name) is None)
+    return sum(entry.nbytes for entry in source.entries.values()) + sum(hashed)

@@ -10,7 +10,6 @@ A file is never written in place, so a repair that is killed leaves the store no
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +47,9 @@ from dsv4.formats.store.schema import (
 )
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.formats.version import TOOL
-from dsv4.validate.examine import FileDamage, examine, measure, open_regular
+from dsv4.validate.examine import FileDamage, measure, open_regular, survey
+from dsv4.validate.repair_report import FileRepair, RepairReport
+from dsv4.validate.watch import Progress
 
 WRONG_SOURCE = "the source is not the one this store was made from"
 
@@ -59,51 +60,18 @@ Make = Callable[[Sink], object]
 """Writes the lost bytes of some files into a sink."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FileRepair:
-    """What became of one file. made_bytes: made again. failure: why it is still not in order."""
-
-    key: str
-    problem: str
-    made_bytes: int
-    failure: str | None = None
-
-
-@dataclasses.dataclass
-class RepairReport:
-    """Every file that was not in order, and what became of it.
-
-    root: recomputed from the metadata, and the one that was published. source: what was read, if
-    anything had to be.
-    """
-
-    path: Path
-    root: str
-    source: str | None = None
-    files: list[FileRepair] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the store is whole now."""
-        return all(file.failure is None for file in self.files)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "root": self.root,
-            "source": self.source,
-            "files": [dataclasses.asdict(file) for file in self.files],
-            "seconds": self.seconds,
-        }
-
-
-def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport:
+def repair(
+    packed: str | Path,
+    source: str | Path | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RepairReport:
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
+    dry_run: say what would be rewritten, write nothing and read no source. progress: told of what
+    is examined, every file once.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -111,26 +79,45 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
     begin = time.perf_counter()
     root = Path(packed)
     store, published = _open(root)
-    report = RepairReport(root, published)
+    report = RepairReport(root, published, dry_run=dry_run)
+    if dry_run or not os.access(root, os.W_OK):
+        # Reading needs no lock, and a store that cannot be written to may well be whole.
+        report.files += _to_rewrite(store, survey(store, progress))
+        report.seconds = time.perf_counter() - begin
+        if dry_run or not report.files:
+            return report
+        report.files.clear()  # of what is made again below, the outcome
     lock = DirectoryLock(root)
     try:
         with storage_errors(root, "repairing the store"):
-            _remove_leftovers(store)
-            files = store.files_under(None)
-            damage = [found for file in files if (found := examine(store, file)) is not None]
+            for key in _leftovers(store):
+                (root / key).unlink()
+            damage = survey(store, progress)
             report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
             for found in damage:
                 if not found.chunks:
                     report.files += _replace(store, [found], lambda sink: None)
             report.files += _rewrite_documents(store)
-            report.files += [
-                FileRepair(fault.key, fault.problem, 0, "it is not ours to remove: move it away")
-                for fault in integrity.unlisted(store)
-            ]
+            report.files += _strangers(store)
     finally:
         lock.release(remove=True)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _to_rewrite(store: PackedStore, damage: Sequence[FileDamage]) -> Iterator[FileRepair]:
+    """What a repair would do, in its order."""
+    for found in damage:
+        yield FileRepair(found.file.key, found.problem, found.lost_bytes)
+    for fault in integrity.node_faults(store):
+        yield FileRepair(fault.key, fault.problem, 0)
+    leftovers = set(_leftovers(store))
+    yield from (found for found in _strangers(store) if found.key not in leftovers)
+
+
+def _strangers(store: PackedStore) -> list[FileRepair]:
+    what = "it is not ours to remove: move it away"
+    return [FileRepair(f.key, f.problem, 0, what) for f in integrity.unlisted(store)]
 
 
 def _open(root: Path) -> tuple[PackedStore, str]:
@@ -146,12 +133,14 @@ def _open(root: Path) -> tuple[PackedStore, str]:
         ) from error
 
 
-def _remove_leftovers(store: PackedStore) -> None:
+def _leftovers(store: PackedStore) -> list[str]:
     """Partial files of an interrupted repair; what else ends like them is a stranger's."""
     ours = {file.key for file in store.files_under(None)} | set(_documents(store))
-    for key in list(integrity.walk(store.root)):
-        if key.endswith(PARTIAL_SUFFIX) and key.removesuffix(PARTIAL_SUFFIX) in ours:
-            (store.root / key).unlink()
+    return [
+        key
+        for key in integrity.walk(store.root)
+        if key.endswith(PARTIAL_SUFFIX) and key.removesuffix(PARTIAL_SUFFIX) in ours
+    ]
 
 
 def _documents(store: PackedStore) -> Iterator[str]:
