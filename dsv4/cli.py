@@ -18,6 +18,7 @@ from dsv4.console import err, notice, out, print_json
 from dsv4.endings import EXIT_FAILED, endings
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
+    OutputDirectory,
     keep_option,
     memory_option,
     recipe_option,
@@ -86,7 +87,7 @@ def plan(
 
 @cli.command()
 @click.option("--hf", "source", required=True, metavar="SRC", help="Hub id or local directory.")
-@click.option("--out", "target", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--out", "target", required=True, type=OutputDirectory(path_type=Path), metavar="DIR")
 @revision_option
 @recipe_option
 @keep_option
@@ -151,6 +152,8 @@ def validate(
     from dsv4.validate import engine
 
     report = engine.validate(directory, source=source, **how)
+    for sentence in report.notices:
+        notice(sentence)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if html_file is not None:
@@ -223,7 +226,9 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
 
     write_tiny(directory, seed=seed, flavour=flavour)
     size = sum(path.stat().st_size for path in directory.iterdir())
-    out.print(f"{directory}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB")
+    out.print(
+        f"{directory}: {len(list(directory.iterdir()))} files, {size / 1e6:.1f} MB", markup=False
+    )
 
 
 bench.add_command(bench_parity)

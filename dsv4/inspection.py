@@ -10,6 +10,7 @@ import click
 from rich.table import Table
 
 from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.store.manifest import origin_of
 from dsv4.render import diff_table, store_table, tensor_table
 from dsv4.validate.diff import diff
 from dsv4.validate.inspect import tensor, tree
@@ -32,6 +33,7 @@ def inspection(
             "a": str(directory),
             "b": str(other),
             "roots": [p.store.manifest["root"] for p in (packed, second)],
+            "origins": [origin_of(p.store.manifest) for p in (packed, second)],
             "same": not found,
             "differences": [dataclasses.asdict(difference) for difference in found],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,16 @@ class Size(click.ParamType[int]):
         if match is None or match[2] not in _UNITS:
             self.fail(f"{value!r} is no size, expected for instance 2GiB or 900MB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class OutputDirectory(click.Path):
+    """A directory to write into; an empty name, as of an unset variable, is not the current one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; refuses the empty name."""
+        if not os.fspath(value):
+            self.fail("it is empty; give the directory to write into", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 recipe_option = click.option(

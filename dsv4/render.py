@@ -8,21 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from dsv4.formats.plain_text import size_text as size
+
 if TYPE_CHECKING:
     from dsv4.convert.engine import Summary
     from dsv4.validate.repair import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def facts_table(title: str, rows: Mapping[str, object]) -> Table:
@@ -114,6 +107,8 @@ def report_tables(report: Report) -> Iterator[Table]:
     if report.checksums == "xxh3":
         rows["not checked"] = "BLAKE3, and so no forgery; give --checksums blake3"
     rows["root"] = report.root or "none"
+    if report.remedy:
+        rows["repair"] = report.remedy
     seconds = max(report.seconds, 1e-9)
     rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
     rows["verdict"] = "OK" if report.ok else f"FAILED, {len(report.findings)} findings"
@@ -208,7 +203,8 @@ def diff_table(document: Mapping[str, Any]) -> Table:
     """What differs between two stores."""
     found = document["differences"]
     verdict = f"{len(found)} differences" if found else "no difference"
-    title = f"A {document['a']}\nB {document['b']}\n{verdict}"
+    a, b = (" ".join(map(str, origin.values())) for origin in document["origins"])
+    title = f"A {document['a']}, from {a}\nB {document['b']}, from {b}\n{verdict}"
     table = Table(title=escape(title), title_justify="left")
     for column in ("kind", "where", "tensors", "what"):
         table.add_column(column, overflow="fold")

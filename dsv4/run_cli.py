@@ -13,6 +13,7 @@ import dsv4
 from dsv4.console import err, print_json
 from dsv4.endings import terminate
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.schema import ASSET_DIRECTORY
 
 if TYPE_CHECKING:
     from dsv4.runtime.generate import Timings
@@ -77,6 +78,8 @@ def run(
     for line in model.load_lines():
         err.print(line, markup=False, highlight=False)
     assets = packed.store.assets
+    if assets:
+        packed.store.verify(ASSET_DIRECTORY)  # what they say is the source's word from here on
     text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
     defaults = sampling_defaults(assets.get("generation_config.json"))
     sampler = Sampler(

@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
 from dsv4.convert.local_file import LocalStream, check_size, open_local, read_small
@@ -21,7 +20,6 @@ from dsv4.convert.source import (
     MAX_INDEX_BYTES,
     ByteStream,
     Source,
-    describe_files,
 )
 from dsv4.formats.errors import SourceError
 from dsv4.formats.safetensors_header import (
@@ -87,13 +85,6 @@ class LocalSource(Source):
                     file.seek(at)
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
-
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """`{"kind": "local", "files": [{"name", "bytes", "sha256"}]}`."""
-        return {
-            "kind": "local",
-            "files": describe_files(self.sizes, sha256, self.aux_files()),
-        }
 
     def aux_files(self) -> Mapping[str, bytes]:
         """Tokenizer, configs and licences that are present, by name; a fixed list of names."""

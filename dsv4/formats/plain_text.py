@@ -1,6 +1,15 @@
-"""Text of strangers, made safe to show: on a terminal, in a page."""
+"""Text for people: that of strangers made safe to show on a terminal or in a page, and sizes."""
 
 from __future__ import annotations
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 def printable(text: str, limit: int | None = None) -> str:

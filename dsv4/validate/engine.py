@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 from dsv4.convert.open_source import open_source
+from dsv4.convert.source import Source
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.errors import StoreError
+from dsv4.formats.errors import NoStoreError, StoreError
 from dsv4.formats.store.reader import PackedStore, collector_paused
 from dsv4.validate.content import Checksums, check_content, default_workers
-from dsv4.validate.inversion import invert
+from dsv4.validate.inversion import invert, is_another
+from dsv4.validate.made_from import cheap_difference
 from dsv4.validate.report import Report
 from dsv4.validate.rounding import Optimum
 from dsv4.validate.structure import check_metadata
@@ -30,8 +32,8 @@ def validate(
     `quick` reads metadata and file sizes only. workers: cores to use, by default all.
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
-    Findings are reported, not raised; SourceError and ConfigError are raised when `source` itself
-    cannot be read.
+    Findings are reported, not raised; NoStoreError is raised where there is no store at all,
+    SourceError and ConfigError when `source` itself cannot be read.
     """
     begin = time.perf_counter()
     path = packed if isinstance(packed, str | Path) else packed.store.root
@@ -39,6 +41,8 @@ def validate(
     opened_source = None if source is None else open_source(source)
     try:
         checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
+    except NoStoreError:
+        raise
     except StoreError as error:
         report.add("open", str(path), str(error))
         report.seconds = time.perf_counter() - begin
@@ -47,11 +51,28 @@ def validate(
     with collector_paused():
         check_metadata(checkpoint, report)
     workers = workers or default_workers()
-    if not quick:
+    if opened_source is not None and not report.findings:
+        _refuse_another(checkpoint, opened_source, report)
+    if not quick and not report.wrong_source:
         check_content(checkpoint, report, workers=workers, checksums=checksums)
     if opened_source is not None and not report.findings:
         # Comparing with the source is stronger than any checksum, so none is computed twice.
-        unverified = PackedCheckpoint(PackedStore.open(checkpoint.store.root, verify=False))
+        unverified = _unverified(checkpoint)
         invert(unverified, opened_source, report, workers=workers, optimum=optimum)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _refuse_another(packed: PackedCheckpoint, source: Source, report: Report) -> None:
+    """One finding, before hours of work, when the source is visibly another checkpoint."""
+    different = cheap_difference(packed.store, source)
+    if different is None or not is_another(_unverified(packed), source):
+        return
+    file, fault = different
+    message = f"this is not what the store was made from: {fault}; nothing else was compared"
+    report.add("source", file, message)
+    report.wrong_source = True
+
+
+def _unverified(packed: PackedCheckpoint) -> PackedCheckpoint:
+    return PackedCheckpoint(PackedStore.open(packed.store.root, verify=False))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dsv4.formats.plain_text import printable
 from dsv4.formats.version import TOOL
@@ -26,14 +27,16 @@ MAX_FINDINGS = 500
 MAX_ROWS = 12
 WIDTHS = {plots.WIDTH: "narrow", plots.WIDE: "wide"}
 
+_REPAIR = "`dsv4 repair DIR --source SRC` makes them again from the source."
+
 ADVICE = {
-    "open": "Give the directory that `dsv4 convert` wrote; if it is unfinished, run the same "
-    "conversion again.",
-    "root": "The metadata is not what was packed. Copy the store again from where it validates, "
-    "or convert the source again.",
-    "files": "Copy the store again, or convert the source again; remove files that do not belong.",
-    "checksums": "The file was damaged after packing. Copy it again from where it validates.",
-    "hashes": "The file was damaged after packing. Copy it again from where it validates.",
+    "open": f"If files are damaged or missing, {_REPAIR} If the conversion is unfinished, run the "
+    "same one again.",
+    "root": "The metadata is not what was packed, and nothing can mend it. Copy the store again "
+    "from where it validates, or convert the source again.",
+    "files": f"For damaged or missing files, {_REPAIR} Move away what does not belong.",
+    "checksums": f"The file was damaged after packing: {_REPAIR}",
+    "hashes": f"The file was damaged after packing: {_REPAIR}",
     "inventory": "The store is of another model or another source. Convert the source again.",
     "values": "No correct packer writes such values: the source itself is damaged. Check its "
     "hashes, download it again and convert it again.",
@@ -42,7 +45,7 @@ ADVICE = {
     "this one again.",
     "layouts": "The metadata is not what was packed. Convert the source again.",
     "counts": "The metadata is not what was packed. Convert the source again.",
-    "source": "The store does not come from this source, or says so wrongly. Convert it again.",
+    "source": "Give the source that was packed; if it is this one, convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
@@ -77,7 +80,7 @@ def render_html(report: Report) -> str:
         style=Markup(style),
         style_hash=digest,
         validated_by=TOOL,
-        advice=ADVICE,
+        advice={check: _with_code(text) for check, text in ADVICE.items()},
         findings=_by_check(report.findings),
         widths=WIDTHS,
         more=max(len(report.findings) - MAX_FINDINGS, 0),
@@ -87,6 +90,11 @@ def render_html(report: Report) -> str:
         exact=sum(verdict.exact for verdict in report.tensors),
         slowest=_top(report.tensors, "seconds"),
     )
+
+
+def _with_code(text: str) -> Markup:
+    """What stands between backticks set as code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
 
 
 def _by_check(findings: list[Finding]) -> dict[str, list[Finding]]:

@@ -19,13 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Output
-from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
+from dsv4.convert.plan import Plan
 from dsv4.convert.source import Source
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import ConfigError, SourceError, StoreError
+from dsv4.formats.errors import SourceError, StoreError
 from dsv4.formats.store import digest, integrity
 from dsv4.formats.store.durable import (
     PIECE_BYTES,
@@ -49,8 +46,7 @@ from dsv4.formats.store.schema import (
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.formats.version import TOOL
 from dsv4.validate.examine import FileDamage, examine, measure, open_regular
-
-WRONG_SOURCE = "the source is not the one this store was made from"
+from dsv4.validate.made_from import WRONG_SOURCE, plan_of, source_of
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASSETS = f"{ASSET_DIRECTORY}/"
@@ -104,6 +100,7 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
+    A whole store is only read: nothing is locked before something has to be written.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -112,25 +109,41 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
     root = Path(packed)
     store, published = _open(root)
     report = RepairReport(root, published)
-    lock = DirectoryLock(root)
-    try:
-        with storage_errors(root, "repairing the store"):
-            _remove_leftovers(store)
-            files = store.files_under(None)
-            damage = [found for file in files if (found := examine(store, file)) is not None]
-            report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
-            for found in damage:
-                if not found.chunks:
-                    report.files += _replace(store, [found], lambda sink: None)
-            report.files += _rewrite_documents(store)
-            report.files += [
-                FileRepair(fault.key, fault.problem, 0, "it is not ours to remove: move it away")
-                for fault in integrity.unlisted(store)
-            ]
-    finally:
-        lock.release(remove=True)
+    suspects = _examine(store, store.files_under(None))
+    if suspects or _leftovers(store) or any(integrity.node_faults(store)):
+        lock = DirectoryLock(root)
+        try:
+            with storage_errors(root, "repairing the store"):
+                _mend(store, [found.file for found in suspects], source, report)
+        finally:
+            lock.release(remove=True)
+    report.files += [
+        FileRepair(fault.key, fault.problem, 0, "it is not ours to remove")
+        for fault in integrity.unlisted(store)
+    ]
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _examine(store: PackedStore, files: Iterable[FileSpec]) -> list[FileDamage]:
+    return [found for file in files if (found := examine(store, file)) is not None]
+
+
+def _mend(
+    store: PackedStore,
+    files: Sequence[FileSpec],
+    source: str | Path | None,
+    report: RepairReport,
+) -> None:
+    """Make those of `files` whole that still are not, under the lock; and the documents."""
+    for key in _leftovers(store):
+        (store.root / key).unlink()
+    damage = _examine(store, files)  # another repair may have been here before the lock was ours
+    report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
+    for found in damage:
+        if not found.chunks:
+            report.files += _replace(store, [found], lambda sink: None)
+    report.files += _rewrite_documents(store)
 
 
 def _open(root: Path) -> tuple[PackedStore, str]:
@@ -146,12 +159,14 @@ def _open(root: Path) -> tuple[PackedStore, str]:
         ) from error
 
 
-def _remove_leftovers(store: PackedStore) -> None:
+def _leftovers(store: PackedStore) -> list[str]:
     """Partial files of an interrupted repair; what else ends like them is a stranger's."""
     ours = {file.key for file in store.files_under(None)} | set(_documents(store))
-    for key in list(integrity.walk(store.root)):
-        if key.endswith(PARTIAL_SUFFIX) and key.removesuffix(PARTIAL_SUFFIX) in ours:
-            (store.root / key).unlink()
+    return [
+        key
+        for key in integrity.walk(store.root)
+        if key.endswith(PARTIAL_SUFFIX) and key.removesuffix(PARTIAL_SUFFIX) in ours
+    ]
 
 
 def _documents(store: PackedStore) -> Iterator[str]:
@@ -165,9 +180,9 @@ def _make_lost(
     """Make what is lost again. Raises SourceError when the source gives nothing of it."""
     if not damage:
         return []
-    source, report.source = _open_source(store, src)
+    source, report.source = source_of(store, src)
     repairs: list[FileRepair] = []
-    for group, make in _work(_plan(store, source), source, damage):
+    for group, make in _work(plan_of(store, source), source, damage):
         repairs += _replace(store, group, make)
     failures = [made.failure for made in repairs if made.failure is not None]
     if len(failures) == len(repairs) and all(WRONG_SOURCE in why for why in failures):
@@ -336,50 +351,3 @@ def _rewrite_documents(store: PackedStore) -> list[FileRepair]:
         size = 0 if failure else len(documents[fault.key])
         repairs.append(FileRepair(fault.key, fault.problem, size, failure))
     return repairs
-
-
-def _open_source(store: PackedStore, src: str | Path | None) -> tuple[Source, str]:
-    """-> (the source, its name); the manifest's repository at its commit when none is given."""
-    if src is not None:
-        return open_source(src), str(src)
-    said = store.manifest["source"]
-    if said.get("kind") != "hub":
-        raise SourceError(
-            f"{store.root}: bytes are lost, and it was made from a local directory; give it with "
-            "--source"
-        )
-    # huggingface_hub takes half a second to import.
-    from dsv4.convert.hub_source import HubSource
-
-    return HubSource(said["repo"], said["commit"]), f"{said['repo']}@{said['commit']}"
-
-
-def _plan(store: PackedStore, source: Source) -> Plan:
-    """The plan this store was made by. Raises SourceError for what is visibly another source."""
-    listed = store.manifest["source"].get("files")
-    said = {entry["name"]: entry for entry in listed} if _is_listing(listed) else {}
-    shards = {name for name in said if name.endswith(".safetensors")}
-    for name in sorted(shards | source.sizes.keys()):
-        entry = said.get(name, {})
-        found = source.sizes.get(name)
-        if entry.get("bytes") != found:
-            raise SourceError(
-                f"{name} has {found} bytes, the store was made from one of {entry.get('bytes')}: "
-                f"{WRONG_SOURCE}"
-            )
-        published = source.published_sha256(name)
-        if published is not None and published != entry.get("sha256"):
-            raise SourceError(f"{name} has another SHA-256: {WRONG_SOURCE}")
-    if ModelConfig.from_hf(source.config) != store.config:
-        raise SourceError(f"config.json is of another model: {WRONG_SOURCE}")
-    recipe = store.manifest["recipe"]
-    try:
-        return make_plan(source, make_recipe(recipe["name"], recipe["keep"]))
-    except (LookupError, TypeError) as error:
-        raise ConfigError(f"manifest: recipe {recipe!r:.200} is malformed") from error
-
-
-def _is_listing(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value
-    )

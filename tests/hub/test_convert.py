@@ -77,8 +77,8 @@ def test_bytes_are_those_of_the_directory(
     summary = dsv4.convert(hub.repo, tmp_path / "packed")
     assert contents(tmp_path / "packed") == expected
     assert dsv4.validate(tmp_path / "packed", source=directory).ok
-    source = dsv4.open(tmp_path / "packed").store.manifest["source"]
-    assert (source["kind"], source["repo"], source["commit"]) == ("hub", hub.repo, COMMIT)
+    origin = dsv4.open(tmp_path / "packed").store.manifest["origin"]
+    assert origin == {"kind": "hub", "repo": hub.repo, "commit": COMMIT}
     again = dsv4.convert(hub.repo, tmp_path / "again", revision=COMMIT, workers=1)
     assert again.root == summary.root
 

@@ -25,7 +25,8 @@ import torch
 
 from dsv4.formats.errors import Dsv4Error, SourceError, StoreError
 
-FORMAT_VERSION = 2  # 1 had SHA-256 where files have BLAKE3
+FORMAT_VERSION = 3  # 2 had the origin inside of the source section, and so of the root
+READ_VERSIONS = (2, 3)  # 1 had SHA-256 where files have BLAKE3
 ATTRIBUTE = "dsv4"  # the one key under which every node keeps what is ours
 ASSET_DIRECTORY = "assets"
 NODE_DOCUMENT = "zarr.json"
