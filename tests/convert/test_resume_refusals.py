@@ -53,14 +53,14 @@ def _continues(sentence: str) -> None:
 
 
 def test_another_recipe(source: Path, begun: Callable[..., Path]) -> None:
-    out = begun(recipe="native", keep=["*.wq_b.weight", "a b"])
+    out = begun(recipe="nvfp4", keep=["*.wq_b.weight", "*.wkv.weight"])
     with pytest.raises(ConflictError) as caught:
-        dsv4.convert(source, out, recipe="nvfp4")
+        dsv4.convert(source, out, recipe="native")
     sentence = str(caught.value)
-    native = "recipe native --keep '*.wq_b.weight' --keep 'a b'"
-    assert f"begun by {native}, now it is recipe nvfp4" in sentence
+    there = "recipe nvfp4 --keep '*.wkv.weight' --keep '*.wq_b.weight'"
+    assert f"it was begun by {there}, now it is native; go on with" in sentence
     _continues(sentence)
-    assert dsv4.open(out).store.manifest["recipe"]["name"] == "native"
+    assert dsv4.open(out).store.manifest["recipe"]["name"] == "nvfp4"
 
 
 def test_another_source(source: Path, begun: Callable[..., Path], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_resume_after_a_crash_at_any_step(
             break
         except _PowerLossError:
             crashes += 1
-            with pytest.raises(StoreError, match="unfinished|not a packed|no directory"):
+            with pytest.raises(StoreError, match=r"unfinished|not a packed|no directory"):
                 PackedStore.open(out)
     monkeypatch.undo()
     assert crashes >= 3
