@@ -43,6 +43,8 @@ AUX_FILES = (
 
 TORCH_DTYPES = {
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -95,7 +97,8 @@ class Source(Reader):
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
     origin: where the files come from, as the manifest records it beside their hashes.
-    notices: sentences about files that are there and are not used.
+    notices: sentences about files that are there and are not used. here: whether its files lie on
+    this machine, so that thousands of small reads cost nothing.
     Reads may come from several threads at once.
     """
 
@@ -105,6 +108,7 @@ class Source(Reader):
     commit: str | None = None
     origin: Mapping[str, str] = MappingProxyType({"kind": "local"})
     notices: tuple[str, ...] = ()
+    here: bool = False
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""

@@ -13,14 +13,13 @@ import contextlib
 import gc
 import hashlib
 import os
-import shlex
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import ConfigError, NoStoreError, StoreError
+from dsv4.formats.errors import ConfigError, StoreError
 from dsv4.formats.store import digest, integrity
 from dsv4.formats.store.contents import Contents, read_contents
 from dsv4.formats.store.hierarchy import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
@@ -41,6 +40,7 @@ from dsv4.formats.store.schema import (
     FileSpec,
 )
 from dsv4.formats.store.weights import StoredWeights
+from dsv4.formats.store_place import refuse_no_store
 
 _MAX_MARKER_BYTES = 1 << 16
 
@@ -80,7 +80,7 @@ class PackedStore(StoredWeights):
         damaged, of another format version, or its metadata is malformed.
         """
         root = Path(path)
-        _refuse_no_store(root)
+        refuse_no_store(root)
         try:
             with collector_paused():
                 return cls._open(root, verify=verify, check_files=check_files)
@@ -198,22 +198,6 @@ def _refuse_damage(root: Path, faults: Iterable[integrity.Damage]) -> None:
     if first is not None:
         advice = f"; {integrity.repaired_by(root)}" if first.repairable else ""
         raise StoreError(f"{first}{advice}")
-
-
-def _refuse_no_store(root: Path) -> None:
-    """Raise NoStoreError for what nobody would take for a store."""
-    if not root.is_dir():
-        if root.exists():
-            raise NoStoreError(f"{root} is a file; give the directory of a packed checkpoint")
-        raise NoStoreError(f"there is no directory {root}")
-    if any((root / name).exists() for name in (MARKER, JOURNAL, NODE_DOCUMENT)):
-        return
-    if (root / "config.json").exists() or any(root.glob("*.safetensors")):
-        raise NoStoreError(
-            f"{root} is a checkpoint that is not packed; pack it first: "
-            f"dsv4 convert --hf {shlex.quote(str(root))} --out ./packed"
-        )
-    raise NoStoreError(f"{root} is not a packed checkpoint: it has no {MARKER}")
 
 
 def _read_marker(root: Path) -> dict[str, Any]:
