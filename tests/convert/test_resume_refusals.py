@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -32,7 +33,7 @@ class StoppedError(Exception):
 def begun(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Begins a conversion and stops it before its metadata."""
 
-    def begin(**how: object) -> Path:
+    def begin(**how: Any) -> Path:
         with monkeypatch.context() as patch, pytest.raises(StoppedError):
             patch.setattr(engine, "_complete", _stop)
             dsv4.convert(source, tmp_path / "packed", **how)

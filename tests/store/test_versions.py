@@ -73,7 +73,7 @@ def test_a_version_cannot_be_taken_for_another(old: Path, new: Path, tmp_path: P
     """The marker and the root pin it, so that nothing that version 2 covers can be left open."""
     for store, version in ((old / "local", 3), (new, 2)):
         copy = Path(shutil.copytree(store, tmp_path / f"as{version}"))
-        _edit(copy, lambda manifest, v=version: manifest.update(format_version=v))  # type: ignore[misc]
+        _edit(copy, lambda manifest, v=version: manifest.update(format_version=v))
         with pytest.raises(StoreError, match=r"two format versions|origin|other members"):
             PackedStore.open(copy)
 
@@ -100,7 +100,7 @@ def test_the_root_leaves_the_origin_open_and_nothing_else(new: Path, tmp_path: P
         PackedStore.open(copy)
     for name in json.loads(raw)["attributes"]["dsv4"].keys() - {"origin", "root", "files"}:
         again = Path(shutil.copytree(new, tmp_path / name))
-        _edit(again, lambda manifest, n=name: manifest.update({n: _other(manifest[n])}))  # type: ignore[misc]
+        _edit(again, lambda manifest, n=name: manifest.update({n: _other(manifest[n])}))
         with pytest.raises(StoreError):
             check_root(PackedStore.open(again))
 
