@@ -91,6 +91,11 @@ def load(
     )
 
 
+def __dir__() -> list[str]:
+    """The names that are meant to be used."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """`repair`, and the functions and types of `formats.nvfp4`, imported on first use."""
     if name == "repair":

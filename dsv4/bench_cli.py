@@ -10,11 +10,13 @@ from typing import Any
 
 import click
 
-from dsv4.console import err, out, print_json
+from dsv4.console import err, print_json, show, write_report
 from dsv4.convert.recipes import DEFAULT_RECIPE, RECIPE_NAMES
 from dsv4.formats.releases import MODELS
 from dsv4.options import (
+    Device,
     Size,
+    Target,
     models_option,
     numbers,
     operations_option,
@@ -25,7 +27,10 @@ from dsv4.options import (
 
 @click.group()
 def bench() -> None:
-    """Measure: each line a figure, its bound, the fraction of it, and correctness."""
+    """Measure this machine, dsv4, and what others do.
+
+    Each line is a figure, its bound, the fraction of it, and whether the result was right.
+    """
 
 
 @bench.command("quantize")
@@ -48,8 +53,8 @@ def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> No
             }
         )
         return
-    out.print(quality_table(qualities, seeds))
-    out.print(speed_table(speeds, threads))
+    show(quality_table(qualities, seeds))
+    show(speed_table(speeds, threads))
 
 
 @bench.command("convert")
@@ -71,7 +76,7 @@ def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> N
         print_json({"models": [dataclasses.asdict(one) for one in found]})
         return
     for table in (table for one in found for table in throughput_tables(one)):
-        out.print(table)
+        show(table)
 
 
 @bench.command("validate")
@@ -94,7 +99,7 @@ def bench_validate(
     if as_json:
         print_json({"passes": [dataclasses.asdict(one) for one in passes]})
     else:
-        out.print(passes_table(passes))
+        show(passes_table(passes))
     if not all(one.correct for one in passes):
         raise SystemExit(1)
 
@@ -133,7 +138,7 @@ def bench_kernels(
     from dsv4.kernels.ops import cases, checks
 
     device = torch.device("cuda")
-    library = open_library(device, location)
+    library = open_library(device, location, "kernels")
     machine = measure_machine(device)
     chosen = [
         case
@@ -148,7 +153,7 @@ def bench_kernels(
     lines = []
     for line in measure(chosen, library, machine, device, timed=not unusual):
         lines.append(line)
-        err.print(kernel_line(line), markup=False)
+        err.print(kernel_line(line))
     if as_json:
         print_json(
             {
@@ -157,7 +162,7 @@ def bench_kernels(
             }
         )
     else:
-        out.print(kernels_table(lines, machine))
+        show(kernels_table(lines, machine))
     if any(line.faults for line in lines):
         raise SystemExit(1)
 
@@ -172,13 +177,13 @@ def _kernel_peers(
     from dsv4.bench_render import peer_line, peers_table
 
     device = torch.device("cuda")
-    library = open_library(device, location)
+    library = open_library(device, location, "kernels")
     machine, lines = measure_machine(device), []
     for model in models:
         found = compare(MODELS[model], model, rows, library, machine, device, shapes=shape)
         for line in found:
             lines.append(line)
-            err.print(peer_line(line), markup=False)
+            err.print(peer_line(line))
     if as_json:
         print_json(
             {
@@ -187,7 +192,7 @@ def _kernel_peers(
             }
         )
     else:
-        out.print(peers_table(lines, machine))
+        show(peers_table(lines, machine))
     if not all(line.right for line in lines if line.peer == "dsv4"):
         raise SystemExit(1)
 
@@ -222,7 +227,7 @@ def bench_decode(
     from dsv4.bench_render import decode_table, rivals_table
 
     device = torch.device("cuda")
-    library = open_library(device, location)
+    library = open_library(device, location, "decode")
     config = few_layers(MODELS[model], layers)
     report = decode(
         config,
@@ -237,9 +242,9 @@ def bench_decode(
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
-        out.print(decode_table(report))
+        show(decode_table(report))
         if report.rivals is not None:
-            out.print(rivals_table(report.rivals, report.steps))
+            show(rivals_table(report.rivals, report.steps))
     if not report.right:
         raise SystemExit(1)
 
@@ -263,7 +268,7 @@ def bench_prompt(
     from dsv4.bench_render import prompt_table
 
     device = torch.device("cuda")
-    library = open_library(device, location)
+    library = open_library(device, location, "prompt")
     config, sizes = few_layers(MODELS[model], layers), numbers(chunks, least=0)
     report = measure(config, model, library, device, tokens=tokens, chunks=sizes)
     if as_json:
@@ -273,7 +278,7 @@ def bench_prompt(
             | {"lines": [(o.chunk, o.tokens, o.seconds, o.right) for o in report.lines]}
         )
     else:
-        out.print(prompt_table(report))
+        show(prompt_table(report))
     if not all(one.right for one in report.lines):
         raise SystemExit(1)
 
@@ -302,13 +307,15 @@ def bench_store(
     if as_json:
         print_json(dataclasses.asdict(made) | {"path": str(made.path)})
     else:
-        out.print(made_table(made))
+        show(made_table(made))
 
 
 @bench.command("load")
 @click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
 @shape_options
-@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, or cpu.")
+@click.option(
+    "--device", type=Device(), default="cuda", show_default=True, help="cuda, cuda:1, or cpu."
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 12."
@@ -337,11 +344,12 @@ def bench_load(
     """STORE, or one of real shapes, onto a device: beside its bounds and beside other loaders."""
     import torch
 
-    from dsv4.bench.load import measure
+    from dsv4.bench.load import measure, require_device
     from dsv4.bench.store import make_store, shaped
     from dsv4.bench_render import loading_tables
     from dsv4.runtime.load import Settings
 
+    require_device(torch.device(device))
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:
         if store is None:
             store = make_store(Path(scratch, "store"), shaped(**shape)).path
@@ -353,13 +361,13 @@ def bench_load(
             rounds=rounds,
             cold=cold,
             peers=peers,
-            say=lambda text: err.print(text, markup=False),
+            say=lambda text: err.print(text),
         )
     if as_json:
         print_json(dataclasses.asdict(found))
     else:
         for table in loading_tables(found):
-            out.print(table)
+            show(table)
     if not all(line.correct for line in found.lines):
         raise SystemExit(1)
 
@@ -369,7 +377,7 @@ def bench_load(
 @click.option("--tokens", type=click.IntRange(min=512), default=8192, show_default=True)
 @click.option("--text", type=click.Path(path_type=Path), help="Held-out text; DIR/heldout.txt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write an SVG here.")
+@click.option("--plot", type=Target(), metavar="FILE", help="Write an SVG here.")
 def bench_quality(
     directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
 ) -> None:
@@ -379,11 +387,11 @@ def bench_quality(
 
     found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
     if plot is not None:
-        plot.write_text(cost_plot(found), encoding="utf-8")
+        write_report(plot, cost_plot(found))
     if as_json:
         print_json({"native_holds": found.native_holds, **dataclasses.asdict(found)})
     else:
-        out.print(cost_table(found))
+        show(cost_table(found))
     if not found.native_holds:
         err.print("native differs from the source by more than 1e-4 of perplexity")
         raise SystemExit(1)

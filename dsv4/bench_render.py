@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
-from dsv4.render import facts_table, size
+from dsv4.formats.plain_text import counted, size
+from dsv4.render import facts_table
 
 if TYPE_CHECKING:
     from dsv4.bench import decode, prompt, transformers_peer
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
     """Relative MSE per distribution and method over the seeds, all on the same weights."""
-    table = Table(title=f"relative MSE of rounding to NVFP4, {seeds} seed(s)", title_justify="left")
+    title = f"relative MSE of rounding to NVFP4, {counted(seeds, 'seed')}"
+    table = Table(title=title, title_justify="left")
     table.add_column("weights")
     table.add_column("method")
     for column in ("mean", "std. error", "least", "largest", "over the optimum"):
@@ -46,7 +47,7 @@ def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
 
 def speed_table(lines: Sequence[Speed], threads: int) -> Table:
     """Rates, and the fraction of a plain copy's rate: both from memory, and both in cache."""
-    table = Table(title=f"speed, {threads} thread(s), median", title_justify="left")
+    table = Table(title=f"speed, {counted(threads, 'thread')}, median", title_justify="left")
     table.add_column("operation")
     for column in ("Melem/s", "GB/s in + out", "of a copy", "in cache", "result"):
         table.add_column(column, justify="right")
@@ -66,8 +67,9 @@ def speed_table(lines: Sequence[Speed], threads: int) -> Table:
 def throughput_tables(found: Throughput) -> Iterator[Table]:
     """Every lane's rate beside the plain copy's; then where dsv4's lanes spend their time."""
     title = (
-        f"{found.layers} {found.model} layer(s) of {found.experts} experts, {size(found.nbytes)}, "
-        f"{found.workers} worker(s), median of {found.rounds} round(s)"
+        f"{found.model}, {counted(found.layers, 'layer')} of {found.experts} experts, "
+        f"{size(found.nbytes)}, {counted(found.workers, 'worker')}, median of "
+        f"{counted(found.rounds, 'round')}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("lane")
@@ -143,17 +145,17 @@ def peer_line(line: PeerLine) -> str:
 def peers_table(lines: Sequence[PeerLine], machine: Machine) -> Table:
     """Each shape's kernels, ours first: time, over ours, bytes that it reads, fraction of them."""
     title = f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s measured now"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("shape", "rows", "kernel"):
         table.add_column(column)
     for column in ("us", "of our time", "MB", "of bound", "result"):
         table.add_column(column, justify="right")
     for line in lines:
-        verdict = "right" if line.right else escape(line.fault) or "WRONG"
+        verdict = "right" if line.right else line.fault or "WRONG"
         table.add_row(
             f"{line.shape} {line.model}" if line.peer == "dsv4" else "",
             str(line.rows) if line.peer == "dsv4" else "",
-            escape(f"{line.peer}: {line.form}" if line.form else line.peer),
+            f"{line.peer}: {line.form}" if line.form else line.peer,
             f"{line.seconds * 1e6:.1f}" if line.seconds else "",
             f"{line.ratio:.2f}" if line.ratio else "",
             f"{line.nbytes / 1e6:.1f}",
@@ -169,7 +171,7 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
         f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, "
         f"{machine.matrix_rate / 1e12:.0f} TFLOP/s in bfloat16, both measured now"
     )
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("operation", "shape", "model"):
         table.add_column(column)
     for column in ("rows", "us", "MB", "GB/s", "of bound", "result"):
@@ -177,7 +179,7 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
     for line in lines:
         table.add_row(
             line.operation,
-            escape(f"{line.shape} ({line.note})" if line.note else line.shape),
+            f"{line.shape} ({line.note})" if line.note else line.shape,
             line.model,
             str(line.rows),
             f"{line.seconds * 1e6:.2f}" if line.seconds else "",
@@ -203,7 +205,7 @@ def decode_table(report: decode.Report) -> Table:
         f"{report.model}, {report.layers} layers, context {report.context}, {machine.name}, "
         f"{machine.bandwidth / 1e12:.2f} TB/s measured now; {verdict}"
     )
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     columns = ("rows", "us a step", "us a layer", "its bytes' bound", "experts read a layer")
     for column in (*columns, "MB read", "of bound", "launches"):
         table.add_column(column, justify="right")
@@ -223,12 +225,12 @@ def decode_table(report: decode.Report) -> Table:
 
 def parity_table(proofs: Sequence[Proof], title: str) -> Table:
     """What was compared, what came of it, and what was allowed."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("what", "found", "allowed", "result"):
         table.add_column(column)
     for one in proofs:
-        cells = (escape(text) for text in (one.what, one.found, one.allowed))
-        table.add_row(*cells, "right" if one.right else "WRONG")
+        verdict = "right" if one.right else "WRONG"
+        table.add_row(one.what, one.found, one.allowed, verdict)
     return table
 
 
@@ -242,7 +244,7 @@ def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step])
             f"{rivals.difference:.4f} of their deviation from ours, likeliest token the same in "
             f"{rivals.same:.0%}"
         )
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("experts")
     for column in ("ms a step", "of our time"):
         table.add_column(column, justify="right")
@@ -250,10 +252,10 @@ def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step])
     ours = [step.seconds for step in steps if step.rows == 1]
     for line in rivals.lines:
         table.add_row(
-            escape(line.name),
+            line.name,
             f"{line.seconds * 1e3:.2f}" if line.seconds else "",
             f"{line.seconds / ours[0]:.1f}" if line.seconds and ours else "",
-            escape(line.fault),
+            line.fault,
         )
     return table
 
@@ -277,7 +279,7 @@ def loading_tables(found: Loading) -> Iterator[Table]:
         f"{machine.bus / 1e9:.1f} GB/s{disk}, page cache {machine.page_cache / 1e9:.0f}, plain "
         f"copies {machine.memory / 1e9:.0f}, all measured now"
     )
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("from")
     table.add_column("lane")
     for column in ("GB/s, median", "spread", "of bound", "dsv4 is", "result"):
@@ -298,7 +300,7 @@ def loading_tables(found: Loading) -> Iterator[Table]:
     for state, report in found.reports.items():
         phases = Table(title=f"dsv4, {state}", title_justify="left", show_header=False, box=None)
         for text in report.lines(**{"disk" if state == "cold" else "bus": bound[state]}):
-            phases.add_row(escape(text))
+            phases.add_row(text)
         yield phases
 
 
@@ -311,7 +313,7 @@ def prompt_table(report: prompt.Report) -> Table:
         f"{machine.bandwidth / 1e12:.2f} TB/s measured now; the reference in bfloat16 is "
         f"{report.rounded} from float32 (median, rms, largest error of a token, same likeliest id)"
     )
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("chunk", "ms", "tokens/s", "us a layer and 1,000 tokens", "from float32", ""):
         table.add_column(column, justify="right")
     for one in report.lines:

@@ -145,10 +145,12 @@ def say(text: str, end: str = "\n") -> None:
 
 def _prompt_session() -> PromptSession[str]:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import ColorDepth
     from prompt_toolkit.output.vt100 import Vt100_Output
     from prompt_toolkit.styles import Style
 
     output = Vt100_Output.from_pty(sys.stderr, os.environ.get("TERM"))
     output.enable_cpr = False  # nothing is drawn below the line: no need to ask where it is
-    style = Style.from_dict({"prompt": "ansicyan bold"} if colourful(sys.stderr) else {})
-    return PromptSession(output=output, style=style)
+    style = Style.from_dict({"prompt": "ansicyan bold"})
+    depth = None if colourful(sys.stderr) else ColorDepth.MONOCHROME
+    return PromptSession(output=output, style=style if depth is None else None, color_depth=depth)

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, 3 out of space o
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -20,6 +21,9 @@ from dsv4.formats.plain_text import printable
 
 MAX_SENTENCE = 2000
 EXIT_FAILED, EXIT_USAGE, EXIT_SPACE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Terminated(BaseException):
@@ -60,9 +64,10 @@ def endings() -> Iterator[None]:
         sys.stderr.close()
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        _say(f"{error.strerror or error}: {error.filename or ''}")
-        sys.exit(EXIT_USAGE)
+        where = "" if error.filename is None else f"{error.filename}: "
+        _say(f"{where}{error.strerror or error}")
+        sys.exit(EXIT_SPACE if error.errno in _NO_SPACE else EXIT_USAGE)
 
 
 def _say(sentence: str) -> None:
-    err.print(printable(f"dsv4: {sentence}", MAX_SENTENCE), markup=False)
+    err.print(printable(f"dsv4: {sentence}", MAX_SENTENCE))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from dsv4.console import err, out
+from dsv4.console import err, show
+from dsv4.formats.plain_text import counted, duration
 from dsv4.options import architectures_option, models_option, operations_option
 
 
@@ -59,10 +60,10 @@ def build_kernels(
     ]
     target = location or default_location()
 
-    def tell(one: Built) -> None:
+    def tell(one: Built, number: int, total: int) -> None:
         if one.fresh:
-            err.print(f"{one.arch} {one.name} {one.seconds:.1f} s", markup=False)
+            err.print(f"{number} of {total}: {one.arch} {one.name}, {duration(one.seconds)}")
 
     done = build(wanted, archs, target, workers=workers, progress=tell)
     fresh = sum(one.fresh for one in done)
-    out.print(f"{len(done)} kernels in {target}, {fresh} compiled now", markup=False)
+    show(f"{counted(len(done), 'kernel')} in {target}, {fresh} compiled now")

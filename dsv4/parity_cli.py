@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dsv4.console import err, out, print_json
+from dsv4.console import err, print_json, show
 from dsv4.formats.releases import MODELS
 from dsv4.options import words_option
 
@@ -48,7 +48,7 @@ def bench_parity(
     from dsv4.bench_render import parity_table
 
     device = torch.device("cuda")
-    library = open_library(device, location)
+    library = open_library(device, location, "parity")
     config = few_layers(MODELS[model], layers)
     proofs, begin = [], time.perf_counter()
     for proof in parity(config, library, device, parts, Sizes(**sizes)):
@@ -57,14 +57,13 @@ def bench_parity(
         seconds = time.perf_counter() - begin
         err.print(
             f"[{seconds:.0f} s] {proof.what}: {proof.found} ({proof.allowed}), {verdict}",
-            markup=False,
         )
         for detail in proof.details:
-            err.print(f"  {detail}", markup=False)
+            err.print(f"  {detail}")
     name = torch.cuda.get_device_name(device)
     if as_json:
         print_json({"device": name, "proofs": [dataclasses.asdict(one) for one in proofs]})
     else:
-        out.print(parity_table(proofs, f"{model}, {layers} layers, {name}"))
+        show(parity_table(proofs, f"{model}, {layers} layers, {name}"))
     if not all(one.right for one in proofs):
         raise SystemExit(1)

@@ -1,73 +1,132 @@
-"""What the command line shows: rich tables and progress over the results of the other rooms."""
+"""What the command line shows: rich tables over the results of the other rooms.
+
+Made for 80 columns: numbers are never cut or folded, names are where there is no room. Texts hold
+no markup: the consoles read none.
+"""
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich import box
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from dsv4.formats.plain_text import size_text as size
+from dsv4.convert.recipes import DEFAULT_RECIPE, Role, role_of
+from dsv4.formats.plain_text import counted, duration, size
 
 if TYPE_CHECKING:
     from dsv4.convert.engine import Summary
-    from dsv4.validate.repair import RepairReport
+    from dsv4.validate.repair_report import RepairReport
     from dsv4.validate.report import GateAgreement, Report, TensorVerdict
 
 MAX_ROWS = 20
+GOOD, BAD = "bold green", "bold red"
+PLURALS = {Role.LM_HEAD: "lm heads", Role.DENSE: "dense matrices"}
 
 
 def facts_table(title: str, rows: Mapping[str, object]) -> Table:
-    """Names and what they are, a line each."""
-    table = Table(title=escape(title), show_header=False, title_justify="left", box=None)
+    """Names and what they are, a line each; a value may be a `Text`."""
+    table = Table(title=title, show_header=False, title_justify="left", box=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
-        table.add_row(key, escape(str(value)))
+        table.add_row(key, value if isinstance(value, Text) else str(value))
+    return table
+
+
+def list_table(title: str, texts: Sequence[str], numbers: Sequence[str] = ()) -> Table:
+    """An empty table: columns of text, which may fold, and of numbers, which do not."""
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding = (0, 1, 0, 0)
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
     """The plan of one conversion."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in plan["encodings"].items() if count)
-    rows = {
-        "recipe": plan["recipe"]["name"],
-        "tensors": f"{plan['tensors']} ({kinds})",
-        "exact": plan["exact_tensors"],
-        "rounded to NVFP4": f"{len(plan['rounded_tensors'])} (router gates, lm_head, ...)"
-        if plan["rounded_tensors"]
-        else "none",
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in plan["encodings"].items() if count)
+    rows: dict[str, object] = {"commit": plan["commit"]} if plan["commit"] else {}
+    rows |= {
+        "recipe": recipe_text(plan["recipe"]),
+        "tensors": f"{plan['tensors']:,} ({kinds})",
+        "exact": f"{plan['exact_tensors']:,}",
+        "rounded to NVFP4": rounded_text(plan["rounded_tensors"]),
         "left behind": _left_behind(plan),
         "reads": size(plan["source_bytes"]),
         "network": size(plan["network_bytes"]),
-        "writes": f"{size(plan['output_bytes'])} in {plan['files']} files",
-        "peak RAM": size(plan["peak_ram_bytes"]),
+        "writes": f"{size(plan['output_bytes'])} in {counted(plan['files'], 'file')}",
+        "": _more_or_less(plan),
+        "peak RAM": f"{size(plan['peak_ram_bytes'])}, {counted(plan['workers'], 'worker')}",
         "peak disk": size(plan["peak_disk_bytes"]),
-        "workers": plan["workers"],
-        "units of work": plan["units"],
+        "to run it": f"{size(plan['run_bytes'])} of memory for the weights, on one GPU or on the "
+        "CPU, and more for the context",
+        "next": _next_command(source, plan),
     }
     return facts_table(f"plan for {source}", rows)
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe of a manifest: standard, --keep '*.gate.weight'."""
+    keep = "".join(f" --keep {shlex.quote(str(glob))}" for glob in recipe.get("keep") or ())
+    return f"{recipe.get('name')}{',' if keep else ''}{keep}"
+
+
+def rounded_text(names: Sequence[str]) -> str:
+    """How many tensors of which kind: 44 (43 router gates, 1 lm head)."""
+    found = Counter(role_of(name) for name in names)
+    kinds = ", ".join(
+        counted(count, str(role), PLURALS.get(role, "")) for role, count in found.items()
+    )
+    return f"{len(names):,} ({kinds})" if names else "none"
+
+
+def _more_or_less(plan: Mapping[str, Any]) -> str:
+    more = plan["output_bytes"] - plan["source_bytes"]
+    if more <= 0:
+        return f"{size(-more)} less than it reads"
+    why = ""
+    if plan["encodings"].get("mxfp4"):
+        why = ": NVFP4 has a scale for every 16 weights, the source's MXFP4 for every 32"
+    return f"{size(more)} more than it reads{why}"
+
+
+def _next_command(source: str, plan: Mapping[str, Any]) -> str:
+    words = ["dsv4", "convert", "--hf", source, "--out", "./packed"]
+    if plan["recipe"]["name"] != DEFAULT_RECIPE:
+        words += ["--recipe", plan["recipe"]["name"]]
+    for glob in plan["recipe"]["keep"]:
+        words += ["--keep", glob]
+    return shlex.join(words)
 
 
 def _left_behind(plan: Mapping[str, Any]) -> str:
     """What is in the source and not in the store."""
     counts = {
-        "vision tensors": plan["skipped_tensors"],
-        "scales of activations": plan["ignored_input_scales"],
-        "draft copies of embedding and head": len(plan["ignored_draft_copies"]),
+        "vision tensor": plan["skipped_tensors"],
+        "scale of activations": plan["ignored_input_scales"],
+        "draft copy of embedding or head": len(plan["ignored_draft_copies"]),
     }
-    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+    many = ("", "scales of activations", "draft copies of embedding and head")
+    found = zip(counts.items(), many, strict=True)
+    return ", ".join(counted(n, one, more) for (one, n), more in found if n) or "nothing"
 
 
 def summary_table(summary: Summary) -> Table:
     """What a finished conversion wrote."""
     plan = summary.plan.to_dict()
     rows: dict[str, object] = {
-        "recipe": plan["recipe"]["name"],
+        "recipe": recipe_text(plan["recipe"]),
         "tensors": f"{plan['tensors']}, {plan['exact_tensors']} carried exactly",
         "left behind": _left_behind(plan),
-        "written": f"{size(plan['output_bytes'])} in {plan['files']} files",
+        "written": f"{size(plan['output_bytes'])} in {counted(plan['files'], 'file')}",
         "root": summary.root,
     }
     if summary.resumed_units:
@@ -75,19 +134,18 @@ def summary_table(summary: Summary) -> Table:
     if losses := summary.losses:
         worst = max(losses, key=lambda name: losses[name]["rel_mse"] or 0.0)
         rows["rounded"] = (
-            f"{len(losses)} tensors, worst relative MSE {losses[worst]['rel_mse']:.3e} ({worst})"
+            f"{counted(len(losses), 'tensor')}, worst relative MSE "
+            f"{losses[worst]['rel_mse']:.3e} ({worst})"
         )
     return facts_table(f"packed {summary.out}", rows)
 
 
-def report_tables(report: Report) -> Iterator[Table]:
+def report_tables(report: Report) -> Iterator[RenderableType]:
     """The verdict: findings first, then rounded tensors with their losses, then the counts."""
     if report.findings:
-        table = Table(title="findings", title_justify="left")
-        for column in ("check", "where", "what"):
-            table.add_column(column, overflow="fold")
+        table = list_table("findings", ("check", "where", "what"))
         for finding in report.findings[:MAX_ROWS]:
-            table.add_row(finding.check, escape(finding.where), escape(finding.message))
+            table.add_row(finding.check, finding.where, finding.message)
         if (more := len(report.findings) - MAX_ROWS) > 0:
             table.add_row("", "", f"... and {more} more (see --json)")
         yield table
@@ -100,6 +158,7 @@ def report_tables(report: Report) -> Iterator[Table]:
         yield _losses(rounded)
     if report.gates:
         yield _gates(report.gates)
+        yield f"{report.gates_meaning()}\n"
     rows: dict[str, object] = dict(report.checks)
     if report.tensors:
         exact = sum(verdict.exact for verdict in report.tensors)
@@ -109,42 +168,49 @@ def report_tables(report: Report) -> Iterator[Table]:
     rows["root"] = report.root or "none"
     if report.remedy:
         rows["repair"] = report.remedy
-    seconds = max(report.seconds, 1e-9)
-    rows["read"] = f"{size(report.bytes_read)} in {seconds:.2f} s"
-    rows["verdict"] = "OK" if report.ok else f"FAILED, {len(report.findings)} findings"
+    rows["read"] = f"{size(report.bytes_read)} in {duration(report.seconds)}"
+    failed = f"FAILED, {counted(len(report.findings), 'finding')}"
+    rows["verdict"] = Text("OK", GOOD) if report.ok else Text(failed, BAD)
     yield facts_table(f"validation of {report.path}", rows)
 
 
-def repair_tables(report: RepairReport) -> Iterator[Table]:
+def repair_tables(report: RepairReport) -> Iterator[RenderableType]:
     """What was damaged and what became of it, what failed first; then the outcome."""
     if report.files:
-        table = Table(title="damaged", title_justify="left")
-        for column in ("file", "what", "outcome"):
-            table.add_column(column, overflow="fold")
+        table = list_table("damaged", ("file", "what", "to do" if report.dry_run else "outcome"))
+        done = "to be rewritten" if report.dry_run else "whole again, {} rewritten"
         ordered = sorted(report.files, key=lambda file: file.failure is None)
         for file in ordered[:MAX_ROWS]:
-            outcome = file.failure or f"whole again, {size(file.made_bytes)} rewritten"
-            table.add_row(escape(file.key), escape(file.problem), escape(outcome))
+            outcome = file.failure or done.format(size(file.made_bytes))
+            table.add_row(file.key, file.problem, outcome)
         if (more := len(ordered) - MAX_ROWS) > 0:
             table.add_row("", "", f"... and {more} more (see --json)")
         yield table
     failed = sum(file.failure is not None for file in report.files)
-    rows: dict[str, object] = {
-        "repaired": f"{len(report.files) - failed} of {len(report.files)} damaged files",
-        "rewritten": size(sum(file.made_bytes for file in report.files)),
-        "source": report.source or "not needed",
-        "root": report.root,
-        "verdict": f"FAILED, {failed} files are not in order" if failed else "whole",
-    }
+    count = len(report.files) - failed
+    made = size(sum(file.made_bytes for file in report.files))
+    rows: dict[str, object] = {}
+    if report.dry_run:
+        rows["would rewrite"] = f"{counted(count, 'damaged file')}, {made} of them from the source"
+        rows["root"] = report.root
+        damaged = f"DAMAGED, {counted(len(report.files), 'file')}; nothing was written"
+        rows["verdict"] = Text("whole", GOOD) if report.ok else Text(damaged, BAD)
+    else:
+        rows["repaired"] = f"{count} of {counted(len(report.files), 'damaged file')}"
+        rows["rewritten"] = made
+        rows["source"] = report.source or "not needed"
+        rows["root"] = report.root
+        wrong = f"FAILED, {counted(failed, 'file is', 'files are')} not in order"
+        rows["verdict"] = Text("whole", GOOD) if report.ok else Text(wrong, BAD)
     yield facts_table(f"repair of {report.path}", rows)
 
 
 def _losses(rounded: list[TensorVerdict]) -> Table:
-    table = Table(title="rounded tensors, worst first", title_justify="left")
-    table.add_column("tensor", overflow="fold")
-    columns = ("relative MSE", "over optimum", "SQNR dB", "cosine", "max / amax", "max / bound")
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = (
+        *("relative\nMSE", "over\noptimum", "SQNR\ndB", "cosine"),
+        *("max /\namax", "max /\nbound"),
+    )
+    table = list_table("rounded tensors, worst first", ("tensor",), columns)
     for verdict in rounded[:MAX_ROWS]:
         loss = {key: value or 0.0 for key, value in (verdict.loss or {}).items()}
         table.add_row(
@@ -161,54 +227,7 @@ def _losses(rounded: list[TensorVerdict]) -> Table:
 
 def _gates(gates: Sequence[GateAgreement]) -> Table:
     title = f"rounded router gates, {gates[0].inputs} random inputs, worst first"
-    table = Table(title=title, title_justify="left")
-    table.add_column("gate", overflow="fold")
-    for column in ("same experts", "experts in common"):
-        table.add_column(column, justify="right")
+    table = list_table(title, ("gate",), ("same experts", "experts in common"))
     for gate in sorted(gates, key=lambda gate: gate.same_set)[:MAX_ROWS]:
         table.add_row(gate.name, f"{gate.same_set:.2%}", f"{gate.overlap:.2%}")
-    return table
-
-
-def store_table(tree: Mapping[str, Any]) -> Table:
-    """A store at a glance: tensors, sizes and formats by part."""
-    origin = " ".join(map(str, tree["source"].values()))
-    title = f"packed store, root {tree['root']}\nfrom {origin}, recipe {tree['recipe']}"
-    table = Table(title=escape(title), title_justify="left", show_footer=True)
-    table.add_column("part", "all")
-    table.add_column("tensors", str(len(tree["tensors"])), justify="right")
-    table.add_column("size", size(tree["bytes"]), justify="right")
-    table.add_column("formats")
-    for part, facts in tree["parts"].items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in facts["formats"].items())
-        table.add_row(escape(part), str(facts["tensors"]), size(facts["bytes"]), kinds)
-    return table
-
-
-def tensor_table(name: str, facts: Mapping[str, Any]) -> Table:
-    """Where one tensor's bytes came from, what became of them, and its first block."""
-    block = facts["first_block"]
-    rows = {key: value for key, value in facts.items() if key != "first_block"}
-    rows["transforms"] = "; ".join(facts["transforms"])
-    for role, place in facts["sources"].items():
-        rows[f"source of {role}"] = f"{place['file']}, bytes {place['begin']} to {place['end']}"
-    rows |= {f"first block: {key}": value for key, value in block.items() if key != "codes"}
-    if "codes" in block:
-        rows["first block: codes"] = " ".join(f"{code:x}" for code in block["codes"])
-    rows.pop("sources")
-    return facts_table(name, rows)
-
-
-def diff_table(document: Mapping[str, Any]) -> Table:
-    """What differs between two stores."""
-    found = document["differences"]
-    verdict = f"{len(found)} differences" if found else "no difference"
-    a, b = (" ".join(map(str, origin.values())) for origin in document["origins"])
-    title = f"A {document['a']}, from {a}\nB {document['b']}, from {b}\n{verdict}"
-    table = Table(title=escape(title), title_justify="left")
-    for column in ("kind", "where", "tensors", "what"):
-        table.add_column(column, overflow="fold")
-    for one in found:
-        names = ", ".join(one["names"])
-        table.add_row(one["kind"], escape(one["path"]), escape(names), escape(one["what"]))
     return table

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
+from rich.text import Text as Plain
 
 import dsv4
 from dsv4.console import err, notice, print_json
@@ -60,7 +60,7 @@ def _loading(directory: Path) -> AbstractContextManager[object]:
     """Something that moves, where somebody looks."""
     if not err.is_terminal:
         return nullcontext()
-    return err.status(f"loading {escape(directory.name)}", spinner_style="dim")
+    return err.status(Plain(f"loading {directory.name}"), spinner_style="dim")
 
 
 def _prepared(

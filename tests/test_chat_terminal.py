@@ -81,15 +81,23 @@ class Typist:
     def stdout(self) -> str:
         return self.raw[self._out].decode()
 
-    def until(self, text: str, *, on_stdout: bool = False) -> None:
-        """Wait until `text` was written."""
+    def until(self, text: str, *, on_stdout: bool = False, behind: str = "") -> None:
+        """Wait until `text` was written, behind what is on the screen already."""
         end = time.monotonic() + TIMEOUT
-        while text not in (self.stdout if on_stdout else self.screen):
+        while text not in (self.stdout if on_stdout else self.screen.rpartition(behind or "\0")[2]):
             assert time.monotonic() < end, (text, self.screen, self.stdout)
             if not self._listen(0.2) and self.process.poll() is not None:
                 self._listen(0.2)
                 assert text in (self.stdout if on_stdout else self.screen), self.screen
                 return
+
+    def press_ctrl_d(self) -> None:
+        """Until it is seen: pressed between two prompts, it is nobody's."""
+        end = time.monotonic() + TIMEOUT
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.screen
+            self.type(CTRL_D)
+            self._listen(0.5)
 
     def left(self) -> int:
         """The exit code."""
@@ -170,7 +178,7 @@ def test_ctrl_c_drops_the_line_and_ctrl_d_ends_with_a_newline(reader: Typist) ->
     reader.type(CTRL_C)
     reader.until('"^C"', on_stdout=True)
     reader.until("> ")
-    reader.type(CTRL_D)
+    reader.press_ctrl_d()
     assert reader.left() == 0
     assert _lines(reader) == ["^C"]
     assert reader.screen.endswith("\n")
@@ -189,15 +197,15 @@ def test_a_chat_at_a_terminal(standard_store: Path) -> None:
         chat.forget()
         chat.type(b"Hi\r")
         chat.until("tokens/s")
-        chat.until("cut after 6 tokens")
+        chat.until("allows more")
+        chat.until("> ", behind="allows more")
         assert chat.stdout.endswith("\n") and "\x1b" not in chat.stdout
         assert b"\x1b[2m6 tokens, " in chat.raw[chat._mine]
-        chat.until("> ")
         chat.forget()
         chat.type(CTRL_C)
         chat.until("/exit or Ctrl-D leaves")
         chat.until("> ")
-        chat.type(CTRL_D)
+        chat.press_ctrl_d()
         assert chat.left() == 0
         assert chat.screen.endswith("\n")
     finally:
@@ -211,15 +219,15 @@ def _attributes(typist: Typist) -> set[bytes]:
 def test_no_colour_where_none_is_wanted() -> None:
     quiet = Typist("-c", READER, colour=False)
     try:
-        quiet.until("> ")
+        quiet.until(">")
         quiet.type(b"a")
         quiet.until("a")
         shown = _attributes(quiet)
         quiet.forget()
         quiet.type(b"\r")
         quiet.until('"a"', on_stdout=True)
-        quiet.until("> ")
-        quiet.type(CTRL_D)
+        quiet.until(">")
+        quiet.press_ctrl_d()
         assert quiet.left() == 0
         assert shown | _attributes(quiet) <= {b"", b"0"}, "plain, and nothing else"
     finally:

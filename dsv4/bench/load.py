@@ -84,6 +84,16 @@ class Loading:
     reports: Mapping[str, LoadReport]
 
 
+def require_device(device: torch.device) -> None:
+    """Raise RuntimeRefusal unless torch sees the device."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeRefusal(f"{device} was asked for, but torch sees no CUDA device here")
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RuntimeRefusal(f"{device} was asked for, but torch sees {count} of them, from 0 on")
+
+
 def measure(
     path: Path,
     scratch: Path,
@@ -100,8 +110,7 @@ def measure(
     Raises RuntimeRefusal without the device, OutOfSpaceError when the disk or the device cannot
     hold the bytes.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeRefusal(f"{device} was asked for, but torch sees no CUDA device here")
+    require_device(device)
     store = PackedStore.open(path)
     plan = plan_load(store)
     specs = [placed.spec for placed in plan.arrays.values()]

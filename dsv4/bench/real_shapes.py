@@ -21,7 +21,7 @@ import torch
 from dsv4.convert.source import CONFIG_FILE
 from dsv4.convert.tiny import hub_config
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import ConflictError
+from dsv4.formats.errors import ConfigError, ConflictError
 from dsv4.formats.inventory import DraftKind, Kind, parameters
 from dsv4.formats.safetensors_header import DTYPE_BITS
 
@@ -47,7 +47,16 @@ class Stored(NamedTuple):
 def few_layers(
     config: ModelConfig, layers: int, experts: int | None = None, vocabulary: int | None = None
 ) -> ModelConfig:
-    """`config` with `layers` scored CSA and HCA layers only; fewer experts and tokens if asked."""
+    """`config` with `layers` scored CSA and HCA layers only; fewer experts and tokens if asked.
+
+    Raises ConfigError for fewer experts than a token is sent to.
+    """
+    least = config.num_experts_per_tok
+    if experts and experts < least:
+        raise ConfigError(
+            f"--experts {experts} are too few, because each token goes to {least}; give "
+            f"--experts {least} or more, or 0 for all {config.n_routed_experts}"
+        )
     return dataclasses.replace(
         config,
         num_hidden_layers=layers,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from dsv4.formats.errors import OutOfSpaceError
+from dsv4.formats.plain_text import size
 
 
 def require_space(directory: Path, nbytes: int) -> None:
@@ -13,6 +14,6 @@ def require_space(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise OutOfSpaceError(
-            f"{directory}: the bench needs {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{directory}: the bench needs {size(nbytes)}, {size(free)} are free; "
             "give another --dir, or fewer --experts or --layers"
         )

@@ -15,6 +15,7 @@ from typing import Self
 
 from dsv4.convert.outputs import Output
 from dsv4.formats.errors import ConfigError, OutOfSpaceError
+from dsv4.formats.plain_text import counted, memory_size
 
 DEFAULT_MEMORY = 2 << 30
 BASE_BYTES = 500 << 20  # CPython 3.11 with torch 2.13 loaded, and the plan of the largest model
@@ -52,10 +53,11 @@ class Budget:
         streams = _streams(asked, remote)
         free = spare - (asked + 1) * unit
         if memory < (needed := _least(asked, unit, remote)):
-            fewer = "give fewer --workers or " if asked > 1 else ""
+            fewer = "fewer --workers or " if asked > 1 else ""
             raise OutOfSpaceError(
-                f"--memory {memory / 2**30:.2f} GiB does not suffice for {asked} workers on this "
-                f"checkpoint, expected at least {needed / 2**30:.2f} GiB; {fewer}more --memory"
+                f"--memory {memory_size(memory)} does not suffice for "
+                f"{counted(asked, 'worker')} on this checkpoint, expected at least "
+                f"{memory_size(needed)}; give {fewer}more --memory"
             )
         most = max(MAX_FLIGHT - asked * unit, MIN_BUFFER)
         flight = min(free // (streams + 1), most)

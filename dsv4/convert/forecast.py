@@ -12,17 +12,22 @@ from dsv4.convert.source import Source
 from dsv4.convert.workshop import make_parts
 
 METADATA_BYTES_PER_UNIT = 512  # a line of the journal: result, lineage, extents
+DRAFT = "mtp/"  # layers that are packed and proved, not run
 METADATA_BYTES_PER_FILE = 4096  # a directory, a share of a zarr.json, a line of the manifest
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Bytes. network: every remote file once, and what of it is read again. disk: at its peak."""
+    """Bytes. network: every remote file once, and what of it is read again. disk: at its peak.
+
+    run: weights in the memory of the device that runs it: without draft layers and lineage.
+    """
 
     network_bytes: int
     peak_ram_bytes: int
     peak_disk_bytes: int
     workers: int
+    run_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -43,7 +48,14 @@ def forecast(plan: Plan, source: Source, budget: Budget) -> Forecast:
             schedule = Schedule(part.file, part.units, part.watched, budget.hold_bytes)
             network += schedule.read_again_bytes()
     disk = plan.output_bytes + metadata_bytes(plan)
-    return Forecast(network, budget.peak_bytes, disk, budget.workers)
+    run = sum(
+        array.nbytes
+        for output in plan.outputs
+        if not output.path.startswith(DRAFT)
+        for array in output.arrays()
+        if not array.path.endswith("/lineage")
+    )
+    return Forecast(network, budget.peak_bytes, disk, budget.workers, run)
 
 
 def metadata_bytes(plan: Plan) -> int:

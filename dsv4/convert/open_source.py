@@ -6,11 +6,13 @@ import os
 import re
 import urllib.parse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.source import Source
 from dsv4.formats.errors import SourceError
 from dsv4.formats.file_kinds import HEAD_BYTES, kind_of
+
+if TYPE_CHECKING:
+    from dsv4.convert.source import Source
 
 _PART = r"[A-Za-z0-9_][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}", re.ASCII)
@@ -26,10 +28,26 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
     A directory of that name wins. An address may name the revision: `.../tree/REV`.
     Raises SourceError, also for a revision of a directory.
     """
+    hub = check_name(src, revision)
+    if hub is None:
+        from dsv4.convert.local_source import LocalSource
+
+        return LocalSource(src)
+    # huggingface_hub takes half a second to import and is of use here only.
+    from dsv4.convert.hub_source import HubSource
+
+    return HubSource(*hub)
+
+
+def check_name(src: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:
+    """What `src` names: (hub id, revision), or None for a directory.
+
+    No checkpoint is opened, and torch is not imported. Raises as `open_source` for a wrong name.
+    """
     if os.path.isdir(src):  # noqa: PTH112  # False for every string that can be no path
         if revision is not None:
             raise SourceError(f"--revision {revision} has no meaning for the directory {src}")
-        return LocalSource(src)
+        return None
     text = str(src)
     if os.path.exists(src):  # noqa: PTH110
         raise SourceError(_about_file(Path(src)))
@@ -50,10 +68,7 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
         raise SourceError(
             f"{text!r:.200} is neither a directory nor a hub id such as org/name; give one of them"
         )
-    # huggingface_hub takes half a second to import and is of use here only.
-    from dsv4.convert.hub_source import HubSource
-
-    return HubSource(text, revision)
+    return text, revision
 
 
 def _about_file(path: Path) -> str:

@@ -88,6 +88,18 @@ class PackedCheckpoint:
             return self.store.array(place.path).spec.shape
         return (place.group.rows, place.group.cols)
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of `name` in the store, scales and padding included. Raises as `shape`."""
+        place = self._place(name)
+        if place.group is None:
+            return self.store.array(place.path).spec.nbytes
+        arrays = (
+            self.store.hierarchy.arrays.get(f"{place.group.path}/{member}")
+            for member in (place.group.weights, "scales", "global_scale")
+        )
+        whole = sum(spec.nbytes for spec in arrays if spec is not None)
+        return whole // ((place.group.experts or 1) * len(place.group.names))
+
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of `name` in the source's orientation, `[out, in]` for a matrix.
 

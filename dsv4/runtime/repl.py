@@ -58,17 +58,16 @@ def interactive(chat: Chat, screen: Screen) -> None:
     while True:
         try:
             message = _message(screen)
+            if message.strip() in LEAVE:
+                return
+            if message.startswith("/") and "\n" not in message:
+                loop.command(message.strip())
+            elif message.strip():
+                loop.answer(message)
         except EOFError:
             return
         except KeyboardInterrupt:
             screen.note("/exit or Ctrl-D leaves")
-            continue
-        if message.strip() in LEAVE:
-            return
-        if message.startswith("/") and "\n" not in message:
-            loop.command(message.strip())
-        elif message.strip():
-            loop.answer(message)
 
 
 def _message(screen: Screen) -> str:

@@ -97,7 +97,16 @@ def check_origin(
             continue  # lineage has no column for it
         expected = {"file": entry.file, "begin": entry.begin, "end": entry.end}
         if found.get(role) != expected:
-            report.add("origin", tensor.name, f"{role} is at {expected}, not at {found.get(role)}")
+            said = _place(found.get(role))
+            report.add("origin", tensor.name, f"{role} is {_place(expected)}, not {said}")
+
+
+def _place(place: Any) -> str:
+    """A range of a file of the source, as a person writes it."""
+    try:
+        return f"bytes {place['begin']} to {place['end']} of {place['file']}"
+    except (LookupError, TypeError):
+        return "recorded at all"
 
 
 def check_loss(

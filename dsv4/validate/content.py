@@ -30,6 +30,7 @@ from dsv4.validate.coherence import check_counts, check_padding
 from dsv4.validate.provenance import add_scales, quantized_groups, said_exact
 from dsv4.validate.report import Report
 from dsv4.validate.values import NO_JUDGE, Judge, judges
+from dsv4.validate.watch import Watch
 
 Checksums = Literal["blake3", "xxh3"]
 """What a full pass compares: both kinds of checksum, or XXH3 alone."""
@@ -58,25 +59,32 @@ def default_workers() -> int:
 
 
 def in_parallel(
-    work: Callable[[_Item], _Done], items: Sequence[_Item], workers: int
+    work: Callable[[_Item], _Done], items: Sequence[_Item], workers: int, watch: Watch
 ) -> Iterator[_Done]:
-    """`map` over threads, in order; what has not begun is dropped when the caller stops."""
+    """`map` over threads, in order; when the caller stops, what has begun is made to end."""
     pool = ThreadPoolExecutor(workers)
     try:
-        yield from pool.map(work, items)
+        with watch.stopping():
+            yield from pool.map(work, items)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def check_content(
-    packed: PackedCheckpoint, report: Report, *, workers: int, checksums: Checksums = "blake3"
+    packed: PackedCheckpoint,
+    report: Report,
+    *,
+    workers: int,
+    checksums: Checksums = "blake3",
+    watch: Watch | None = None,
 ) -> None:
-    """Read all files, on `workers` cores; findings go into `report`."""
+    """Read all files, on `workers` cores; findings go into `report`, what was read to `watch`."""
     store = packed.store
     files = store.files_under(None)
     judged = judges(packed)
     threads = workers * THREADS_A_CORE
-    scans = scan_files(store, files, judged, workers=threads, proof=checksums == "blake3")
+    proof = checksums == "blake3"
+    scans = scan_files(store, files, judged, workers=threads, proof=proof, watch=watch or Watch())
     damaged = False
     broken: dict[tuple[str, str], None] = {}
     for file, scan in zip(files, scans, strict=True):
@@ -118,6 +126,7 @@ def scan_files(
     *,
     workers: int,
     proof: bool,
+    watch: Watch,
 ) -> list[Scan]:
     """Read each file once; -> one Scan per file, in their order. Large files are begun first."""
     real: set[str] = set()
@@ -130,17 +139,19 @@ def scan_files(
             found.problems.append((None, f"{link} is a symbolic link, expected a directory"))
             return found
         try:
-            _scan(store, file, judged.get(file.key, NO_JUDGE), found, proof=proof)
+            _scan(store, file, judged.get(file.key, NO_JUDGE), found, watch, proof=proof)
         except (OSError, StoreError) as error:
             found.problems.append((None, f"it cannot be read: {error}"))
         return found
 
     order = sorted(range(len(files)), key=lambda number: -files[number].nbytes)
-    done = dict(zip(order, in_parallel(scan, order, workers), strict=True))
+    done = dict(zip(order, in_parallel(scan, order, workers, watch), strict=True))
     return [done[number] for number in range(len(files))]
 
 
-def _scan(store: PackedStore, file: FileSpec, judge: Judge, found: Scan, *, proof: bool) -> None:
+def _scan(
+    store: PackedStore, file: FileSpec, judge: Judge, found: Scan, watch: Watch, *, proof: bool
+) -> None:
     chunks, whole = ChunkDigests(file.chunk_nbytes), blake3()
     descriptor = os.open(store.root / file.key, _OPEN)
     try:
@@ -155,6 +166,7 @@ def _scan(store: PackedStore, file: FileSpec, judge: Judge, found: Scan, *, proo
                 counts = torch.bincount(torch.from_numpy(piece), minlength=256)
                 found.tally = counts if found.tally is None else found.tally + counts
             found.nbytes += len(piece)
+            watch.read("checksums", len(piece))
         index = os.pread(descriptor, file.index_nbytes, file.payload_nbytes)
     finally:
         os.close(descriptor)

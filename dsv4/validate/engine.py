@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dsv4.validate.made_from import cheap_difference
 from dsv4.validate.report import Report
 from dsv4.validate.rounding import Optimum
 from dsv4.validate.structure import check_metadata
+from dsv4.validate.watch import Progress, Watch, WatchedSource
 
 
 def validate(
@@ -26,18 +28,21 @@ def validate(
     workers: int | None = None,
     checksums: Checksums = "blake3",
     optimum: Optimum = "sample",
+    progress: Progress | None = None,
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
     `quick` reads metadata and file sizes only. workers: cores to use, by default all.
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
+    progress: called from several threads, with what is read and how much of it has been.
     Findings are reported, not raised; NoStoreError is raised where there is no store at all,
     SourceError and ConfigError when `source` itself cannot be read.
     """
-    begin = time.perf_counter()
+    begin, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     path = packed if isinstance(packed, str | Path) else packed.store.root
     report = Report(Path(path), quick=quick, source=None if source is None else str(source))
+    report.begun = now.isoformat(timespec="seconds")
     opened_source = None if source is None else open_source(source)
     try:
         checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
@@ -50,15 +55,25 @@ def validate(
     report.count("store opened")
     with collector_paused():
         check_metadata(checkpoint, report)
-    workers = workers or default_workers()
+    files = checkpoint.store.files_under(None)
+    report.nbytes = sum(file.nbytes for file in files)
+    workers, watch = workers or default_workers(), Watch(progress)
     if opened_source is not None and not report.findings:
         _refuse_another(checkpoint, opened_source, report)
-    if not quick and not report.wrong_source:
-        check_content(checkpoint, report, workers=workers, checksums=checksums)
-    if opened_source is not None and not report.findings:
-        # Comparing with the source is stronger than any checksum, so none is computed twice.
-        unverified = _unverified(checkpoint)
-        invert(unverified, opened_source, report, workers=workers, optimum=optimum)
+    if report.wrong_source:
+        report.seconds = time.perf_counter() - begin
+        return report
+    if not quick:
+        watch.expect(sum(file.payload_nbytes for file in files))
+    if opened_source is not None:
+        watch.expect(_bytes_to_compare(opened_source))
+    with watch.stopping():
+        if not quick:
+            check_content(checkpoint, report, workers=workers, checksums=checksums, watch=watch)
+        if opened_source is not None and not report.findings:
+            # Comparing with the source is stronger than any checksum, so none is computed twice.
+            unverified, watched = _unverified(checkpoint), WatchedSource(opened_source, watch)
+            invert(unverified, watched, report, workers=workers, optimum=optimum, watch=watch)
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -76,3 +91,9 @@ def _refuse_another(packed: PackedCheckpoint, source: Source, report: Report) ->
 
 def _unverified(packed: PackedCheckpoint) -> PackedCheckpoint:
     return PackedCheckpoint(PackedStore.open(packed.store.root, verify=False))
+
+
+def _bytes_to_compare(source: Source) -> int:
+    """Every tensor once, and once more the files whose hashes nobody published."""
+    hashed = (n for name, n in source.sizes.items() if source.published_sha256(name) is None)
+    return sum(entry.nbytes for entry in source.entries.values()) + sum(hashed)

@@ -18,6 +18,7 @@ from dsv4.formats.store.integrity import symbolic_link
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import FileSpec
+from dsv4.validate.watch import Progress, Watch
 
 # A pipe in the place of a file is not waited for.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -59,28 +60,39 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         raise
 
 
-def measure(opened: BufferedReader, file: FileSpec) -> tuple[int, FileRecord]:
+def measure(
+    opened: BufferedReader, file: FileSpec, watch: Watch | None = None
+) -> tuple[int, FileRecord]:
     """-> (bytes of the payload that are there, record of the file as it is). Raises OSError."""
+    watch = watch or Watch()
     checksums = FileDigest(file.chunk_nbytes)
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(file.payload_nbytes, 1))))
     found = 0
     while count := opened.readinto(buffer[: file.payload_nbytes - found]):
         checksums.payload(buffer[:count])
         found += count
+        watch.read("examining", count)
     checksums.index(opened.read(file.index_nbytes))
     nbytes = os.fstat(opened.fileno()).st_size
     blake3, xxh3 = checksums.finish()
     return found, FileRecord(nbytes, blake3, file.chunk_nbytes, xxh3)
 
 
-def examine(store: PackedStore, file: FileSpec) -> FileDamage | None:
+def survey(store: PackedStore, progress: Progress | None = None) -> list[FileDamage]:
+    """What is wrong with the files of a store, each read once. Raises as `examine`."""
+    files, watch = store.files_under(None), Watch(progress)
+    watch.expect(sum(file.payload_nbytes for file in files))
+    return [found for file in files if (found := examine(store, file, watch)) is not None]
+
+
+def examine(store: PackedStore, file: FileSpec, watch: Watch | None = None) -> FileDamage | None:
     """What is wrong with one file, or None. Raises StoreError for malformed digests."""
     everything = tuple(range(file.chunks))
     if link := symbolic_link(store.root, file.key.rpartition("/")[0], set()):
         return FileDamage(file, f"{link} is a symbolic link", everything)
     try:
         with open_regular(store.root / file.key) as opened:
-            payload, found = measure(opened, file)
+            payload, found = measure(opened, file, watch)
     except (FileNotFoundError, NotADirectoryError):
         return FileDamage(file, "the file is missing", everything)
     except OSError as error:

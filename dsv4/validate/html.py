@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
+import os
+import shlex
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from dsv4.formats.plain_text import printable
+from dsv4.formats.plain_text import duration, printable, size
 from dsv4.formats.version import TOOL
 from dsv4.validate import plots
 from dsv4.validate.report import Finding, Report, TensorVerdict
@@ -27,16 +28,15 @@ MAX_FINDINGS = 500
 MAX_ROWS = 12
 WIDTHS = {plots.WIDTH: "narrow", plots.WIDE: "wide"}
 
-_REPAIR = "`dsv4 repair DIR --source SRC` makes them again from the source."
-
 ADVICE = {
-    "open": f"If files are damaged or missing, {_REPAIR} If the conversion is unfinished, run the "
-    "same one again.",
-    "root": "The metadata is not what was packed, and nothing can mend it. Copy the store again "
-    "from where it validates, or convert the source again.",
-    "files": f"For damaged or missing files, {_REPAIR} Move away what does not belong.",
-    "checksums": f"The file was damaged after packing: {_REPAIR}",
-    "hashes": f"The file was damaged after packing: {_REPAIR}",
+    "open": "Give the directory that `dsv4 convert` wrote; if it is unfinished, run the same "
+    "conversion again; if files of it are missing or cut short, {repair} rewrites them.",
+    "root": "The metadata is not what was packed. Copy the store again from where it validates, "
+    "or convert the source again.",
+    "files": "The store was damaged after packing. {repair} rewrites what is missing or altered, "
+    "and nothing else; files that do not belong are to be moved away.",
+    "checksums": "The file was damaged after packing. {repair} rewrites the damaged chunks.",
+    "hashes": "The file was damaged after packing. {repair} rewrites it.",
     "inventory": "The store is of another model or another source. Convert the source again.",
     "values": "No correct packer writes such values: the source itself is damaged. Check its "
     "hashes, download it again and convert it again.",
@@ -47,7 +47,7 @@ ADVICE = {
     "counts": "The metadata is not what was packed. Convert the source again.",
     "source": "Give the source that was packed; if it is this one, convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
-    "text files": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
+    "text": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
     "its checksum does not match either, repair the store.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
@@ -56,16 +56,24 @@ ADVICE = {
     "again.",
     "optimum": "The format allows a smaller error. Convert the source again with this version.",
 }
-"""What to do about a finding, by the check that made it."""
+"""What to do about a finding, by the check that made it. {repair}: the command."""
 
-
-def write_html(report: Report, path: Path) -> None:
-    """Write the page to `path`. Raises OSError."""
-    path.write_text(render_html(report), encoding="utf-8")
+_DAMAGED = "The store is damaged: it is not what was packed."
+_DIFFERS = "The store is not what its source and its recipe make."
+_FAILED = {
+    "open": "The store cannot be opened.",
+    "root": _DAMAGED,
+    "files": _DAMAGED,
+    "checksums": _DAMAGED,
+    "hashes": _DAMAGED,
+    "values": "The store holds values that no correct packer writes.",
+    "layouts": _DAMAGED,
+    "counts": _DAMAGED,
+}
 
 
 def render_html(report: Report) -> str:
-    """The page. The same report gives the same text; only the seconds differ between two runs."""
+    """The page. The same report gives the same text; only its times differ between two runs."""
     style = _resource("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     environment = Environment(
@@ -76,13 +84,19 @@ def render_html(report: Report) -> str:
         # No control character of a stranger's reaches the page, nor reorders what it shows.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.filters |= {"words": _words, "size": size, "duration": duration}
+    where = Path(os.path.abspath(report.path))  # noqa: PTH100  # follows no link
     template = environment.from_string(_resource("report.html.j2"))
     return template.render(
         report=report,
         style=Markup(style),
         style_hash=digest,
         validated_by=TOOL,
-        advice={check: _with_code(text) for check, text in ADVICE.items()},
+        name=where.name,
+        where=str(where),
+        command=_command(report),
+        sentence=_sentence(report),
+        advice={check: _advice(check, report) for check in ADVICE},
         findings=_by_check(report.findings),
         widths=WIDTHS,
         more=max(len(report.findings) - MAX_FINDINGS, 0),
@@ -94,9 +108,47 @@ def render_html(report: Report) -> str:
     )
 
 
-def _with_code(text: str) -> Markup:
-    """What stands between backticks set as code."""
-    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
+def _sentence(report: Report) -> str:
+    """What was looked at, or what failed, in one sentence."""
+    if report.wrong_source:
+        return "The source is another checkpoint, so nothing was compared with it."
+    if report.findings:
+        return _FAILED.get(report.findings[0].check, _DIFFERS)
+    if not report.checks:
+        return "Nothing was checked."
+    if report.quick:
+        return "A quick check: metadata and file sizes, no content."
+    if report.tensors:
+        return "Every tensor was inverted from the emitted bytes and compared with the source."
+    if report.checksums == "xxh3":
+        return "The store was checked against accidents: chunk checksums, but no BLAKE3."
+    return "The store was checked against itself; without a source, nothing proves its values."
+
+
+def _advice(check: str, report: Report) -> str:
+    source = "SRC" if report.source is None else shlex.quote(report.source)
+    return ADVICE[check].format(
+        repair=f"`dsv4 repair {shlex.quote(str(report.path))} --source {source}`"
+    )
+
+
+def _command(report: Report) -> str:
+    """What gives this report again."""
+    words = ["dsv4", "validate", str(report.path)]
+    words += [] if report.source is None else ["--source", report.source]
+    words += ["--quick"] if report.quick else []
+    words += ["--checksums", "xxh3"] if report.checksums == "xxh3" else []
+    return shlex.join(words)
+
+
+def _words(text: str) -> Markup:
+    """A text whose `names` in backticks are set as code."""
+    parts = printable(text).split("`")
+    shown = (
+        escape(p) if i % 2 == 0 else Markup("<code>{}</code>").format(p)
+        for i, p in enumerate(parts)
+    )
+    return Markup("").join(shown)
 
 
 def _by_check(findings: list[Finding]) -> dict[str, list[Finding]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored
 from dsv4.formats.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
+from dsv4.formats.errors import StoreError
 from dsv4.formats.layouts import unpack_fp8
 from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor
@@ -49,6 +51,27 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
             for part, kinds in formats.items()
         },
         "tensors": tensors,
+    }
+
+
+def listing(packed: PackedCheckpoint, glob: str) -> dict[str, dict[str, Any]]:
+    """name -> `{"format", "shape", "bytes"}` of every tensor whose name matches `glob`.
+
+    bytes: its share of the store, scales and padding included. Raises StoreError for no match.
+    """
+    found = fnmatch.filter(packed.names(), glob)
+    if not found:
+        raise StoreError(
+            f"{packed.store.root}: no tensor's name matches {glob!r}; expected a glob such as "
+            "'layers.2.*' or '*.gate.weight'"
+        )
+    return {
+        name: {
+            "format": packed.format_of(name),
+            "shape": list(packed.shape(name)),
+            "bytes": packed.nbytes(name),
+        }
+        for name in found
     }
 
 

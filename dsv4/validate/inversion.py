@@ -34,6 +34,7 @@ from dsv4.validate.content import in_parallel
 from dsv4.validate.report import Report, TensorVerdict
 from dsv4.validate.rounding import Optimum, SourceValues, judge_rounding, stored_tiles
 from dsv4.validate.router import compare_gates
+from dsv4.validate.watch import Watch
 
 TILE_BYTES = 4 << 20  # of float32; the largest thing of which a thread holds about ten
 BATCH = 1024
@@ -48,11 +49,13 @@ def invert(
     *,
     workers: int = 1,
     optimum: Optimum = "sample",
+    watch: Watch | None = None,
 ) -> None:
     """Compare every tensor of `source` with what `packed` holds; findings go into `report`.
 
     `packed` need not verify checksums. Raises FormatError for values no source may hold.
     """
+    watch = watch or Watch()
     config = ModelConfig.from_hf(source.config)
     others = check_claims(packed, source, report)
     if config != packed.config:
@@ -75,8 +78,11 @@ def invert(
     common = [tensor for name, tensor in tensors.items() if name in names]
     with one_torch_thread():
         for begin in range(0, len(common), BATCH):
-            for part in in_parallel(compare, common[begin : begin + BATCH], workers):
+            batch = common[begin : begin + BATCH]
+            parts = in_parallel(compare, batch, workers, watch)
+            for tensor, part in zip(batch, parts, strict=True):
                 report.absorb(part)
+                watch.read("comparing", tensor.nbytes)
                 (verdict,) = part.tensors
                 losses[verdict.name] = (verdict.loss or {}).get("rel_mse") or 0.0
         compare_gates(packed, source, tensors, report)

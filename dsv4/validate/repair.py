@@ -10,12 +10,10 @@ A file is never written in place, so a repair that is killed leaves the store no
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -45,8 +43,10 @@ from dsv4.formats.store.schema import (
 )
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.formats.version import TOOL
-from dsv4.validate.examine import FileDamage, examine, measure, open_regular
+from dsv4.validate.examine import FileDamage, examine, measure, open_regular, survey
 from dsv4.validate.made_from import WRONG_SOURCE, plan_of, source_of
+from dsv4.validate.repair_report import FileRepair, RepairReport
+from dsv4.validate.watch import Progress
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASSETS = f"{ASSET_DIRECTORY}/"
@@ -55,52 +55,19 @@ Make = Callable[[Sink], object]
 """Writes the lost bytes of some files into a sink."""
 
 
-@dataclasses.dataclass(frozen=True)
-class FileRepair:
-    """What became of one file. made_bytes: made again. failure: why it is still not in order."""
-
-    key: str
-    problem: str
-    made_bytes: int
-    failure: str | None = None
-
-
-@dataclasses.dataclass
-class RepairReport:
-    """Every file that was not in order, and what became of it.
-
-    root: recomputed from the metadata, and the one that was published. source: what was read, if
-    anything had to be.
-    """
-
-    path: Path
-    root: str
-    source: str | None = None
-    files: list[FileRepair] = dataclasses.field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """Whether the store is whole now."""
-        return all(file.failure is None for file in self.files)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "root": self.root,
-            "source": self.source,
-            "files": [dataclasses.asdict(file) for file in self.files],
-            "seconds": self.seconds,
-        }
-
-
-def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport:
+def repair(
+    packed: str | Path,
+    source: str | Path | None = None,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RepairReport:
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
-    A whole store is only read: nothing is locked before something has to be written.
+    dry_run: say what would be rewritten, write nothing and read no source. progress: told of what
+    is examined, every file once. A whole store is only read: nothing is locked before something
+    has to be written.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -108,8 +75,12 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
     begin = time.perf_counter()
     root = Path(packed)
     store, published = _open(root)
-    report = RepairReport(root, published)
-    suspects = _examine(store, store.files_under(None))
+    report = RepairReport(root, published, dry_run=dry_run)
+    suspects = survey(store, progress)
+    if dry_run:
+        report.files += _to_rewrite(store, suspects)
+        report.seconds = time.perf_counter() - begin
+        return report
     if suspects or _leftovers(store) or any(integrity.node_faults(store)):
         lock = DirectoryLock(root)
         try:
@@ -117,16 +88,9 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
                 _mend(store, [found.file for found in suspects], source, report)
         finally:
             lock.release(remove=True)
-    report.files += [
-        FileRepair(fault.key, fault.problem, 0, "it is not ours to remove")
-        for fault in integrity.unlisted(store)
-    ]
+    report.files += _strangers(store)
     report.seconds = time.perf_counter() - begin
     return report
-
-
-def _examine(store: PackedStore, files: Iterable[FileSpec]) -> list[FileDamage]:
-    return [found for file in files if (found := examine(store, file)) is not None]
 
 
 def _mend(
@@ -138,12 +102,28 @@ def _mend(
     """Make those of `files` whole that still are not, under the lock; and the documents."""
     for key in _leftovers(store):
         (store.root / key).unlink()
-    damage = _examine(store, files)  # another repair may have been here before the lock was ours
+    # Another repair may have been here before the lock was ours.
+    damage = [found for file in files if (found := examine(store, file)) is not None]
     report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
     for found in damage:
         if not found.chunks:
             report.files += _replace(store, [found], lambda sink: None)
     report.files += _rewrite_documents(store)
+
+
+def _to_rewrite(store: PackedStore, damage: Sequence[FileDamage]) -> Iterator[FileRepair]:
+    """What a repair would do, in its order."""
+    for found in damage:
+        yield FileRepair(found.file.key, found.problem, found.lost_bytes)
+    for fault in integrity.node_faults(store):
+        yield FileRepair(fault.key, fault.problem, 0)
+    leftovers = set(_leftovers(store))
+    yield from (found for found in _strangers(store) if found.key not in leftovers)
+
+
+def _strangers(store: PackedStore) -> list[FileRepair]:
+    what = "it is not ours to remove: move it away"
+    return [FileRepair(f.key, f.problem, 0, what) for f in integrity.unlisted(store)]
 
 
 def _open(root: Path) -> tuple[PackedStore, str]:

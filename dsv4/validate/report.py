@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv4.formats.plain_text import size
 from dsv4.formats.store.integrity import repaired_by
 from dsv4.formats.version import TOOL
 
@@ -74,6 +75,8 @@ class Report:
     mends. wrong_source: whether the source was refused as another checkpoint.
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
     block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
+    begun: when, ISO 8601 in UTC. nbytes: of all files of the store. gate_bytes: how much larger it
+    would be with its router gates as they are in the source.
     """
 
     path: Path
@@ -92,8 +95,11 @@ class Report:
     wrong_source: bool = False
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     gates: list[GateAgreement] = dataclasses.field(default_factory=list)
+    gate_bytes: int = 0
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_read: int = 0
+    begun: str = ""
+    nbytes: int = 0
     seconds: float = 0.0
 
     @property
@@ -105,6 +111,18 @@ class Report:
     def remedy(self) -> str | None:
         """What mends the damage that was found; None when there is none."""
         return repaired_by(self.path) if self.damaged else None
+
+    def gates_meaning(self) -> str:
+        """What the agreement of the gates means for an answer, and what can be done about it."""
+        worst = min((gate.same_set for gate in self.gates), default=1.0)
+        return (
+            "Same experts: the share of random inputs whose whole set of experts is the source's. "
+            f"At {worst:.0%} the others mostly differ in one expert, so answers can differ from "
+            "the source's. In this project's small trained model 80 % on real text went with a KL "
+            "divergence of 0.0158 nats a token, more than lm_head and experts cost together. To "
+            "keep the gates exact, convert with --keep '*.gate.weight' "
+            f"({size(self.gate_bytes)} more)."
+        )
 
     def add(self, check: str, where: str, message: str) -> None:
         """Record a finding."""
@@ -143,6 +161,9 @@ class Report:
             "scales": self.scales,
             "tensors": [dataclasses.asdict(verdict) for verdict in self.tensors],
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
+            "gate_bytes": self.gate_bytes,
+            "begun": self.begun,
+            "bytes": self.nbytes,
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
         }

@@ -35,7 +35,10 @@ def compare_gates(
     inputs: Tensor | None = None
     for verdict in report.tensors:
         bias = tensors.get(verdict.name.removesuffix("weight") + "bias")
-        if verdict.loss is None or role_of(verdict.name) is not Role.ROUTER_GATE or bias is None:
+        if verdict.loss is None or role_of(verdict.name) is not Role.ROUTER_GATE:
+            continue
+        report.gate_bytes += tensors[verdict.name].nbytes - packed.nbytes(verdict.name)
+        if bias is None:
             continue
         gate, values = read_values(source, tensors[verdict.name]), read_values(source, bias)
         if inputs is None:

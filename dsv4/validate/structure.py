@@ -49,7 +49,7 @@ def _check_text_files(packed: PackedCheckpoint, report: Report) -> None:
     try:
         stored_text_files(packed)
     except StoreError as error:
-        report.add("text files", "assets", str(error))
+        report.add("text", "assets", str(error))
     report.count("text files read")
 
 

@@ -117,7 +117,7 @@ def test_what_is_unknown_is_named(copy: Path) -> None:
     planned = make_plan(LocalSource(copy), make_recipe("native"))
     assert planned.notices == (sentence,)
     told = CliRunner().invoke(cli, ["plan", str(copy), "--json"])
-    assert json.loads(told.stdout)["notices"] == [sentence]
+    assert sentence in json.loads(told.stdout)["notices"]
     assert f"note: {sentence}" in told.stderr
 
 

@@ -35,9 +35,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_build_is_kept_while_nothing_changed(built: Path) -> None:
-    told: list[Built] = []
-    build([SMALL], ["sm_90a"], built, workers=1, progress=told.append)
-    assert [one.fresh for one in told] == [False]
+    told: list[tuple[Built, int, int]] = []
+    build([SMALL], ["sm_90a"], built, workers=1, progress=lambda *one: told.append(one))
+    assert [(one.fresh, number, total) for one, number, total in told] == [(False, 1, 1)]
 
 
 def test_further_kernels_join_what_is_there(built: Path) -> None:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import math
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 import dsv4
 from dsv4.cli import cli
+from dsv4.formats.plain_text import size
 from dsv4.validate import plots
 from dsv4.validate.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
 from dsv4.validate.provenance import role
@@ -179,6 +181,33 @@ def test_a_store_that_cannot_be_opened_has_a_page(tmp_path: Path) -> None:
     assert page.errors == []
     assert page.text("verdict") == "1 finding"
     assert not page.all("svg")
+    assert [heading.text for heading in page.all("h2")] == ["Findings"]  # nothing empty is kept
+
+
+def test_the_page_says_what_it_is_of_and_how_to_have_it_again(
+    compared: Report, standard_store: Path, tiny_source: Path
+) -> None:
+    page = Page(render_html(compared))
+    assert f"dsv4 validate: {standard_store.name}, OK" in [t.text for t in page.all("title")]
+    again = shlex.split(page.text("command"))
+    assert again == ["dsv4", "validate", str(standard_store), "--source", str(tiny_source)]
+    nbytes = sum(file.stat().st_size for file in standard_store.rglob("*") if file.is_file())
+    assert 0.9 * nbytes < compared.nbytes <= nbytes  # without the metadata
+    assert size(compared.nbytes) in render_html(compared)
+
+
+def test_a_damaged_store_is_told_what_repairs_it(tiny_source: Path, small_copy: Path) -> None:
+    norm = small_copy / "norm" / "weight" / "c" / "0"
+    norm.write_bytes(bytes([norm.read_bytes()[0] ^ 1]) + norm.read_bytes()[1:])
+    report = dsv4.validate(small_copy, source=tiny_source)
+    text = render_html(report)
+    page = Page(text)
+    said = [p.text for p in page.all("p")]
+    assert "The store is damaged: it is not what was packed." in said
+    assert not any("was inverted" in p for p in said)
+    command = f"dsv4 repair {small_copy} --source {tiny_source}"
+    assert command in [code.text for code in page.all("code")]
+    assert "`" not in text.partition("</style>")[2]
 
 
 def test_losses_without_a_number_are_shown(compared: Report) -> None:
@@ -194,8 +223,11 @@ def test_losses_without_a_number_are_shown(compared: Report) -> None:
 def test_two_validations_give_the_same_page(tiny_source: Path, standard_store: Path) -> None:
     pages = []
     for _ in range(2):
-        text = render_html(dsv4.validate(standard_store, source=tiny_source))
-        assert not re.search(r"20\d\d-\d\d|\d\d:\d\d", text)
+        report = dsv4.validate(standard_store, source=tiny_source)
+        assert Page(render_html(report)).text("when").startswith(report.begun)
+        report.begun, report.seconds = "2026-01-02T03:04:05+00:00", 61.0
+        text = render_html(report)
+        assert re.findall(r"20\d\d-\d\d\S*|\d\d:\d\d", text) == ["2026-01-02T03:04:05+00:00,"]
         pages.append(text.partition('<section aria-labelledby="slowest">')[0])
     assert pages[0] == pages[1]
 

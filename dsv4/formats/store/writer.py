@@ -26,7 +26,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
-from dsv4.formats.plain_text import size_text
+from dsv4.formats.plain_text import size
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import (
     Directories,
@@ -130,8 +130,8 @@ class StoreWriter:
         free = status.f_bavail * status.f_frsize
         if free < nbytes:
             raise OutOfSpaceError(
-                f"{self.out}: {size_text(nbytes)} are still to be written, {size_text(free)} are "
-                "free; free some space or choose another directory"
+                f"{self.out}: {size(nbytes)} are still to be written, {size(free)} are free; free "
+                "some space or choose another directory"
             )
 
     def measure_rate(self) -> float:
