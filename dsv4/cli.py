@@ -251,6 +251,8 @@ def validate(
 
     with checking_progress(err, as_json=json_file == STDOUT) as progress:
         report = engine.validate(directory, source=source, progress=progress, **how)
+    for sentence in report.notices:
+        notice(sentence)
     # The verdict first: it is not lost when a file cannot be written.
     show(*report_tables(report), console=err if json_file == STDOUT else out)
     if json_file == STDOUT:

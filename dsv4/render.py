@@ -166,6 +166,8 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
     if report.checksums == "xxh3":
         rows["not checked"] = "BLAKE3, and so no forgery; give --checksums blake3"
     rows["root"] = report.root or "none"
+    if report.remedy:
+        rows["repair"] = report.remedy
     rows["read"] = f"{size(report.bytes_read)} in {duration(report.seconds)}"
     failed = f"FAILED, {counted(len(report.findings), 'finding')}"
     rows["verdict"] = Text("OK", GOOD) if report.ok else Text(failed, BAD)

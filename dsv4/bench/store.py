@@ -85,7 +85,7 @@ def make_store(
     with StoreWriter(out, identity) as writer:
         writer.adopt(_write_arrays(out, plan, results, workers or len(os.sched_getaffinity(0))))
         groups, arrays, _ = describe(plan, results)
-        root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION))
+        root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION, _ORIGIN))
     files = sum(1 for _ in plan.files())
     return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin)
 
@@ -96,7 +96,8 @@ def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> Mo
     return few_layers(whole, layers, experts or None, vocabulary or None)
 
 
-_DESCRIPTION: dict[str, Any] = {"kind": "synthetic", "files": []}
+_DESCRIPTION: dict[str, Any] = {"files": []}
+_ORIGIN = {"kind": "synthetic"}
 
 
 class _Headers(Source):
@@ -128,9 +129,6 @@ class _Headers(Source):
 
     def fingerprint(self) -> str:
         return "synthetic"
-
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        return _DESCRIPTION
 
 
 def _results(output: Output) -> Iterator[tuple[Any, Result]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4.convert.outputs import Losses, Output, Result
@@ -40,12 +41,15 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
     return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
 
 
-def manifest_of(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's sections; description: of the source (`Source.description`)."""
+def manifest_of(
+    plan: Plan, description: Mapping[str, Any], origin: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest's sections; description, origin: of the source (see `Source`)."""
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
         "recipe": plan.recipe.to_dict(),
-        "source": description,
+        "source": dict(description),
+        "origin": dict(origin),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Losses, Result, Unit
 from dsv4.convert.plan import Plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
+from dsv4.convert.resume import identity_of, refusal
 from dsv4.convert.source import Source
 from dsv4.convert.travelling import make_whole_plan
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
-from dsv4.formats.errors import ChangedSourceError, ConfigError
+from dsv4.formats.errors import ChangedSourceError, ConfigError, OtherConversionError
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import FileSpec
 from dsv4.formats.store.writer import StoreWriter
-from dsv4.formats.version import TOOL
 
 Progress = Callable[["Event"], None]
 
@@ -90,15 +91,12 @@ def convert(
     source = open_source(src, revision)
     plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     budget = budget_for(plan, source, memory, workers)
+    if not os.fspath(out):
+        raise ConfigError("--out is empty; give the directory to write into")
     out = Path(out)
     if Path(src).is_dir():
         _refuse_overlap(Path(src), out)
-    identity = {
-        "tool": TOOL,
-        "recipe": plan.recipe.to_dict(),
-        "source": source.fingerprint(),
-    }
-    with StoreWriter(out, identity) as writer:
+    with _writer(src, out, identity_of(source, plan.recipe)) as writer:
         _recover(plan, writer)
         finished = _finished(plan, writer)
         writer.require_space(_missing_bytes(plan, writer))
@@ -125,8 +123,17 @@ def convert(
         results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
         _complete(plan, results, source, writer)
         groups, arrays, losses = describe(plan, results)
-        root = writer.finish(groups, arrays, manifest_of(plan, source.description(sha256)))
+        manifest = manifest_of(plan, source.description(sha256), source.origin)
+        root = writer.finish(groups, arrays, manifest)
     return Summary(out, root, plan, len(finished), losses)
+
+
+def _writer(src: str | Path, out: Path, identity: dict[str, Any]) -> StoreWriter:
+    """The writer of `out`. Raises ConflictError when another conversion is unfinished there."""
+    try:
+        return StoreWriter(out, identity)
+    except OtherConversionError as error:
+        raise refusal(error, src, out) from None
 
 
 def _refuse_overlap(src: Path, out: Path) -> None:

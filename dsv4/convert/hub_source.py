@@ -10,7 +10,6 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from dsv4.convert.hub_answers import Patience
 from dsv4.convert.hub_repo import HubRepo
@@ -19,7 +18,6 @@ from dsv4.convert.source import (
     MAX_AUX_BYTES,
     ByteStream,
     Source,
-    describe_files,
 )
 from dsv4.convert.source_contents import read_contents
 from dsv4.convert.source_files import SourceFiles
@@ -64,6 +62,7 @@ class HubSource(Source):
             patience=patience or Patience(sleep=self._pause),
         )
         self.commit = self._hub.commit
+        self.origin = {"kind": "hub", "repo": repo, "commit": self.commit}
         download, stale = "choose another revision", "choose another revision, or tell its owner"
         if self._hub.offline:
             download = "download them, or unset HF_HUB_OFFLINE"
@@ -101,15 +100,6 @@ class HubSource(Source):
         aux = [[n, len(raw), hashlib.sha256(raw).hexdigest()] for n, raw in self._aux.items()]
         identity = json.dumps([self._hub.repo, self.commit, shards, aux])
         return hashlib.sha256(identity.encode()).hexdigest()
-
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """`{"kind": "hub", "repo", "commit", "files": [{"name", "bytes", "sha256"}]}`."""
-        return {
-            "kind": "hub",
-            "repo": self._hub.repo,
-            "commit": self.commit,
-            "files": describe_files(self.sizes, sha256, self._aux),
-        }
 
     def give_up(self) -> None:
         """Whoever waits for the network fails."""

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,7 @@ class Source(Reader):
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
+    origin: where the files come from, as the manifest records it beside their hashes.
     notices: sentences about files that are there and are not used. here: whether its files lie on
     this machine, so that thousands of small reads cost nothing.
     Reads may come from several threads at once.
@@ -104,6 +106,7 @@ class Source(Reader):
     entries: Mapping[str, TensorEntry]
     sizes: Mapping[str, int]
     commit: str | None = None
+    origin: Mapping[str, str] = MappingProxyType({"kind": "local"})
     notices: tuple[str, ...] = ()
     here: bool = False
 
@@ -127,12 +130,13 @@ class Source(Reader):
     def fingerprint(self) -> str:
         """A cheap identity (no weights are read) that tells whether a resume is the same."""
 
-    @abc.abstractmethod
     def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """Provenance for the manifest, the same on every machine.
+        """The manifest's section `source`, the same wherever the same files come from.
 
-        sha256: of every safetensors file, in hex, as measured while it was read.
+        `{"files": [{"name", "bytes", "sha256"}]}`. sha256: of every safetensors file, in hex, as
+        measured while it was read.
         """
+        return {"files": describe_files(self.sizes, sha256, self.aux_files())}
 
     def published_sha256(self, file: str) -> str | None:
         """What the repository says the file's SHA-256 is; None where nobody says."""

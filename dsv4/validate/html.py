@@ -45,7 +45,7 @@ ADVICE = {
     "this one again.",
     "layouts": "The metadata is not what was packed. Convert the source again.",
     "counts": "The metadata is not what was packed. Convert the source again.",
-    "source": "The store does not come from this source, or says so wrongly. Convert it again.",
+    "source": "Give the source that was packed; if it is this one, convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
     "text": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
     "its checksum does not match either, repair the store.",
@@ -110,6 +110,8 @@ def render_html(report: Report) -> str:
 
 def _sentence(report: Report) -> str:
     """What was looked at, or what failed, in one sentence."""
+    if report.wrong_source:
+        return "The source is another checkpoint, so nothing was compared with it."
     if report.findings:
         return _FAILED.get(report.findings[0].check, _DIFFERS)
     if not report.checks:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from dsv4.validate.watch import Watch
 
 TILE_BYTES = 4 << 20  # of float32; the largest thing of which a thread holds about ten
 BATCH = 1024
+SAMPLED = 24  # tensors that tell another checkpoint
+_WRONG_BYTES = ("inversion", "bound", "optimum")
 
 
 def invert(
@@ -54,19 +57,20 @@ def invert(
     """
     watch = watch or Watch()
     config = ModelConfig.from_hf(source.config)
+    others = check_claims(packed, source, report)
     if config != packed.config:
         report.add("config", "manifest", "the model config is not the source's")
     inventory = check_inventory(source.entries, config)
     tensors = inventory.by_name
     names = set(packed.names())
     for name in sorted(tensors.keys() - names):
-        report.add("inventory", name, "in the source, but not in the store: convert again")
+        report.add("inventory", name, "in the source, but not in the store")
     for name in sorted(names - tensors.keys()):
-        report.add("inventory", name, "in the store, but not in the source: the wrong source?")
+        report.add("inventory", name, "in the store, but not in the source")
 
     def compare(tensor: SourceTensor) -> Report:
         part = Report(report.path)
-        part.tensors.append(_compare(packed, source, tensor, part, optimum))
+        part.tensors.append(_compare(packed, source, tensor, part, optimum, others))
         packed.store.forget()
         return part
 
@@ -93,7 +97,23 @@ def invert(
             worst[stack.path] = max(worst.get(stack.path, 0.0), losses[name])
     for path, rel_mse in worst.items():
         check_stack_loss(packed.store.contents.stacks[path], rel_mse, report)
-    check_claims(packed, source, report)
+
+
+def is_another(packed: PackedCheckpoint, source: Source) -> bool:
+    """Whether most tensors of a sample are not what `packed` was made from.
+
+    Tells another checkpoint from the same one in other files, or with some of it damaged.
+    """
+    tensors = check_inventory(source.entries, ModelConfig.from_hf(source.config)).by_name
+    names = [name for name in packed.names() if name in tensors]
+    sample = names[:: max(len(names) // SAMPLED, 1)]
+    different = 0
+    for name in sample:
+        part = Report(packed.store.root)
+        _compare(packed, source, tensors[name], part, "sample", set(source.sizes))
+        different += any(finding.check in _WRONG_BYTES for finding in part.findings)
+        packed.store.forget()
+    return 2 * different >= len(sample)
 
 
 def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
@@ -113,6 +133,7 @@ def _compare(
     tensor: SourceTensor,
     report: Report,
     optimum: Optimum,
+    others: Set[str],
 ) -> TensorVerdict:
     begin = time.perf_counter()
     name, kind = tensor.name, packed.format_of(tensor.name)
@@ -125,14 +146,13 @@ def _compare(
     same = _same_bytes if own_format else _same_values
     exact = same(packed, source, tensor, spans)
     facts = packed.provenance(name, statistics=False)
-    check_origin(tensor, facts, report)
+    check_origin(tensor, facts, others, report)
     # What kept its own format was never rounded, whatever the store claims.
     if not exact and (own_format or facts["exact"]):
         report.add(
             "inversion",
             name,
-            "carried as it was, but the emitted bytes do not invert to the source's; "
-            "convert the source again",
+            "carried as it was, but the emitted bytes do not invert to the source's",
         )
     elif exact and not facts["exact"]:
         report.add("loss", name, "equals the source, but is said to be rounded")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.formats.plain_text import size
+from dsv4.formats.store.integrity import repaired_by
 from dsv4.formats.version import TOOL
 
 SCALE_OCTAVES = ("zero", *range(-9, 9))
@@ -70,6 +71,8 @@ class Report:
     checksums: what the bytes were compared with: "blake3" (and XXH3) or "xxh3"; None: not read.
     tool, recipe: what packed the store, by its manifest. recorded: name of a rounded tensor, or
     template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
+    notices: sentences about what is no fault. damaged: whether there is damage that `dsv4 repair`
+    mends. wrong_source: whether the source was refused as another checkpoint.
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
     block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
     begun: when, ISO 8601 in UTC. nbytes: of all files of the store. gate_bytes: how much larger it
@@ -86,7 +89,10 @@ class Report:
     recorded: dict[str, float] = dataclasses.field(default_factory=dict)
     said_exact: int | None = None
     scales: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    notices: list[str] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
+    damaged: bool = False
+    wrong_source: bool = False
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     gates: list[GateAgreement] = dataclasses.field(default_factory=list)
     gate_bytes: int = 0
@@ -100,6 +106,11 @@ class Report:
     def ok(self) -> bool:
         """Whether every check held, and at least one was made."""
         return not self.findings and bool(self.checks)
+
+    @property
+    def remedy(self) -> str | None:
+        """What mends the damage that was found; None when there is none."""
+        return repaired_by(self.path) if self.damaged else None
 
     def gates_meaning(self) -> str:
         """What the agreement of the gates means for an answer, and what can be done about it."""
@@ -140,6 +151,8 @@ class Report:
             "tool": self.tool,
             "recipe": self.recipe,
             "validated_by": TOOL,
+            "notices": self.notices,
+            "remedy": self.remedy,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "checks": self.checks,
             "said_exact": self.said_exact,

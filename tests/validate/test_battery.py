@@ -148,8 +148,8 @@ PARTS: dict[str, tuple[object, str, object, str]] = {
     "block scales": (values, "_group_rules", _no_rules, "sealed: NaN block scale"),
     "SHA-256 of the source": (
         claims,
-        "_check_source_files",
-        lambda *args: None,
+        "check_source_files",
+        lambda *args: set(),
         "sealed: hash of a source file",
     ),
 }

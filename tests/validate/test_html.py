@@ -175,6 +175,7 @@ def test_every_check_has_its_advice() -> None:
 
 
 def test_a_store_that_cannot_be_opened_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text("{}")
     report = dsv4.validate(tmp_path)
     page = Page(render_html(report))
     assert page.errors == []
