@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,9 @@ class HubSource(Source):
     revision: branch, tag or commit; None: the default branch. endpoint, token, cache: instead of
     what HF_ENDPOINT, the stored login (or HF_TOKEN) and HF_HUB_CACHE say. Files that the cache has
     at this commit are read from it. With HF_HUB_OFFLINE set, all of them must be there.
-    Raises SourceError when the repository, the network or any header is not in order.
+    on_wait: told, in a sentence, what is waited for before it is tried again; may be set later.
+    Raises SourceError when the repository or any header is not in order, NetworkError when the hub
+    does not answer.
     """
 
     def __init__(
@@ -56,18 +60,22 @@ class HubSource(Source):
         token: str | bool | None = None,
         cache: Path | None = None,
         patience: Patience | None = None,
+        on_wait: Callable[[str], None] | None = None,
     ) -> None:
+        self.on_wait = on_wait
         self._gave_up = threading.Event()
+        self._saying, self._quiet_until = threading.Lock(), 0.0
+        patience = patience or Patience(sleep=self._pause)
         self._hub = HubRepo(
             repo,
             revision,
             endpoint=endpoint,
             token=token,
             cache=cache,
-            patience=patience or Patience(sleep=self._pause),
+            patience=dataclasses.replace(patience, on_wait=self._say),
         )
-        self.commit = self._hub.commit
-        files, where = self._hub.files, f"{repo}@{self.commit[:12]}"
+        self.commit, self.notices = self._hub.commit, self._hub.notices
+        files, where = self._hub.files, f"{self._hub.repo}@{self.commit[:12]}"
         if CONFIG_FILE not in files:
             raise SourceError(f"{where} has no {CONFIG_FILE}; give a checkpoint's repository")
         raw = self._hub.read_small(CONFIG_FILE, MAX_CONFIG_BYTES)
@@ -121,6 +129,15 @@ class HubSource(Source):
     def _pause(self, seconds: float) -> None:
         if self._gave_up.wait(seconds):
             raise SourceError(f"{self._hub.repo} is no longer read; run the same command again")
+
+    def _say(self, sentence: str, seconds: float) -> None:
+        """Tell of a wait, unless another thread's, that was told of, is not over yet."""
+        with self._saying:
+            now = time.monotonic()
+            if self.on_wait is None or now < self._quiet_until:
+                return
+            self._quiet_until = now + seconds
+            self.on_wait(sentence)
 
     def published_sha256(self, file: str) -> str | None:
         """The LFS hash of the repository; None for a file that is not in LFS."""

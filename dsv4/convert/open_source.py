@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv4.convert.local_source import LocalSource
@@ -13,10 +14,16 @@ from dsv4.formats.errors import SourceError
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
-def open_source(src: str | Path, revision: str | None = None) -> Source:
+def open_source(
+    src: str | Path,
+    revision: str | None = None,
+    *,
+    on_wait: Callable[[str], None] | None = None,
+) -> Source:
     """The checkpoint `src`: a directory, else a hub id `org/name` at `revision`.
 
-    A directory of that name wins. Raises SourceError, also for a revision of a directory.
+    A directory of that name wins. on_wait: of the source, from its opening on.
+    Raises SourceError, also for a revision of a directory.
     """
     if os.path.isdir(src):  # noqa: PTH112  # False for every string that can be no path
         if revision is not None:
@@ -34,4 +41,4 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
     # huggingface_hub takes half a second to import and is of use here only.
     from dsv4.convert.hub_source import HubSource
 
-    return HubSource(text, revision)
+    return HubSource(text, revision, on_wait=on_wait)

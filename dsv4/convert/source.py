@@ -12,7 +12,7 @@ import abc
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +94,7 @@ class Source(Reader):
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
     notices: sentences about files that are there and are not used.
+    on_wait: told, in a sentence, when the network is waited for; from any thread, one at a time.
     Reads may come from several threads at once.
     """
 
@@ -102,6 +103,7 @@ class Source(Reader):
     sizes: Mapping[str, int]
     commit: str | None = None
     notices: tuple[str, ...] = ()
+    on_wait: Callable[[str], None] | None = None
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""
