@@ -14,7 +14,7 @@ import click
 
 import dsv4
 from dsv4.bench_cli import bench
-from dsv4.console import err, notice, out, print_json
+from dsv4.console import err, notice, out, print_json, waiting
 from dsv4.endings import EXIT_FAILED, endings
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
@@ -72,7 +72,7 @@ def plan(
     from dsv4.convert.recipes import make_recipe
     from dsv4.render import plan_table
 
-    opened = open_source(source, revision)
+    opened = open_source(source, revision, on_wait=waiting())
     planned = make_plan(opened, make_recipe(recipe, keep))
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = planned.to_dict() | expected.to_dict()
@@ -124,6 +124,7 @@ def convert(
                 revision=revision,
                 memory=memory,
                 scheduler=scheduler,
+                on_wait=waiting(as_json=as_json),
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
@@ -150,7 +151,7 @@ def validate(
     from dsv4.render import report_tables
     from dsv4.validate import engine
 
-    report = engine.validate(directory, source=source, **how)
+    report = engine.validate(directory, source=source, on_wait=waiting(), **how)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if html_file is not None:
@@ -176,7 +177,7 @@ def repair(directory: Path, source: str | None, as_json: bool) -> None:
     from dsv4.render import repair_tables
     from dsv4.validate import repair as repairing
 
-    report = repairing.repair(directory, source)
+    report = repairing.repair(directory, source, on_wait=waiting())
     if as_json:
         print_json(report.to_dict())
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -19,6 +20,18 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def notice(sentence: str) -> None:
     """One line on stderr about something that was left out, ignored, or is worth knowing."""
     err.print(f"note: {sentence}", markup=False)
+
+
+def waiting(*, as_json: bool = False) -> Callable[[str], None]:
+    """-> what to tell when a network is waited for: a line on stderr, or an event for programs."""
+    if not as_json:
+        return lambda sentence: err.print(f"waiting: {sentence}", markup=False)
+
+    def event(sentence: str) -> None:
+        err.file.write(json.dumps({"event": "waiting", "message": sentence}) + "\n")
+        err.file.flush()
+
+    return event
 
 
 def print_json(document: dict[str, Any]) -> None:

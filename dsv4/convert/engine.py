@@ -75,14 +75,17 @@ def convert(
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
     scheduler: address of a dask.distributed cluster whose workers see the same paths.
+    on_wait: told, in a sentence, when the network is waited for.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
-    Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
+    Raises SourceError, NetworkError, ConfigError, ConflictError or OutOfSpaceError, each naming
+    what to do.
     """
-    source = open_source(src, revision)
+    source = open_source(src, revision, on_wait=on_wait)
     plan = make_plan(source, make_recipe(recipe, keep))
     budget = budget_for(plan, source, memory, workers)
     out = Path(out)

@@ -91,7 +91,7 @@ def check_status(
     repo: the hub id. subject: what was asked for, named first. elsewhere: the answer is not the
     hub's, but that of a host to which it redirects, and which gets no token.
     """
-    status, host = response.status_code, response.request.url.host
+    status, host = response.status_code, response.request.url.netloc.decode()
     if 200 <= status < 300:
         return
     if status in PASSING or status >= 500:
@@ -111,8 +111,8 @@ def _refusal_of_token(response: httpx2.Response, repo: str, login: Login) -> str
     because = f": {words}" if words else ""
     if response.headers.get("X-Error-Code") == "GatedRepo":
         return (
-            f"is gated{because}; accept the licence on the page of {repo} with the account that "
-            f"{login.name} is of, and let the token read gated repositories"
+            f"is gated{because}; accept the licence on the page of {repo} with the account behind "
+            f"{login.name}, and let that token read gated repositories"
         )
     if response.status_code == 401:
         return f"cannot be read: {login.name} is not accepted{because}; {login.renew}"

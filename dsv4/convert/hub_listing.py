@@ -100,7 +100,7 @@ class Lister:
         )
         answer = send(request, stream=False, follow_redirects=method == "GET")
         if not answer.has_redirect_location:
-            elsewhere = answer.request.url.host != request.url.host
+            elsewhere = answer.request.url.netloc != request.url.netloc
             check_status(answer, repo, subject, self.login, elsewhere=elsewhere)
         return answer
 
@@ -131,7 +131,11 @@ class Lister:
             ask = functools.partial(self._ask, "HEAD", str(url), repo, subject)
             headers = self.patience.persist(subject, ask).headers
             target = url.join(headers.get("Location", ""))
-            if "X-Linked-Size" in headers or "Location" not in headers or target.host != url.host:
+            if (
+                "X-Linked-Size" in headers
+                or "Location" not in headers
+                or target.netloc != url.netloc
+            ):
                 break
             url = target
         return headers

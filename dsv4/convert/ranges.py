@@ -74,7 +74,7 @@ class RangeReader:
             headers={**self._headers, "Range": f"bytes={begin}-{end - 1}"},
             timeout=self.patience.timeout,
         )
-        secure, home = False, request.url.host
+        secure, home = False, httpx2.URL(file.url).netloc
         for _ in range(MAX_REDIRECTS + 1):
             assert request is not None
             secure = _check_scheme(file, request.url, secure)
@@ -84,7 +84,7 @@ class RangeReader:
                 self._check_tag(file, response)
                 request = response.next_request  # httpx2 drops Authorization for another host
                 if request is None:
-                    elsewhere = response.request.url.host != home
+                    elsewhere = response.request.url.netloc != home
                     check_status(response, file.repo, str(file), self._login, elsewhere=elsewhere)
                     _check_range(file, response, begin, end)
                     undo.pop_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv4.convert.open_source import open_source
@@ -24,19 +25,21 @@ def validate(
     workers: int | None = None,
     checksums: Checksums = "blake3",
     optimum: Optimum = "sample",
+    on_wait: Callable[[str], None] | None = None,
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
     `quick` reads metadata and file sizes only. workers: cores to use, by default all.
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
+    on_wait: told, in a sentence, when the network is waited for.
     Findings are reported, not raised; SourceError and ConfigError are raised when `source` itself
     cannot be read.
     """
     begin = time.perf_counter()
     path = packed if isinstance(packed, str | Path) else packed.store.root
     report = Report(Path(path), quick=quick, source=None if source is None else str(source))
-    opened_source = None if source is None else open_source(source)
+    opened_source = None if source is None else open_source(source, on_wait=on_wait)
     try:
         checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
     except StoreError as error:

@@ -100,10 +100,16 @@ class RepairReport:
         }
 
 
-def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport:
+def repair(
+    packed: str | Path,
+    source: str | Path | None = None,
+    *,
+    on_wait: Callable[[str], None] | None = None,
+) -> RepairReport:
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
+    on_wait: told, in a sentence, when the network is waited for.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -118,7 +124,10 @@ def repair(packed: str | Path, source: str | Path | None = None) -> RepairReport
             _remove_leftovers(store)
             files = store.files_under(None)
             damage = [found for file in files if (found := examine(store, file)) is not None]
-            report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
+            lost = [found for found in damage if found.chunks]
+            if lost:
+                opened, report.source = _open_source(store, source, on_wait)
+                report.files += _make_lost(store, lost, opened)
             for found in damage:
                 if not found.chunks:
                     report.files += _replace(store, [found], lambda sink: None)
@@ -160,12 +169,9 @@ def _documents(store: PackedStore) -> Iterator[str]:
 
 
 def _make_lost(
-    store: PackedStore, damage: Sequence[FileDamage], src: str | Path | None, report: RepairReport
+    store: PackedStore, damage: Sequence[FileDamage], source: Source
 ) -> list[FileRepair]:
     """Make what is lost again. Raises SourceError when the source gives nothing of it."""
-    if not damage:
-        return []
-    source, report.source = _open_source(store, src)
     repairs: list[FileRepair] = []
     for group, make in _work(_plan(store, source), source, damage):
         repairs += _replace(store, group, make)
@@ -338,10 +344,12 @@ def _rewrite_documents(store: PackedStore) -> list[FileRepair]:
     return repairs
 
 
-def _open_source(store: PackedStore, src: str | Path | None) -> tuple[Source, str]:
+def _open_source(
+    store: PackedStore, src: str | Path | None, on_wait: Callable[[str], None] | None
+) -> tuple[Source, str]:
     """-> (the source, its name); the manifest's repository at its commit when none is given."""
     if src is not None:
-        return open_source(src), str(src)
+        return open_source(src, on_wait=on_wait), str(src)
     said = store.manifest["source"]
     if said.get("kind") != "hub":
         raise SourceError(
@@ -351,7 +359,8 @@ def _open_source(store: PackedStore, src: str | Path | None) -> tuple[Source, st
     # huggingface_hub takes half a second to import.
     from dsv4.convert.hub_source import HubSource
 
-    return HubSource(said["repo"], said["commit"]), f"{said['repo']}@{said['commit']}"
+    source = HubSource(said["repo"], said["commit"], on_wait=on_wait)
+    return source, f"{said['repo']}@{said['commit']}"
 
 
 def _plan(store: PackedStore, source: Source) -> Plan:
