@@ -57,7 +57,7 @@ def send(request: httpx2.Request, *, stream: bool, follow_redirects: bool) -> ht
     except Exception as error:  # of names that cannot be looked up, of a SOCKS library: any
         raise SourceError(
             f"{_host(request.url)} cannot be asked: {type(error).__name__} {error!s:.200}"
-            f"{_by_way_of(request.url)}; check HF_ENDPOINT and the proxy"
+            f"{_settings(request.url)}; check HF_ENDPOINT and the proxy"
         ) from None
     if answer.status_code == httpx2.codes.PROXY_AUTHENTICATION_REQUIRED:
         answer.close()
@@ -71,7 +71,7 @@ def lost(error: httpx2.RequestError) -> BrokenError | SourceError:
     A failure that no other attempt would mend is a SourceError.
     """
     url = error.request.url
-    host, way = _host(url), _by_way_of(url)
+    host, by = _host(url), _settings(url)
     if (certificate := _certificate_error(error)) is not None:
         return SourceError(_not_trusted(host, certificate))
     if isinstance(error, httpx2.ProxyError) and _REFUSED_BY_PROXY.match(str(error)):
@@ -79,12 +79,12 @@ def lost(error: httpx2.RequestError) -> BrokenError | SourceError:
     if isinstance(error, httpx2.LocalProtocolError | httpx2.UnsupportedProtocol):
         return SourceError(f"{host} cannot be asked: {error}; check HF_ENDPOINT")
     if isinstance(error, httpx2.ConnectTimeout):
-        return BrokenError(f"no connection to {host} in time{way}")
+        return BrokenError(f"no connection to {host} in time{by}")
     if isinstance(error, httpx2.ConnectError | httpx2.ProxyError):
-        return BrokenError(f"no connection to {host}: {error}{way}")
+        return BrokenError(f"no connection to {host}: {error}{by}")
     if isinstance(error, httpx2.TimeoutException):
-        return BrokenError(f"{host} sends nothing{way}")
-    return BrokenError(f"the connection to {host} broke: {error}{way}")
+        return BrokenError(f"{host} sends nothing{by}")
+    return BrokenError(f"the connection to {host} broke: {error}{by}")
 
 
 def shown(address: str) -> str:
@@ -97,7 +97,7 @@ def shown(address: str) -> str:
 
 def _refused_by_proxy(url: httpx2.URL, reason: str) -> str:
     return (
-        f"the proxy refuses the way to {_host(url)}: {reason}{_by_way_of(url)}; check its address, "
+        f"the proxy refuses the way to {_host(url)}: {reason}{_settings(url)}; check its address, "
         "and give it as http://NAME:PASSWORD@HOST:PORT if it wants a login"
     )
 
@@ -126,10 +126,10 @@ def _proxy_problem(value: str, error: Exception) -> str | None:
     try:
         scheme = httpx2.Proxy(url).url.scheme
     except (ValueError, httpx2.InvalidURL):
-        hint = "socks5:// if it is a SOCKS proxy" if url.startswith("socks") else "http:// mostly"
+        hint = " (for a SOCKS proxy: socks5://)" if url.startswith("socks") else ""
         return (
             "expected the address of a proxy that begins with http://, https://, socks5:// or "
-            f"socks5h://; correct it ({hint})"
+            f"socks5h://; correct it{hint}"
         )
     if isinstance(error, ImportError) and scheme.startswith("socks"):
         return "a SOCKS proxy, which needs the package socksio: pip install 'dsv4[socks]'"
@@ -145,13 +145,14 @@ def _proxies(*kinds: str) -> Iterator[tuple[str, str]]:
                 break
 
 
-def _by_way_of(url: httpx2.URL) -> str:
-    """The proxy between, for a sentence; empty if there is none."""
-    if urllib.request.proxy_bypass_environment(url.host):  # type: ignore[attr-defined]
-        return ""
-    for variable, value in _proxies(url.scheme, "all"):
-        return f" ({variable} is {shown(value)})"
-    return ""
+def _settings(url: httpx2.URL) -> str:
+    """The variables by which it goes there, and that way, for a sentence; empty without any."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    found = [("HF_ENDPOINT", endpoint)] if url.host and url.host in endpoint else []
+    if not urllib.request.proxy_bypass_environment(url.host):  # type: ignore[attr-defined]
+        found += list(_proxies(url.scheme, "all"))[:1]
+    said = ", ".join(f"{variable} is {shown(value)}" for variable, value in found)
+    return f" ({said})" if said else ""
 
 
 def _certificate_error(error: BaseException) -> ssl.SSLCertVerificationError | None:
