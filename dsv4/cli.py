@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import dsv4
+from dsv4 import interrupts
 from dsv4.bench_cli import bench
 from dsv4.console import err, notice, out, print_json, waiting
 from dsv4.endings import EXIT_FAILED, endings
@@ -30,7 +31,8 @@ from dsv4.run_cli import run
 
 
 def main() -> None:
-    """Entry point."""
+    """The command line as a program. `__main__` is where the process begins."""
+    interrupts.install()
     with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(cli.main(standalone_mode=False) or 0)
@@ -68,12 +70,12 @@ def plan(
     """Say what converting SRC would read, write and round, from headers alone."""
     from dsv4.convert.forecast import budget_for, forecast
     from dsv4.convert.open_source import open_source
-    from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
+    from dsv4.convert.travelling import make_whole_plan
     from dsv4.render import plan_table
 
     opened = open_source(source, revision, on_wait=waiting())
-    planned = make_plan(opened, make_recipe(recipe, keep))
+    planned = make_whole_plan(opened, make_recipe(recipe, keep))
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = planned.to_dict() | expected.to_dict()
     for sentence in planned.notices:
@@ -124,13 +126,12 @@ def convert(
                 revision=revision,
                 memory=memory,
                 scheduler=scheduler,
+                notice=notice,
                 on_wait=waiting(as_json=as_json),
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
-    for sentence in summary.plan.notices:
-        notice(sentence)
     if as_json:
         print_json(summary.to_dict())
     else:

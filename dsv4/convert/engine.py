@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
-from dsv4.convert.cluster import Job, run_on_cluster
+from dsv4.convert.cluster import Job, require_dask, run_on_cluster
 from dsv4.convert.describe import describe, manifest_of
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Losses, Result, Unit
-from dsv4.convert.plan import Plan, make_plan
+from dsv4.convert.plan import Plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.source import Source
+from dsv4.convert.travelling import make_whole_plan
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError
 from dsv4.formats.store.extents import Sink
@@ -75,18 +76,22 @@ def convert(
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
+    notice: Callable[[str], object] | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
     scheduler: address of a dask.distributed cluster whose workers see the same paths.
+    notice: gets each sentence of the plan's notices, before any weight is read.
     on_wait: told, in a sentence, when the network is waited for.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
     Raises SourceError, NetworkError, ConfigError, ConflictError or OutOfSpaceError, each naming
     what to do.
     """
+    if scheduler is not None:
+        require_dask()
     source = open_source(src, revision, on_wait=on_wait)
-    plan = make_plan(source, make_recipe(recipe, keep))
+    plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     budget = budget_for(plan, source, memory, workers)
     out = Path(out)
     if Path(src).is_dir():

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ from dsv4.convert.hub_answers import Patience, check_status
 from dsv4.convert.hub_client import client, send, shown
 from dsv4.convert.hub_login import Login
 from dsv4.convert.index import MAX_SHARDS
+from dsv4.convert.source_files import is_read
 from dsv4.formats.errors import SourceError
 from dsv4.formats.plain_text import printable
 
@@ -47,7 +48,7 @@ class Listed:
 class Listing:
     """repo: by the name that the hub has for it now. commit: 40 hex digits. names: of all files.
 
-    files: those of use.
+    files: those that are read.
     """
 
     repo: str
@@ -58,12 +59,11 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Lister:
-    """Asks a hub. endpoint: its address. is_useful: which files matter, by name."""
+    """Asks a hub. endpoint: its address."""
 
     endpoint: str
     login: Login
     patience: Patience
-    is_useful: Callable[[str], bool]
 
     def list(self, repo: str, revision: str | None) -> Listing:
         """One commit, all from one answer where it says all.
@@ -81,7 +81,7 @@ class Lister:
         hf_raise_for_status(answer)  # which also shows the hub's warnings, once
         try:
             document = json.loads(answer.content)
-            commit, names, found = _read(document, self.is_useful)
+            commit, names, found = _read(document)
             if answer.history:
                 repo = _present_name(document, repo)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -144,7 +144,7 @@ class Lister:
 _Found = tuple[str, int | None, str | None, str | None]
 
 
-def _read(document: Any, is_useful: Callable[[str], bool]) -> tuple[str, list[str], list[_Found]]:
+def _read(document: Any) -> tuple[str, list[str], list[_Found]]:
     """-> (commit, all names, useful files with sizes, hashes and blob ids where they are given)."""
     if not isinstance(document, dict):
         raise TypeError("it is not an object of JSON")
@@ -152,7 +152,7 @@ def _read(document: Any, is_useful: Callable[[str], bool]) -> tuple[str, list[st
     if not _COMMIT.fullmatch(commit):
         raise ValueError(f"{commit!r:.80} is not a commit")
     names = [sibling["rfilename"] for sibling in siblings]
-    useful = [sibling for sibling in siblings if is_useful(sibling["rfilename"])]
+    useful = [sibling for sibling in siblings if is_read(sibling["rfilename"])]
     if len(useful) > MAX_SHARDS:
         raise ValueError(f"it lists {len(useful)} files")
     return commit, names, [_listed(sibling) for sibling in useful]

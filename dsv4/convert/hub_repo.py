@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -23,16 +23,15 @@ from dsv4.convert.hub_answers import Patience
 from dsv4.convert.hub_client import shown
 from dsv4.convert.hub_listing import Listed, Lister
 from dsv4.convert.hub_login import Login, make_login
-from dsv4.convert.index import is_shard_name
 from dsv4.convert.local_file import open_local, read_small
 from dsv4.convert.ranges import RangeReader, RemoteFile
-from dsv4.convert.source import AUX_FILES, CONFIG_FILE, INDEX_FILE, ByteStream
+from dsv4.convert.source import CONFIG_FILE, ByteStream
+from dsv4.convert.source_files import is_read
 from dsv4.formats.errors import SourceError
 from dsv4.formats.version import VERSION
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SMALL_FILES = frozenset({INDEX_FILE, *AUX_FILES})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ class HubRepo:
     """One commit of a hub repository: `files` by name, shards and small files only.
 
     repo: its hub id, by the name that the hub has for it now; notices: says so if that is another.
+    names: of all of its files, and of the folders that a cache has, these with a "/" at the end.
     commit: 40 hex digits; every request is for it. Raises SourceError when the name, the revision
     or the login is not in order, or, in offline mode, when the cache does not have the commit;
     NetworkError when the hub does not answer.
@@ -69,6 +69,7 @@ class HubRepo:
     notices: tuple[str, ...] = ()
     commit: str
     files: Mapping[str, HubFile]
+    names: Sequence[str]
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class HubRepo:
         if self.offline:
             self.commit, self.files = self._cached_commit(revision)
         else:
-            lister = Lister(self._api.endpoint, login, patience, _is_useful)
+            lister = Lister(self._api.endpoint, login, patience)
             self.commit, self.files = self._listed_commit(revision, lister)
 
     def read_small(self, name: str, limit: int) -> bytes:
@@ -159,6 +160,7 @@ class HubRepo:
                 "under that name",
             )
             self.repo = listing.repo
+        self.names = listing.names
         return listing.commit, {f.name: self._hub_file(f, listing.commit) for f in listing.files}
 
     def _hub_file(self, listed: Listed, commit: str) -> HubFile:
@@ -181,8 +183,14 @@ class HubRepo:
                 "set; download it first, or unset HF_HUB_OFFLINE"
             )
         present = sorted(path.name for path in config.parent.iterdir())
+        # A link to nothing is a shard that is missing, and is told as that.
+        self.names = [
+            f"{path.name}/" if path.is_dir() else path.name
+            for path in config.parent.iterdir()
+            if path.exists()
+        ]
         files = {}
-        for name in filter(_is_useful, present):
+        for name in filter(is_read, present):
             if (path := self._in_cache(name, commit)) is not None:
                 # Links lead to blobs, and those of LFS files are named by their SHA-256. One step
                 # only: a blob may itself be a link to a store shared by repositories.
@@ -194,10 +202,6 @@ class HubRepo:
     def _in_cache(self, name: str, commit: str) -> Path | None:
         found = try_to_load_from_cache(self.repo, name, cache_dir=self._cache, revision=commit)
         return Path(found) if isinstance(found, str) else None
-
-
-def _is_useful(name: str) -> bool:
-    return name in _SMALL_FILES or is_shard_name(name)
 
 
 def _check_repo_id(repo: str) -> None:

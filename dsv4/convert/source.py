@@ -42,6 +42,8 @@ AUX_FILES = (
 
 TORCH_DTYPES = {
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -93,8 +95,9 @@ class Source(Reader):
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
-    notices: sentences about files that are there and are not used.
-    on_wait: told, in a sentence, when the network is waited for; from any thread, one at a time.
+    notices: sentences about files that are there and are not used. here: whether its files lie on
+    this machine, so that thousands of small reads cost nothing. on_wait: told, in a sentence, when
+    the network is waited for; from any thread, one at a time.
     Reads may come from several threads at once.
     """
 
@@ -103,6 +106,7 @@ class Source(Reader):
     sizes: Mapping[str, int]
     commit: str | None = None
     notices: tuple[str, ...] = ()
+    here: bool = False
     on_wait: Callable[[str], None] | None = None
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:

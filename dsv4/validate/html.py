@@ -44,6 +44,8 @@ ADVICE = {
     "counts": "The metadata is not what was packed. Convert the source again.",
     "source": "The store does not come from this source, or says so wrongly. Convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
+    "text files": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
+    "its checksum does not match either, repair the store.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
     "loss": "What the store says of its losses is wrong. Convert the source again.",

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from dsv4.formats.config import ModelConfig
-from dsv4.kernels.case import Buffers, Launch
-from dsv4.kernels.library import Library
-from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.kernels.core.contract import Buffers, Launch
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import different_layers, step_launches
 from dsv4.runtime.gpu.prefill_plan import SIZES, chunk_launches
@@ -35,6 +35,13 @@ class GpuModel:
         chunks = (chunk_launches(config, layers, rows, 1) for rows in SIZES)
         for launch in itertools.chain(step_launches(config, layers, head, 1, 1), *chunks):
             library.function(launch.kernel)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<GpuModel of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer, on "
+            f"{self.device}>"
+        )
 
     def load_lines(self) -> Iterator[str]:
         """What loading took, phase by phase, for people."""
