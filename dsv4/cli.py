@@ -22,6 +22,7 @@ from dsv4.console import (
     out,
     print_json,
     show,
+    waiting,
     write_report,
 )
 from dsv4.convert.open_source import check_name
@@ -148,7 +149,7 @@ def plan(
     from dsv4.convert.travelling import make_whole_plan
     from dsv4.render import plan_table
 
-    opened = open_source(source, revision)
+    opened = open_source(source, revision, on_wait=waiting())
     planned = make_whole_plan(opened, make_recipe(recipe, keep))
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     document = {"commit": opened.commit} | planned.to_dict() | expected.to_dict()
@@ -218,6 +219,7 @@ def convert(
                 memory=memory,
                 scheduler=scheduler,
                 notice=notice,
+                on_wait=waiting(as_json=as_json),
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
@@ -250,7 +252,9 @@ def validate(
     from dsv4.validate import engine
 
     with checking_progress(err, as_json=json_file == STDOUT) as progress:
-        report = engine.validate(directory, source=source, progress=progress, **how)
+        report = engine.validate(
+            directory, source=source, progress=progress, on_wait=waiting(), **how
+        )
     for sentence in report.notices:
         notice(sentence)
     # The verdict first: it is not lost when a file cannot be written.
@@ -289,7 +293,9 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
     from dsv4.validate import repair as repairing
 
     with checking_progress(err, as_json=as_json) as progress:
-        report = repairing.repair(directory, source, dry_run=dry_run, progress=progress)
+        report = repairing.repair(
+            directory, source, dry_run=dry_run, progress=progress, on_wait=waiting()
+        )
     if as_json:
         print_json(report.to_dict())
     else:

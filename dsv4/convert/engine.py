@@ -78,17 +78,20 @@ def convert(
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
     notice: Callable[[str], object] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
     scheduler: address of a dask.distributed cluster whose workers see the same paths.
     notice: gets each sentence of the plan's notices, before any weight is read.
+    on_wait: told, in a sentence, when the network is waited for.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
-    Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
+    Raises SourceError, NetworkError, ConfigError, ConflictError or OutOfSpaceError, each naming
+    what to do.
     """
     if scheduler is not None:
         require_dask()
-    source = open_source(src, revision)
+    source = open_source(src, revision, on_wait=on_wait)
     plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     budget = budget_for(plan, source, memory, workers)
     if not os.fspath(out):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +41,9 @@ class HubSource(Source):
     revision: branch, tag or commit; None: the default branch. endpoint, token, cache: instead of
     what HF_ENDPOINT, the stored login (or HF_TOKEN) and HF_HUB_CACHE say. Files that the cache has
     at this commit are read from it. With HF_HUB_OFFLINE set, all of them must be there.
-    Raises SourceError when the repository, the network or any header is not in order.
+    on_wait: told, in a sentence, what is waited for before it is tried again; may be set later.
+    Raises SourceError when the repository or any header is not in order, NetworkError when the hub
+    does not answer.
     """
 
     def __init__(
@@ -51,22 +55,26 @@ class HubSource(Source):
         token: str | bool | None = None,
         cache: Path | None = None,
         patience: Patience | None = None,
+        on_wait: Callable[[str], None] | None = None,
     ) -> None:
+        self.on_wait = on_wait
         self._gave_up = threading.Event()
+        self._saying, self._quiet_until = threading.Lock(), 0.0
+        patience = patience or Patience(sleep=self._pause)
         self._hub = HubRepo(
             repo,
             revision,
             endpoint=endpoint,
             token=token,
             cache=cache,
-            patience=patience or Patience(sleep=self._pause),
+            patience=dataclasses.replace(patience, on_wait=self._say),
         )
         self.commit = self._hub.commit
         self.origin = {"kind": "hub", "repo": repo, "commit": self.commit}
         download, stale = "choose another revision", "choose another revision, or tell its owner"
         if self._hub.offline:
             download = "download them, or unset HF_HUB_OFFLINE"
-        files = SourceFiles.of(self._hub.names, f"{repo}@{self.commit[:12]}")
+        files = SourceFiles.of(self._hub.names, f"{self._hub.repo}@{self.commit[:12]}")
         with ThreadPoolExecutor(THREADS) as pool:
             contents = read_contents(
                 files,
@@ -78,7 +86,7 @@ class HubSource(Source):
         self.config, self.entries, self.notices = (
             contents.config,
             contents.entries,
-            contents.notices,
+            self._hub.notices + contents.notices,
         )
         self.sizes = {name: self._hub.files[name].size for name in contents.shards}
 
@@ -108,6 +116,15 @@ class HubSource(Source):
     def _pause(self, seconds: float) -> None:
         if self._gave_up.wait(seconds):
             raise SourceError(f"{self._hub.repo} is no longer read; run the same command again")
+
+    def _say(self, sentence: str, seconds: float) -> None:
+        """Tell of a wait, unless another thread's, that was told of, is not over yet."""
+        with self._saying:
+            now = time.monotonic()
+            if self.on_wait is None or now < self._quiet_until:
+                return
+            self._quiet_until = now + seconds
+            self.on_wait(sentence)
 
     def published_sha256(self, file: str) -> str | None:
         """The LFS hash of the repository; None for a file that is not in LFS."""

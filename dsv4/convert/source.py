@@ -12,7 +12,7 @@ import abc
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -98,7 +98,8 @@ class Source(Reader):
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
     origin: where the files come from, as the manifest records it beside their hashes.
     notices: sentences about files that are there and are not used. here: whether its files lie on
-    this machine, so that thousands of small reads cost nothing.
+    this machine, so that thousands of small reads cost nothing. on_wait: told, in a sentence, when
+    the network is waited for; from any thread, one at a time.
     Reads may come from several threads at once.
     """
 
@@ -109,6 +110,7 @@ class Source(Reader):
     origin: Mapping[str, str] = MappingProxyType({"kind": "local"})
     notices: tuple[str, ...] = ()
     here: bool = False
+    on_wait: Callable[[str], None] | None = None
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""

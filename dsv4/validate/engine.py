@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from dsv4.convert.open_source import open_source
@@ -29,6 +30,7 @@ def validate(
     checksums: Checksums = "blake3",
     optimum: Optimum = "sample",
     progress: Progress | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Report:
     """Check a packed store; with `source`, invert every transform and compare tensor by tensor.
 
@@ -36,6 +38,7 @@ def validate(
     checksums: "xxh3" leaves out BLAKE3; what then holds is proof against accidents, not against
     forgery. optimum: whether large rounded tensors are rounded again in full or in part.
     progress: called from several threads, with what is read and how much of it has been.
+    on_wait: told, in a sentence, when the network is waited for.
     Findings are reported, not raised; NoStoreError is raised where there is no store at all,
     SourceError and ConfigError when `source` itself cannot be read.
     """
@@ -43,7 +46,7 @@ def validate(
     path = packed if isinstance(packed, str | Path) else packed.store.root
     report = Report(Path(path), quick=quick, source=None if source is None else str(source))
     report.begun = now.isoformat(timespec="seconds")
-    opened_source = None if source is None else open_source(source)
+    opened_source = None if source is None else open_source(source, on_wait=on_wait)
     try:
         checkpoint = PackedCheckpoint.open(path) if isinstance(packed, str | Path) else packed
     except NoStoreError:

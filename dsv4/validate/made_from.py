@@ -7,7 +7,7 @@ what is visible is compared at once, and everything only by who reads everything
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,12 @@ def sha256_of(source: Source, file: str) -> str:
     return digest.hexdigest()
 
 
-def source_of(store: PackedStore, src: str | Path | None) -> tuple[Source, str]:
+def source_of(
+    store: PackedStore, src: str | Path | None, on_wait: Callable[[str], None] | None = None
+) -> tuple[Source, str]:
     """-> (the source, its name); the manifest's repository at its commit when none is given."""
     if src is not None:
-        return open_source(src), str(src)
+        return open_source(src, on_wait=on_wait), str(src)
     origin = origin_of(store.manifest)
     if origin.get("kind") != "hub":
         raise SourceError(
@@ -105,7 +107,8 @@ def source_of(store: PackedStore, src: str | Path | None) -> tuple[Source, str]:
     # huggingface_hub takes half a second to import.
     from dsv4.convert.hub_source import HubSource
 
-    return HubSource(origin["repo"], origin["commit"]), f"{origin['repo']}@{origin['commit']}"
+    source = HubSource(origin["repo"], origin["commit"], on_wait=on_wait)
+    return source, f"{origin['repo']}@{origin['commit']}"
 
 
 def plan_of(store: PackedStore, source: Source) -> Plan:

@@ -10,6 +10,7 @@ A file is never written in place, so a repair that is killed leaves the store no
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,6 +55,9 @@ _ASSETS = f"{ASSET_DIRECTORY}/"
 Make = Callable[[Sink], object]
 """Writes the lost bytes of some files into a sink."""
 
+OpenedSource = Callable[[], tuple[Source, str]]
+"""-> (the source, its name), opened when something has to be made again."""
+
 
 def repair(
     packed: str | Path,
@@ -61,13 +65,14 @@ def repair(
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> RepairReport:
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
     dry_run: say what would be rewritten, write nothing and read no source. progress: told of what
     is examined, every file once. A whole store is only read: nothing is locked before something
-    has to be written.
+    has to be written. on_wait: told, in a sentence, when the network is waited for.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -85,7 +90,8 @@ def repair(
         lock = DirectoryLock(root)
         try:
             with storage_errors(root, "repairing the store"):
-                _mend(store, [found.file for found in suspects], source, report)
+                opened = functools.partial(source_of, store, source, on_wait)
+                _mend(store, [found.file for found in suspects], opened, report)
         finally:
             lock.release(remove=True)
     report.files += _strangers(store)
@@ -96,7 +102,7 @@ def repair(
 def _mend(
     store: PackedStore,
     files: Sequence[FileSpec],
-    source: str | Path | None,
+    opened: OpenedSource,
     report: RepairReport,
 ) -> None:
     """Make those of `files` whole that still are not, under the lock; and the documents."""
@@ -104,7 +110,7 @@ def _mend(
         (store.root / key).unlink()
     # Another repair may have been here before the lock was ours.
     damage = [found for file in files if (found := examine(store, file)) is not None]
-    report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
+    report.files += _make_lost(store, [d for d in damage if d.chunks], opened, report)
     for found in damage:
         if not found.chunks:
             report.files += _replace(store, [found], lambda sink: None)
@@ -155,12 +161,12 @@ def _documents(store: PackedStore) -> Iterator[str]:
 
 
 def _make_lost(
-    store: PackedStore, damage: Sequence[FileDamage], src: str | Path | None, report: RepairReport
+    store: PackedStore, damage: Sequence[FileDamage], opened: OpenedSource, report: RepairReport
 ) -> list[FileRepair]:
     """Make what is lost again. Raises SourceError when the source gives nothing of it."""
     if not damage:
         return []
-    source, report.source = source_of(store, src)
+    source, report.source = opened()
     repairs: list[FileRepair] = []
     for group, make in _work(plan_of(store, source), source, damage):
         repairs += _replace(store, group, make)
