@@ -18,6 +18,7 @@ from dsv4.console import err, notice, out, print_json
 from dsv4.endings import EXIT_FAILED, endings
 from dsv4.kernels_cli import kernels
 from dsv4.options import (
+    accept_option,
     keep_option,
     memory_option,
     recipe_option,
@@ -65,18 +66,25 @@ def plan(
     memory: int,
     as_json: bool,
 ) -> None:
-    """Say what converting SRC would read, write and round, from headers alone."""
+    """Say what converting SRC would read, write and round: from headers and block scales."""
+    from dsv4.convert.exactness import inexact_notices
     from dsv4.convert.forecast import budget_for, forecast
+    from dsv4.convert.keep import refuse_idle_keep
     from dsv4.convert.open_source import open_source
     from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
+    from dsv4.convert.scale_look import look_at_scales
     from dsv4.render import plan_table
 
     opened = open_source(source, revision)
     planned = make_plan(opened, make_recipe(recipe, keep))
+    refuse_idle_keep(planned)
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
-    document = planned.to_dict() | expected.to_dict()
-    for sentence in planned.notices:
+    look = look_at_scales(planned, opened)
+    notices = [*planned.notices, *inexact_notices(look.inexact, recipe=planned.recipe)]
+    document = planned.to_dict() | expected.to_dict() | look.to_dict(planned)
+    document["notices"] = notices
+    for sentence in notices:
         notice(sentence)
     if as_json:
         print_json(document)
@@ -92,6 +100,7 @@ def plan(
 @keep_option
 @workers_option
 @memory_option
+@accept_option
 @click.option(
     "--scheduler", metavar="ADDRESS", help="A dask.distributed cluster that sees the same paths."
 )
@@ -104,6 +113,7 @@ def convert(
     keep: tuple[str, ...],
     workers: int | None,
     memory: int,
+    accept_rounding: bool,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
@@ -124,11 +134,12 @@ def convert(
                 revision=revision,
                 memory=memory,
                 scheduler=scheduler,
+                accept_rounding=accept_rounding,
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
-    for sentence in summary.plan.notices:
+    for sentence in summary.notices:
         notice(sentence)
     if as_json:
         print_json(summary.to_dict())

@@ -39,10 +39,16 @@ recipe_option = click.option(
     help="What is rounded to NVFP4 besides the experts, which are carried exactly.",
 )
 keep_option = click.option(
-    "--keep", multiple=True, metavar="GLOB", help="Leave matching tensors as in the source."
+    "--keep",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave matching tensors as in the source; the hub's names or transformers'.",
 )
-
-
+accept_option = click.option(
+    "--accept-rounding",
+    is_flag=True,
+    help="Round what NVFP4 cannot hold of an expert that is to be carried exactly.",
+)
 revision_option = click.option("--revision", help="Branch, tag or commit, for a hub id.")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Units worked on at once."

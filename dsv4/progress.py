@@ -113,6 +113,7 @@ class _Events:
             "total_bytes": event.total_bytes,
             "done_tensors": event.done_tensors,
             "total_tensors": event.total_tensors,
+            "inexact_tensors": event.inexact_tensors,
             "resumed_bytes": event.resumed_bytes,
             "bytes_per_second": round(self._clock.rate(event)),
             "copy_bytes_per_second": event.copy_rate and round(event.copy_rate),
@@ -128,6 +129,8 @@ def _facts(event: Event, rate: float) -> str:
         f"{decimal(event.done_bytes)} of {decimal(event.total_bytes)}  "
         f"{event.done_tensors} of {event.total_tensors} tensors  {decimal(int(rate))}/s"
     )
+    if event.inexact_tensors:
+        facts += f"  {event.inexact_tensors} not exact"
     if event.copy_rate:
         share = 100 * rate / event.copy_rate
         facts += f" ({share:.0f} % of a copy at {decimal(int(event.copy_rate))}/s)"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dsv4.convert.outputs import Losses, Output, Result
+from dsv4.convert.outputs import Losses, Output
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan
+from dsv4.convert.results import Result
 from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.schema import ArraySpec
 from dsv4.formats.version import TOOL
@@ -40,12 +41,17 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
     return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
 
 
-def manifest_of(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's sections; description: of the source (`Source.description`)."""
+def manifest_of(
+    plan: Plan, description: dict[str, Any], *, accepted: bool = False
+) -> dict[str, Any]:
+    """The manifest's sections; description: of the source (`Source.description`).
+
+    accepted: whether tensors that were to be carried and could not be were accepted as rounded.
+    """
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
-        "recipe": plan.recipe.to_dict(),
+        "recipe": plan.recipe.to_dict() | ({"accepted_rounding": True} if accepted else {}),
         "source": description,
     }

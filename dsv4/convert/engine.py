@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.cluster import Job, run_on_cluster
 from dsv4.convert.describe import describe, manifest_of
+from dsv4.convert.exactness import Tally, inexact, refuse_inexact
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
+from dsv4.convert.keep import refuse_idle_keep
 from dsv4.convert.open_source import open_source
-from dsv4.convert.outputs import Losses, Result, Unit
+from dsv4.convert.outputs import Losses, Unit
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
+from dsv4.convert.results import Result
 from dsv4.convert.source import Source
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError
@@ -32,7 +35,10 @@ WORTH_MEASURING = 1 << 30  # of a smaller source the copy rate is not worth the 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One finished unit, and how much of the source's bytes and tensors is done."""
+    """One finished unit, and how much of the source's bytes and tensors is done.
+
+    Of done_tensors, inexact_tensors were to be carried and could not be.
+    """
 
     unit: str
     done_bytes: int
@@ -41,17 +47,28 @@ class Event:
     total_tensors: int
     resumed_bytes: int  # of done_bytes, what an earlier run did
     copy_rate: float | None  # bytes a second this machine writes there; None when not measured
+    inexact_tensors: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a finished conversion reports."""
+    """What a finished conversion reports; tally: what became of every tensor, as measured.
+
+    accepted: whether tensors that were to be carried and could not be were accepted as rounded.
+    """
 
     out: Path
     root: str
     plan: Plan
     resumed_units: int
     losses: Losses  # rounded tensors only
+    tally: Tally
+    accepted: bool
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is left out, ignored, or not as it should be: whole sentences."""
+        return (*self.plan.notices, *self.tally.notices(accepted=self.accepted))
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -61,6 +78,9 @@ class Summary:
             "resumed_units": self.resumed_units,
             "losses": self.losses,
             **self.plan.to_dict(),
+            **self.tally.to_dict(),
+            "accepted_rounding": self.accepted,
+            "notices": list(self.notices),
         }
 
 
@@ -71,19 +91,26 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
     *,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
+    accept_rounding: bool = False,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
+    keep: globs of tensors to leave as they are in the source, or one glob.
     scheduler: address of a dask.distributed cluster whose workers see the same paths.
+    accept_rounding: tensors that are to be carried exactly, and of which NVFP4 cannot hold every
+    block, may be rounded. It changes no byte of an array, so a conversion may be continued with it
+    that was begun without; the store records it where there is such a tensor.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
-    Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
+    Raises SourceError, ConfigError, ConflictError, OutOfSpaceError, or, with recipe native and
+    without accept_rounding, ExactnessError, each naming what to do.
     """
     source = open_source(src, revision)
     plan = make_plan(source, make_recipe(recipe, keep))
+    refuse_idle_keep(plan)
     budget = budget_for(plan, source, memory, workers)
     out = Path(out)
     if Path(src).is_dir():
@@ -100,7 +127,8 @@ def convert(
         rate = None
         if progress is not None and plan.source_bytes >= WORTH_MEASURING:
             rate = writer.measure_rate()
-        counter = _Counter(plan, finished, progress, rate)
+        strict = plan.recipe.exact and not accept_rounding
+        counter = _Counter(plan, finished, progress, rate, strict=strict)
         work = _Work(plan, finished, source, writer, counter)
         if scheduler is None:
             sha256 = work.run_here(budget)
@@ -110,18 +138,20 @@ def convert(
                 place,
                 source.commit,
                 recipe,
-                tuple(keep),
+                plan.recipe.keep,
                 str(out.resolve()),
                 source.fingerprint(),
                 budget,
             )
             sha256 = work.run_on_cluster(scheduler, job)
-        notes = writer.notes()
-        results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
+        results = _results(plan.units, writer)
+        tally = Tally.of(plan, results)
+        accepted = accept_rounding and bool(tally.inexact)
         _complete(plan, results, source, writer)
         groups, arrays, losses = describe(plan, results)
-        root = writer.finish(groups, arrays, manifest_of(plan, source.description(sha256)))
-    return Summary(out, root, plan, len(finished), losses)
+        manifest = manifest_of(plan, source.description(sha256), accepted=accepted)
+        root = writer.finish(groups, arrays, manifest)
+    return Summary(out, root, plan, len(finished), losses, tally, accepted)
 
 
 def _refuse_overlap(src: Path, out: Path) -> None:
@@ -137,14 +167,23 @@ def _recover(plan: Plan, writer: StoreWriter) -> None:
         writer.complete(file)
 
 
-def _finished(plan: Plan, writer: StoreWriter) -> set[str]:
-    """Keys of the units that an earlier run finished durably."""
+def _finished(plan: Plan, writer: StoreWriter) -> dict[str, Result]:
+    """What the units measured that an earlier run finished durably, by key."""
     notes = writer.notes()
-    return {
-        unit.key
-        for unit in plan.units
-        if unit.key in notes and all(writer.covers(*target) for target in unit.targets)
-    }
+    return _results(
+        [
+            unit
+            for unit in plan.units
+            if unit.key in notes and all(writer.covers(*target) for target in unit.targets)
+        ],
+        writer,
+    )
+
+
+def _results(units: Sequence[Unit], writer: StoreWriter) -> dict[str, Result]:
+    """What the journal says that the units measured."""
+    notes = writer.notes()
+    return {unit.key: Result.from_json(notes[unit.key]["result"], unit.key) for unit in units}
 
 
 def _missing_bytes(plan: Plan, writer: StoreWriter) -> int:
@@ -159,7 +198,7 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        finished: set[str],
+        finished: Mapping[str, Result],
         source: Source,
         writer: StoreWriter,
         counter: _Counter,
@@ -221,24 +260,43 @@ def _made_from(plan: Plan, file: str) -> set[FileSpec]:
 
 
 class _Counter:
-    """Counts finished units, in bytes and tensors."""
+    """Counts finished units, in bytes and tensors.
+
+    strict: whether a unit that rounded what it was to carry raises ExactnessError. What an earlier
+    run finished counts as well: consent is asked of the command that finishes the store.
+    """
 
     def __init__(
-        self, plan: Plan, finished: set[str], progress: Progress | None, rate: float | None
+        self,
+        plan: Plan,
+        finished: Mapping[str, Result],
+        progress: Progress | None,
+        rate: float | None,
+        *,
+        strict: bool,
     ) -> None:
-        done = [unit for unit in plan.units if unit.key in finished]
         self._lock = threading.Lock()
         self._progress = progress
         self._rate = rate
+        self._strict = strict
         self._total = plan.source_bytes, sum(len(unit.inputs) for unit in plan.units)
-        self._bytes = self._resumed = sum(unit.input_bytes for unit in done)
-        self._tensors = sum(len(unit.inputs) for unit in done)
+        self._bytes = self._tensors = self._inexact = 0
+        for unit in plan.units:
+            if unit.key in finished:
+                self._count(unit, finished[unit.key])
+        self._resumed = self._bytes
 
-    def add(self, unit: Unit) -> None:
+    def _count(self, unit: Unit, result: Result) -> None:
+        if self._strict:
+            refuse_inexact(unit, result)
+        self._bytes += unit.input_bytes
+        self._tensors += len(unit.inputs)
+        self._inexact += sum(1 for _ in inexact(unit, result))
+
+    def add(self, unit: Unit, result: Result) -> None:
         """One more unit is finished."""
         with self._lock:
-            self._bytes += unit.input_bytes
-            self._tensors += len(unit.inputs)
+            self._count(unit, result)
             if self._progress is not None:
                 total_bytes, total_tensors = self._total
                 self._progress(
@@ -250,6 +308,7 @@ class _Counter:
                         total_tensors,
                         self._resumed,
                         self._rate,
+                        self._inexact,
                     )
                 )
 
