@@ -10,6 +10,7 @@ from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store.reader import PackedStore, collector_paused
 from dsv4.validate.content import Checksums, check_content, default_workers
+from dsv4.validate.exactness import judge_admissions, read_admissions
 from dsv4.validate.inversion import invert
 from dsv4.validate.report import Report
 from dsv4.validate.rounding import Optimum
@@ -46,6 +47,7 @@ def validate(
     report.count("store opened")
     with collector_paused():
         check_metadata(checkpoint, report)
+        read_admissions(checkpoint.store, report)
     workers = workers or default_workers()
     if not quick:
         check_content(checkpoint, report, workers=workers, checksums=checksums)
@@ -53,5 +55,6 @@ def validate(
         # Comparing with the source is stronger than any checksum, so none is computed twice.
         unverified = PackedCheckpoint(PackedStore.open(checkpoint.store.root, verify=False))
         invert(unverified, opened_source, report, workers=workers, optimum=optimum)
+    judge_admissions(report)
     report.seconds = time.perf_counter() - begin
     return report

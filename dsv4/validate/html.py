@@ -44,6 +44,8 @@ ADVICE = {
     "counts": "The metadata is not what was packed. Convert the source again.",
     "source": "The store does not come from this source, or says so wrongly. Convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
+    "exact": "The source has experts that NVFP4 cannot hold. Convert it again with "
+    "--accept-rounding if these errors do no harm, or choose another source.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
     "loss": "What the store says of its losses is wrong. Convert the source again.",
@@ -80,6 +82,7 @@ def render_html(report: Report) -> str:
         advice=ADVICE,
         findings=_by_check(report.findings),
         widths=WIDTHS,
+        MAX_ROWS=MAX_ROWS,
         more=max(len(report.findings) - MAX_FINDINGS, 0),
         plots=plots,
         **_losses(report),

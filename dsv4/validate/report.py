@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.exactness import Inexact
 from dsv4.formats.version import TOOL
 
 SCALE_OCTAVES = ("zero", *range(-9, 9))
@@ -27,9 +28,10 @@ class TensorVerdict:
 
     exact: every value (sign of zero included) equals the source's. loss: None when exact.
     max_error: of a rounded tensor, the largest error of an element as a fraction of what its block
-    allows. optimum: the relative MSE that the format allows, recomputed from the source for
-    `optimum_share` of its rows and inferred for the others. seconds: what reading both and
-    comparing took.
+    allows. rounded_blocks: its blocks with other values. carried: whether it was to be exact.
+    zero: whether it is a weight that is zero throughout. optimum: the relative MSE that the format
+    allows, recomputed from the source for `optimum_share` of its rows and inferred for the others.
+    seconds: what reading both and comparing took.
     """
 
     name: str
@@ -40,6 +42,9 @@ class TensorVerdict:
     seconds: float = 0.0
     max_error: float | None = None
     optimum_share: float | None = None
+    rounded_blocks: int = 0
+    carried: bool = True
+    zero: bool = False
 
     @property
     def excess(self) -> float | None:
@@ -71,6 +76,9 @@ class Report:
     template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
     block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
+    inexact: what the store says was to be carried and is not equal. accepted_rounding: whether it
+    says that this was accepted. zero: weights that are zero throughout, as compared with the
+    source, else as recorded.
     """
 
     path: Path
@@ -86,6 +94,9 @@ class Report:
     findings: list[Finding] = dataclasses.field(default_factory=list)
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     gates: list[GateAgreement] = dataclasses.field(default_factory=list)
+    inexact: list[Inexact] = dataclasses.field(default_factory=list)
+    accepted_rounding: bool = False
+    zero: list[str] = dataclasses.field(default_factory=list)
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
@@ -130,6 +141,9 @@ class Report:
             "scales": self.scales,
             "tensors": [dataclasses.asdict(verdict) for verdict in self.tensors],
             "gates": [dataclasses.asdict(gate) for gate in self.gates],
+            "inexact_tensors": [dataclasses.asdict(tensor) for tensor in self.inexact],
+            "accepted_rounding": self.accepted_rounding,
+            "zero_tensors": self.zero,
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
         }
