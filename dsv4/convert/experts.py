@@ -252,9 +252,10 @@ class ExpertsOutput(Output):
     ) -> tuple[tuple[Tensor, ...], list[Outcome]]:
         """One expert's part of the arrays that are cut by expert, and what became of it."""
         if self.format is Encoding.NVFP4:
-            parts, outcomes = zip(*(_to_nvfp4(source, tensor) for tensor in expert), strict=True)
+            made = [_to_nvfp4(source, tensor) for tensor in expert]
+            parts = [part for part, _ in made]
             packed = pack_nvfp4(parts, slabs=self.slabs, interleave=self.interleave)
-            return (packed.codes, packed.scales), list(outcomes)
+            return (packed.codes, packed.scales), [outcome for _, outcome in made]
         if self.format is Encoding.FP8:
             pairs = [
                 tuple(checked(part, tensor.name) for part in read_fp8(source, tensor))

@@ -211,7 +211,7 @@ def _fit(halves: Tensor, scale: Tensor) -> _Fit:
     if bool(rounded.any()):
         lanes = before[rounded].float().t().contiguous()
         packed, scales[rounded] = BlockEncoder(lanes.shape[1], lanes.device).encode(lanes)
-        codes[rounded] = packed.view(torch.int64).flatten()
+        codes[rounded] = packed.reshape(-1).view(torch.int64)  # one block has odd strides
         after = _values(codes[rounded], e4m3_decode(scales[rounded]).double())
         error = after.sub_(before[rounded])
         lost, worst = float(error.square().sum()), float(error.abs().amax())
