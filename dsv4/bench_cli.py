@@ -119,7 +119,7 @@ def bench_kernels(
     as_json: bool,
 ) -> None:
     """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
-    from dsv4.kernels.operations.gemv import MAX_ROWS
+    from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
     if peers:
         few = numbers("1,2,4,8" if rows is None else rows, most=MAX_ROWS)
@@ -130,7 +130,7 @@ def bench_kernels(
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
     from dsv4.bench_render import kernel_line, kernels_table
-    from dsv4.kernels.operations import cases, checks
+    from dsv4.kernels.ops import cases, checks
 
     device = torch.device("cuda")
     library = open_library(device, location)
@@ -212,7 +212,7 @@ def bench_decode(
     as_json: bool,
 ) -> None:
     """A step of the first layers of a real model, random weights: correctness, time, bound."""
-    from dsv4.kernels.operations.gemv import MAX_ROWS
+    from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
     counts = numbers(rows, most=MAX_ROWS)
     import torch

@@ -36,9 +36,9 @@ def build_kernels(
     result needs no compiler: it can be copied to the GPU machine and named by DSV4_KERNELS.
     """
     from dsv4.formats.releases import MODELS
-    from dsv4.kernels.build import Built, build
-    from dsv4.kernels.library import default_location
-    from dsv4.kernels.operations import cases, checks
+    from dsv4.kernels.core.build import Built, build
+    from dsv4.kernels.core.library import default_location
+    from dsv4.kernels.ops import cases, checks
     from dsv4.runtime.gpu import plan, prefill_plan
 
     wanted = [

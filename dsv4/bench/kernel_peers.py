@@ -25,8 +25,8 @@ from dsv4.bench.kernels import Machine, copies_of, graph_seconds
 from dsv4.bench.peer_work import Product, Routed, Subject, Work, subjects
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import KernelError
-from dsv4.kernels.check import launcher
-from dsv4.kernels.library import Library
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.core.verify import launcher
 from dsv4.kernels.reference.moe import swiglu
 
 Run = Callable[[], Tensor]

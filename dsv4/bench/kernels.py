@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from dsv4.formats.errors import KernelError
-from dsv4.kernels.case import Buffers, Case
-from dsv4.kernels.check import check, check_alone, launcher
-from dsv4.kernels.library import Library, architecture, default_location
-from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.kernels.core.contract import Buffers, Case
+from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.core.verify import check, check_alone, launcher
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
 L2_TIMES = 4  # of the L2's size that the copies of a case's cold buffers take together
 MOST_COPIES = 64

@@ -18,9 +18,10 @@ from dsv4.formats.config import ModelConfig
 from dsv4.formats.layouts import unpack_fp8, unpack_nvfp4
 from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
-from dsv4.kernels.case import Buffers, Case
-from dsv4.kernels.operations import experts, gemv
-from dsv4.kernels.reference.experts import operand
+from dsv4.kernels.core.contract import Buffers, Case
+from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.experts.reference import operand
+from dsv4.kernels.ops.gemv import contract as gemv
 
 SHAPES = ("lm_head", "wq_b", "wo_a", "wo_b", "shared w1 w3", "shared w2")
 SCALES = (0x08, 0x7F)  # E4M3 codes of normal numbers

@@ -22,7 +22,7 @@ from dsv4.formats.matrices import (
     Matrix,
     Nvfp4Matrix,
 )
-from dsv4.kernels.reference.experts import INTERLEAVE, SLABS
+from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
 from dsv4.runtime.gpu.weights import Nvfp4Stack
 
 CODE_RMS = 8.5625**0.5  # of uniform E2M1 codes

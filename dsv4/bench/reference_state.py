@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.kernels.case import Buffers
-from dsv4.kernels.operations.attention_rows import dequantize
-from dsv4.kernels.operations.indexer_reference import key_values
+from dsv4.kernels.core.contract import Buffers
+from dsv4.kernels.ops.attention.reference import dequantize
+from dsv4.kernels.ops.indexer.reference import key_values
 from dsv4.runtime.cache import CompressedCache
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.session import Session

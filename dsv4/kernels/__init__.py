@@ -1,1 +1,1 @@
-"""The operations of the forward pass, one contract each; `reference` is the oracle and the CPU."""
+"""The kernels: what each computes (`reference`, `ops`), how it is built and checked (`core`)."""

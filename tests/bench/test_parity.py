@@ -13,7 +13,7 @@ from dsv4.bench.parity_logits import Distance, Proof, after_long_context, distan
 from dsv4.bench.parity_text import greedy_text
 from dsv4.bench.parity_weights import TellingWeights
 from dsv4.formats.config import ModelConfig
-from dsv4.kernels.case import Buffers
+from dsv4.kernels.core.contract import Buffers
 from dsv4.runtime.gpu import session
 from dsv4.runtime.gpu.buffers import caches, clear
 from dsv4.runtime.gpu.program import Program

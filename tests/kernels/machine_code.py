@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4.kernels.build import compile_kernel
-from dsv4.kernels.compiled import Kernel
+from dsv4.kernels.core.build import compile_kernel
+from dsv4.kernels.core.signature import Kernel
 
 _EXECUTABLE = 4  # SHF_EXECINSTR
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from dsv4.formats.codecs import e2m1_decode, e4m3_decode, e8m0_decode, unpack_nibbles
 from dsv4.formats.config import AttentionKind
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.case import Buffers, Case, Expected
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations import q_rope
-from dsv4.kernels.operations.append import Layer, Run, append, case, cases, checks
+from dsv4.kernels.core.contract import Buffers, Case, Expected
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.kv_cache import q_rope_contract
+from dsv4.kernels.ops.kv_cache.contract import Layer, Run, append, case, cases, checks
 from dsv4.kernels.reference.compressor import compress
 from dsv4.kernels.reference.indexer import hadamard
 from dsv4.kernels.reference.norm import head_norm, rms_norm
@@ -147,7 +147,7 @@ def test_rings_hold_the_step(layer: Layer) -> None:
 
 
 def test_query_heads_are_the_reference_operations() -> None:
-    buffers = _buffers(one := q_rope.case(FLASH, "test", "none", (0, 7, 70000)))
+    buffers = _buffers(one := q_rope_contract.case(FLASH, "test", "none", (0, 7, 70000)))
     heads = buffers["q"].view(3, FLASH.num_attention_heads, FLASH.head_dim)
     normed = head_norm(heads, FLASH.rms_norm_eps).to(torch.bfloat16)
     place = buffers["position"].long()
@@ -189,6 +189,6 @@ def test_machine_code(kind: str, arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 def test_machine_code_of_query_heads(arch: str) -> None:
-    code = machine_code(q_rope.q_rope(FLASH), arch)
+    code = machine_code(q_rope_contract.q_rope(FLASH), arch)
     assert code.spilled == 0
     assert code.ptx.index("griddepcontrol.wait") < code.ptx.index("ld.volatile.global")

@@ -13,11 +13,11 @@ from click.testing import CliRunner
 from dsv4.cli import cli
 from dsv4.formats.errors import KernelError
 from dsv4.formats.releases import FLASH
-from dsv4.kernels import compiled, library
-from dsv4.kernels.build import Built, build
-from dsv4.kernels.library import Library
-from dsv4.kernels.operations import cases
-from dsv4.kernels.operations.gemv import Weight, gemv
+from dsv4.kernels.core import library, signature
+from dsv4.kernels.core.build import Built, build
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.ops import cases
+from dsv4.kernels.ops.gemv.contract import Weight, gemv
 
 SMALL = gemv([Weight("fp8", 128, 256)])
 OTHER = gemv([Weight("bf16", 128, 256)])
@@ -65,7 +65,7 @@ def test_what_is_missing_is_refused_by_name(built: Path, tmp_path: Path) -> None
 
 
 def test_other_source_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "source_digest", lambda kernel: "0" * 64)
+    monkeypatch.setattr(signature, "source_digest", lambda kernel: "0" * 64)
     with pytest.raises(KernelError, match="built from other source"):
         Library(built, "sm_90a").function(SMALL)
 
@@ -85,8 +85,8 @@ def test_a_key_follows_source_shapes_and_architecture() -> None:
     assert key == SMALL.key("sm_90a", "compiler 1")
     assert len({key, SMALL.key("sm_100a", "compiler 1"), SMALL.key("sm_90a", "compiler 2")}) == 3
     assert key != OTHER.key("sm_90a", "compiler 1")
-    assert {"dsv4.kernels.sm90.gemv", "dsv4.kernels.sm90.ptx"} <= compiled._reachable(
-        "dsv4.kernels.sm90.gemv"
+    assert {"dsv4.kernels.ops.gemv.kernel", "dsv4.kernels.device.ptx"} <= signature._reachable(
+        "dsv4.kernels.ops.gemv.kernel"
     )
 
 
@@ -94,7 +94,7 @@ def test_names_are_unique_and_short() -> None:
     kernels = {k for case in cases(FLASH, "flash", (1, 8)) for k in case.kernels}
     names = {one.name for one in kernels}
     assert len(names) == len(kernels)
-    assert max(map(len, names)) <= compiled.NAME_LENGTH + 9
+    assert max(map(len, names)) <= signature.NAME_LENGTH + 9
 
 
 def test_the_location_is_the_documented_variable(

@@ -9,9 +9,11 @@ import pytest
 
 from dsv4.formats.config import AttentionKind
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.operations import append, indexer, q_rope
-from dsv4.kernels.operations.append import Layer, Run
-from dsv4.kernels.operations.indexer_inputs import Rows, coarse
+from dsv4.kernels.ops.indexer import contract as indexer
+from dsv4.kernels.ops.indexer.inputs import Rows, coarse
+from dsv4.kernels.ops.kv_cache import contract as append
+from dsv4.kernels.ops.kv_cache import q_rope_contract
+from dsv4.kernels.ops.kv_cache.contract import Layer, Run
 from tests.kernels.interpreter.run import configured, faults
 
 STEPS = {
@@ -29,7 +31,7 @@ def test_append(name: str) -> None:
 
 def test_query_heads() -> None:
     config = dataclasses.replace(FLASH, num_attention_heads=8)
-    assert faults(q_rope.case(config, "few", "none", (0, 9000)), "sm_90a") == []
+    assert faults(q_rope_contract.case(config, "few", "none", (0, 9000)), "sm_90a") == []
 
 
 def test_scores_and_choice() -> None:

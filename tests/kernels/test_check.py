@@ -13,15 +13,16 @@ from torch import Tensor
 
 from dsv4.formats.errors import KernelError
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.case import Case, Expected, Launch
-from dsv4.kernels.check import GUARD_BYTES, check, check_alone
-from dsv4.kernels.compiled import Argument, Kernel, kernel
-from dsv4.kernels.library import Library
-from dsv4.kernels.operations import quantize_activations, xxh3
+from dsv4.kernels.core.contract import Case, Expected, Launch
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.core.signature import Argument, Kernel, kernel
+from dsv4.kernels.core.verify import GUARD_BYTES, check, check_alone
+from dsv4.kernels.ops.fp4_blackwell import quantize_contract
+from dsv4.kernels.ops.xxh3 import contract as xxh3
 
 DOUBLE = kernel(
     "double",
-    "dsv4.kernels.sm90.gemv:Gemv",
+    "dsv4.kernels.ops.gemv.kernel:Gemv",
     {},
     (
         Argument("x", torch.float32, ("n",)),
@@ -112,7 +113,7 @@ def test_guards_are_wider_than_any_vector_store() -> None:
 
 ROWS = kernel(
     "rows",
-    "dsv4.kernels.sm90.gemv:Gemv",
+    "dsv4.kernels.ops.gemv.kernel:Gemv",
     {},
     (
         Argument("x", torch.float32, ("rows", 4)),
@@ -153,7 +154,7 @@ def test_tokens_that_share_something_are_not_held_alone() -> None:
     """One scale for all tokens: by definition a token alone has other results."""
     joint = dataclasses.replace(BATCH, joint=True)
     assert check_alone(joint, Fake(_looks_at_the_others), torch.device("cpu")) == []
-    for case in quantize_activations.checks(FLASH, "none"):
+    for case in quantize_contract.checks(FLASH, "none"):
         config = dict(case.kernels[1].config)
         assert case.joint is (not config["per_row"] or "groups" in config)
 

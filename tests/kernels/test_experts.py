@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dsv4.formats.matrices import Nvfp4Matrix
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.bounds import chained, mma_order, rounded_range
-from dsv4.kernels.case import Buffers, Expected
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations import experts as operation
-from dsv4.kernels.operations.experts import Shape, case, cases, checks, experts
-from dsv4.kernels.reference import experts as reference
+from dsv4.kernels.core.bounds import chained, mma_order, rounded_range
+from dsv4.kernels.core.contract import Buffers, Expected
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.experts import contract as operation
+from dsv4.kernels.ops.experts import reference
+from dsv4.kernels.ops.experts.contract import Shape, case, cases, checks, experts
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.moe import routed_experts, split_gate_up, swiglu
 from tests.kernels.interpreter.run import faults

@@ -11,9 +11,9 @@ from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint
 from torchao.prototype.mx_formats.utils import from_blocked
 
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.case import Case
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations.gemv import Weight, case, cases, gemv, tuned, weights_of
+from dsv4.kernels.core.contract import Case
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.gemv.contract import Weight, case, cases, gemv, tuned, weights_of
 from tests.kernels.interpreter.run import faults
 from tests.kernels.machine_code import machine_code
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dsv4.formats.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.case import Buffers, Case
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations.indexer import (
+from dsv4.kernels.core.contract import Buffers, Case
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.indexer.contract import (
     case,
     cases,
     checks,
@@ -18,8 +18,8 @@ from dsv4.kernels.operations.indexer import (
     index_scores,
     index_topk,
 )
-from dsv4.kernels.operations.indexer_inputs import Rows, Values, coarse, equal, normal, wide
-from dsv4.kernels.operations.indexer_reference import queries
+from dsv4.kernels.ops.indexer.inputs import Rows, Values, coarse, equal, normal, wide
+from dsv4.kernels.ops.indexer.reference import queries
 from dsv4.kernels.reference.indexer import hadamard
 from dsv4.kernels.reference.indexer import index_scores as reference_scores
 from dsv4.kernels.reference.quant_sim import INDEXER_BLOCK, fake_quant_fp4

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from dsv4.kernels.operations import fp4_gemm, fp4_gemm_grouped, quantize_activations
-from dsv4.kernels.operations.fp4_gemm import Product
-from dsv4.kernels.operations.fp4_gemm_grouped import Experts
-from dsv4.kernels.operations.quantize_activations import Form
+from dsv4.kernels.ops.fp4_blackwell import gemm_contract, grouped_contract, quantize_contract
+from dsv4.kernels.ops.fp4_blackwell.gemm_contract import Product
+from dsv4.kernels.ops.fp4_blackwell.grouped_contract import Experts
+from dsv4.kernels.ops.fp4_blackwell.quantize_contract import Form
 from tests.kernels.interpreter.alterations import WAIT, instead, without
 from tests.kernels.interpreter.run import Alteration, configured, faults
 
@@ -37,14 +37,14 @@ QUANTIZERS = {
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_products(name: str) -> None:
     product, rows, tile_n, ctas = DENSE[name]
-    case = fp4_gemm.case(product, name, "none", rows, tile_n)
+    case = gemm_contract.case(product, name, "none", rows, tile_n)
     assert faults(configured(case, ctas=ctas), "sm_100a") == []
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_grouped_products(name: str) -> None:
     experts, rows, ctas = GROUPED[name]
-    case = fp4_gemm_grouped.case(experts, name, "none", rows)
+    case = grouped_contract.case(experts, name, "none", rows)
     assert faults(configured(case, ctas=ctas), "sm_100a") == []
 
 
@@ -52,7 +52,7 @@ def test_grouped_products(name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizer(name: str, arch: str) -> None:
     form, rows = QUANTIZERS[name]
-    case = quantize_activations.case(form, name, "none", rows, hard=True)
+    case = quantize_contract.case(form, name, "none", rows, hard=True)
     assert faults(case, arch) == []
 
 
@@ -74,7 +74,7 @@ ALTERATIONS = {
 def _caught(alter: Alteration) -> bool:
     """Whether some order of events shows it."""
     # More steps than stages and more tiles than accumulators on the one CTA.
-    case = configured(fp4_gemm.case(Product(512, 768), "altered", "none", 5), ctas=1)
+    case = configured(gemm_contract.case(Product(512, 768), "altered", "none", 5), ctas=1)
     for seed in range(12):
         try:
             if faults(case, "sm_100a", seed, alter):

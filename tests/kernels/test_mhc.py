@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.case import Case
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations.mhc import PLACES, SIZES, Output, Shape, case, cases, mhc
+from dsv4.kernels.core.contract import Case
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.hyper_connections.contract import (
+    PLACES,
+    SIZES,
+    Output,
+    Shape,
+    case,
+    cases,
+    mhc,
+)
 from dsv4.kernels.reference.mhc import hc_head, mhc_post, mhc_pre
 from dsv4.kernels.reference.norm import rms_norm
 from tests.kernels.interpreter.run import faults, interpret

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from dsv4.formats.matrices import Nvfp4Matrix
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.bounds import blocked
-from dsv4.kernels.case import Buffers, Case, Expected
-from dsv4.kernels.check import fault
-from dsv4.kernels.compiled import Kernel
-from dsv4.kernels.operations import experts_prefill, gemm, gemv
-from dsv4.kernels.operations.experts import Shape
-from dsv4.kernels.operations.gemv import Weight
-from dsv4.kernels.reference import experts as reference
-from dsv4.kernels.reference.experts_prefill import expected
+from dsv4.kernels.core.bounds import blocked
+from dsv4.kernels.core.contract import Buffers, Case, Expected
+from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.experts import reference
+from dsv4.kernels.ops.experts.contract import Shape
+from dsv4.kernels.ops.gemv import contract as gemv
+from dsv4.kernels.ops.gemv.contract import Weight
+from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
+from dsv4.kernels.ops.prefill.experts_reference import expected
+from dsv4.kernels.ops.prefill.weight_fragments import arranged_column
 from dsv4.kernels.reference.moe import routed_experts
-from dsv4.kernels.sm90.prefill.fragments import arranged_column
 from tests.kernels.interpreter.alterations import WAIT, instead, without
 from tests.kernels.interpreter.run import Alteration, faults
 from tests.kernels.machine_code import machine_code
@@ -68,7 +69,7 @@ def _few(rng: torch.Generator, rows: int, shape: Shape) -> Tensor:
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_product_is_that_of_few_rows(name: str, hard: bool) -> None:
-    one = gemm.case(WEIGHTS[name], name, "none", 8, "float32", hard=hard)
+    one = gemm_contract.case(WEIGHTS[name], name, "none", 8, "float32", hard=hard)
     buffers = _buffers(one)
     few = gemv.case([WEIGHTS[name]], name, "none", 8)
     renamed = {f"{n}0": buffers[n] for n in ("codes", "scales", "global_scale") if n in buffers}
@@ -82,7 +83,7 @@ def test_a_product_is_that_of_few_rows(name: str, hard: bool) -> None:
 
 def test_the_experts_are_those_of_the_model() -> None:
     """Without roundings of activations, which the model's CPU path has at other places."""
-    buffers = _buffers(experts_prefill.case(SMALL, "none", 20))
+    buffers = _buffers(experts_contract.case(SMALL, "none", 20))
     y = routed_experts(
         buffers["x"][:, 0].to(torch.float32),
         buffers["topk_idx"].to(torch.int64),
@@ -116,26 +117,28 @@ def test_arranged_columns_are_all_columns() -> None:
 
 def test_cases_cover_every_dense_matrix_of_both_models() -> None:
     for config in (FLASH, PRO):
-        shapes = {(w.kind, w.n, w.k) for w in gemm.weights_of(config).values()}
+        shapes = {(w.kind, w.n, w.k) for w in gemm_contract.weights_of(config).values()}
         heads = config.num_attention_heads * config.head_dim
         assert ("fp8", heads, config.q_lora_rank) in shapes
         assert ("nvfp4", config.moe_intermediate_size, config.hidden_size) in shapes
-        assert len(list(gemm.cases(config, "any", (8, 512)))) == len(gemm.weights_of(config))
-    (one,) = experts_prefill.cases(FLASH, "flash", (1, 8, 2048))
+        assert len(list(gemm_contract.cases(config, "any", (8, 512)))) == len(
+            gemm_contract.weights_of(config)
+        )
+    (one,) = experts_contract.cases(FLASH, "flash", (1, 8, 2048))
     assert one.flops == 2 * 2048 * 6 * 3 * 4096 * 2048
     assert one.nbytes > 256 * 3 * 4096 * 2048 * 9 // 16
 
 
 KERNELS = {
-    "w13, Flash": experts_prefill.up(Shape.of(FLASH)),
-    "w2, Flash": experts_prefill.down(Shape.of(FLASH)),
-    "w13, Pro": experts_prefill.up(Shape.of(PRO)),
-    "w13, Flash, many tokens": experts_prefill.up(Shape.of(FLASH), experts_prefill.MANY),
-    "w2, Flash, many tokens": experts_prefill.down(Shape.of(FLASH), experts_prefill.MANY),
-    "fp8": gemm.gemm(Weight("fp8", 4096, 8192, 8)),
-    "fp8, many rows": gemm.gemm(Weight("fp8", 4096, 8192, 8), tuning=gemm.WIDE),
-    "nvfp4, many rows": gemm.gemm(Weight("nvfp4", 2048, 4096), tuning=gemm.WIDE),
-    "bf16": gemm.gemm(Weight("bf16", 64, 4096), "float32"),
+    "w13, Flash": experts_contract.up(Shape.of(FLASH)),
+    "w2, Flash": experts_contract.down(Shape.of(FLASH)),
+    "w13, Pro": experts_contract.up(Shape.of(PRO)),
+    "w13, Flash, many tokens": experts_contract.up(Shape.of(FLASH), experts_contract.MANY),
+    "w2, Flash, many tokens": experts_contract.down(Shape.of(FLASH), experts_contract.MANY),
+    "fp8": gemm_contract.gemm(Weight("fp8", 4096, 8192, 8)),
+    "fp8, many rows": gemm_contract.gemm(Weight("fp8", 4096, 8192, 8), tuning=gemm_contract.WIDE),
+    "nvfp4, many rows": gemm_contract.gemm(Weight("nvfp4", 2048, 4096), tuning=gemm_contract.WIDE),
+    "bf16": gemm_contract.gemm(Weight("bf16", 64, 4096), "float32"),
 }
 
 
@@ -161,19 +164,19 @@ def test_products_interpreted(name: str, hard: bool) -> None:
     """One column tile is not full; the ring wraps."""
     out = "float32" if hard else "bfloat16"
     cut = {**CUT, "ctas": 2}
-    one = gemm.case(WEIGHTS[name], name, "none", 37, out, hard=hard, tuning=cut)
+    one = gemm_contract.case(WEIGHTS[name], name, "none", 37, out, hard=hard, tuning=cut)
     assert faults(one, "sm_90a") == []
 
 
 @pytest.mark.parametrize(("name", "hard"), [("nvfp4", True), ("bf16", False)])
 def test_products_interpreted_where_warps_multiply_on_their_own(name: str, hard: bool) -> None:
-    one = gemm.case(WEIGHTS[name], name, "none", 37, hard=hard, tuning={**CUT, "ctas": 2})
+    one = gemm_contract.case(WEIGHTS[name], name, "none", 37, hard=hard, tuning={**CUT, "ctas": 2})
     assert faults(one, "sm_100a") == []
 
 
 def test_experts_interpreted() -> None:
     cut = {**CUT, "ctas": 2}
-    one = experts_prefill.case(NARROW, "none", 7, routing=_few, hard=True, tuning=cut)
+    one = experts_contract.case(NARROW, "none", 7, routing=_few, hard=True, tuning=cut)
     assert faults(one, "sm_90a") == []
 
 
@@ -181,19 +184,23 @@ def test_experts_interpreted() -> None:
 def test_one_expert_interpreted(arch: str) -> None:
     """Twice for each token, in several tiles of tokens, the last one narrow."""
     cut = {**CUT, "ctas": 3, "runs": 1, "unroll": 2, "narrow": 1}
-    routing = experts_prefill.one_expert
-    one = experts_prefill.case(NARROW, "none", 20, "bfloat16", routing=routing, tuning=cut)
+    routing = experts_contract.one_expert
+    one = experts_contract.case(NARROW, "none", 20, "bfloat16", routing=routing, tuning=cut)
     assert faults(one, arch) == []
 
 
 def test_the_cut_follows_the_number_of_tokens() -> None:
     flash = Shape.of(FLASH)
-    found = [experts_prefill.tuned(flash, rows)["n_tile"] for rows in (9, 2048, 8192)]
+    found = [experts_contract.tuned(flash, rows)["n_tile"] for rows in (9, 2048, 8192)]
     assert found == [64, 64, 128]
     wide, small = Weight("fp8", 32768, 1024), Weight("fp8", 1024, 4096)
-    assert [gemm.tuned(wide, rows)["n_tile"] for rows in (9, 512, 2048)] == [128, 256, 256]
-    assert [gemm.tuned(small, rows)["n_tile"] for rows in (9, 512, 2048)] == [128, 128, 128]
-    assert gemm.tuned(Weight("bf16", 64, 4096), 8192)["n_tile"] == 128
+    assert [gemm_contract.tuned(wide, rows)["n_tile"] for rows in (9, 512, 2048)] == [128, 256, 256]
+    assert [gemm_contract.tuned(small, rows)["n_tile"] for rows in (9, 512, 2048)] == [
+        128,
+        128,
+        128,
+    ]
+    assert gemm_contract.tuned(Weight("bf16", 64, 4096), 8192)["n_tile"] == 128
 
 
 ALTERATIONS = {
@@ -215,7 +222,7 @@ def test_an_altered_kernel_is_caught(name: str) -> None:
 def _caught(arch: str, alter: Alteration) -> bool:
     """Whether some order of events shows it."""
     cut = {**CUT, "ctas": 1}
-    one = gemm.case(Weight("bf16", 128, 768), "altered", "none", 9, tuning=cut)
+    one = gemm_contract.case(Weight("bf16", 128, 768), "altered", "none", 9, tuning=cut)
     for seed in range(6):
         try:
             if faults(one, arch, seed, alter):

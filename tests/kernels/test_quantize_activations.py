@@ -13,9 +13,9 @@ from torch import Tensor
 from dsv4.formats.codecs import e2m1_encode, pack_nibbles, unpack_nibbles
 from dsv4.formats.layouts import untile_scales
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.case import Case
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations.quantize_activations import (
+from dsv4.kernels.core.contract import Case
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.fp4_blackwell.quantize_contract import (
     Form,
     amax,
     case,
@@ -25,7 +25,7 @@ from dsv4.kernels.operations.quantize_activations import (
     plain_values,
     quantize,
 )
-from dsv4.kernels.reference.nvfp4 import dequantize_activations, quantize_activations
+from dsv4.kernels.ops.fp4_blackwell.reference import dequantize_activations, quantize_activations
 from tests.kernels.machine_code import machine_code
 
 with warnings.catch_warnings():  # it warns about torch.jit while importing

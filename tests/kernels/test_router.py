@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsv4.formats.releases import FLASH, PRO
-from dsv4.kernels.case import Case
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations.router import SIZES, Shape, case, checks, router
+from dsv4.kernels.core.contract import Case
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.router.contract import SIZES, Shape, case, checks, router
 from tests.kernels.interpreter.run import faults, interpret
 from tests.kernels.machine_code import machine_code
 

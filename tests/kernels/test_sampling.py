@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.check import fault
-from dsv4.kernels.operations import sampling
-from dsv4.kernels.operations.sampling import UNUSUAL, case, cases, checks, mixed, nucleus, plain
+from dsv4.kernels.core.verify import fault
+from dsv4.kernels.ops.sampling import contract as sampling
+from dsv4.kernels.ops.sampling.contract import UNUSUAL, case, cases, checks, mixed, nucleus, plain
 from dsv4.kernels.reference.sampling import (
     INVALID_TOKEN,
     POLYNOMIAL,

@@ -7,7 +7,7 @@ import torch
 import xxhash
 
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.operations.xxh3 import case, checks
+from dsv4.kernels.ops.xxh3.contract import case, checks
 from dsv4.kernels.reference.xxh3 import accumulators, digests
 from tests.kernels.interpreter.run import faults
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.operations.xxh3 import xxh3
+from dsv4.kernels.ops.xxh3.contract import xxh3
 from dsv4.kernels.reference.xxh3 import secret_words
 from dsv4.runtime.load import Settings, check, load_weights
 from dsv4.runtime.load.arena import HostArena, Slot

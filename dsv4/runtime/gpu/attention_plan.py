@@ -16,10 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from dsv4.formats.config import AttentionKind, ModelConfig
-from dsv4.kernels.case import Launch
-from dsv4.kernels.operations import append, attention, indexer, q_rope
-from dsv4.kernels.operations.attention_rows import Shape
-from dsv4.kernels.operations.gemv import Weight, gemv
+from dsv4.kernels.core.contract import Launch
+from dsv4.kernels.ops.attention import contract as attention
+from dsv4.kernels.ops.attention.reference import Shape
+from dsv4.kernels.ops.gemv.contract import Weight, gemv
+from dsv4.kernels.ops.indexer import contract as indexer
+from dsv4.kernels.ops.kv_cache import contract as append
+from dsv4.kernels.ops.kv_cache import q_rope_contract
 
 CAPACITIES = (1 << 15, 1 << 17, 1 << 20)  # tokens in a cache that a choice of blocks is made for
 
@@ -63,7 +66,7 @@ def attention_launches(
     yield from products(own, weights, "x", first_products(kind), "float32")
     yield _append(config, own, kind, tables)
     yield from products(own, weights, "qr", second_products(kind), "float32")
-    yield Launch(q_rope.q_rope(config), {"q": "q_raw", "out": "q", **tables})
+    yield Launch(q_rope_contract.q_rope(config), {"q": "q_raw", "out": "q", **tables})
     if kind is AttentionKind.CSA:
         keys = {"keys": f"{own}i_entries", "key_scales": f"{own}i_scales"}
         inputs = {"q": "i_query", "weights": "i_weights"}

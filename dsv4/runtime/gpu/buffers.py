@@ -1,7 +1,7 @@
 """Everything that a session's launches write: caches, activations, scratch. Allocated once.
 
 Rings are longer than what is seen by the most rows a step may write, so that a step hides nothing
-from its own first token. Layouts: `operations.append`, `operations.attention`.
+from its own first token. Layouts: `ops.kv_cache`, `ops.attention`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 
 from dsv4.formats.config import AttentionKind, ModelConfig
-from dsv4.kernels.case import Buffers
-from dsv4.kernels.operations import append, sampling
-from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.kernels.core.contract import Buffers
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.kernels.ops.kv_cache import contract as append
+from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
 

@@ -7,7 +7,7 @@ import torch
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.plan import different_layers, standard_weights, step_launches
 from dsv4.runtime.gpu.weights import Loaded

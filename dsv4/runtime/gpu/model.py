@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from dsv4.formats.config import ModelConfig
-from dsv4.kernels.case import Buffers, Launch
-from dsv4.kernels.library import Library
-from dsv4.kernels.operations.gemv import MAX_ROWS
+from dsv4.kernels.core.contract import Buffers, Launch
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.plan import different_layers, step_launches
 from dsv4.runtime.gpu.prefill_plan import SIZES, chunk_launches

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Mapping
 
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.inventory import Kind, parameters
-from dsv4.kernels.case import Launch
-from dsv4.kernels.compiled import Kernel
-from dsv4.kernels.operations import experts, mhc, router, sampling
-from dsv4.kernels.operations.gemv import MAX_ROWS, Weight, gemv
-from dsv4.kernels.reference.experts import SLABS
+from dsv4.kernels.core.contract import Launch
+from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.experts.reference import SLABS
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS, Weight, gemv
+from dsv4.kernels.ops.hyper_connections import contract as mhc
+from dsv4.kernels.ops.router import contract as router
+from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.runtime.gpu.attention_plan import CAPACITIES, LayerWeights, attention_launches
 
 MATRIX = ("codes", "scales", "global_scale")

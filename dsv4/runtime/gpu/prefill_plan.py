@@ -11,11 +11,12 @@ import functools
 from collections.abc import Iterator, Mapping
 
 from dsv4.formats.config import ModelConfig
-from dsv4.kernels.case import Launch
-from dsv4.kernels.compiled import Kernel
-from dsv4.kernels.operations import experts, experts_prefill
-from dsv4.kernels.operations.gemm import arrange, gemm, tuned
-from dsv4.kernels.operations.swiglu import swiglu
+from dsv4.kernels.core.contract import Launch
+from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.prefill import experts_contract
+from dsv4.kernels.ops.prefill.gemm_contract import arrange, gemm, tuned
+from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
 from dsv4.runtime.gpu.attention_plan import CAPACITIES, LayerWeights, attention_launches
 from dsv4.runtime.gpu.plan import MATRIX, connect, route, standard_weights
 
@@ -77,7 +78,7 @@ def _experts(config: ModelConfig, rows: int, own: str) -> Iterator[Launch]:
     shape = experts.Shape.of(config)
     stacks = {one.name: f"{own}ffn.{one.name}" for name in ("13", "2") for one in shape.stack(name)}
     scratch = {"weights": "choice_weights", "h": "choice_h", "arranged": "x_arranged"}
-    for launch in experts_prefill.launches(shape, tuning=experts_prefill.tuned(shape, rows)):
+    for launch in experts_contract.launches(shape, tuning=experts_contract.tuned(shape, rows)):
         binding = {**stacks, **scratch, "y": "routed", **launch.binding}
         if launch.binding.get("x") == "arranged":
             binding["x"] = "x_arranged"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.case import Buffers, Launch
-from dsv4.kernels.compiled import Argument
-from dsv4.kernels.library import Library
+from dsv4.kernels.core.contract import Buffers, Launch
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.core.signature import Argument
 
 Sizes = Mapping[str, int]
 """A size that kernels know at run time, by its name in their arguments -> the most it can be."""

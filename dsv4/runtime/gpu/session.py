@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dsv4.formats.config import AttentionKind
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.kernels.case import Buffers, Launch
-from dsv4.kernels.operations.gemv import MAX_ROWS
-from dsv4.kernels.operations.indexer import chosen_of_parts
+from dsv4.kernels.core.contract import Buffers, Launch
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.kernels.ops.indexer.contract import chosen_of_parts
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.attention_plan import choice_entries
 from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs, tables_nbytes

@@ -12,9 +12,9 @@ from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal, StoreError
 from dsv4.formats.matrices import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
 from dsv4.formats.store.schema import path_of
-from dsv4.kernels.case import Buffers
-from dsv4.kernels.operations.gemv import Weight
-from dsv4.kernels.reference.experts import INTERLEAVE, SLABS
+from dsv4.kernels.core.contract import Buffers
+from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
+from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.runtime.gpu.attention_plan import LayerWeights, first_products, second_products
 from dsv4.runtime.load import LoadedWeights
 

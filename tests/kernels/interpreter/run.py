@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.build import build
-from dsv4.kernels.case import Buffers, Case
-from dsv4.kernels.check import fault, guard_outputs
-from dsv4.kernels.compiled import Argument, Kernel
+from dsv4.kernels.core.build import build
+from dsv4.kernels.core.contract import Buffers, Case
+from dsv4.kernels.core.signature import Argument, Kernel
+from dsv4.kernels.core.verify import fault, guard_outputs
 from tests.kernels.interpreter.ctas import Cta, run
 from tests.kernels.interpreter.launch import record
 from tests.kernels.interpreter.memory import GlobalMemory

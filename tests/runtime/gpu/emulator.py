@@ -16,24 +16,21 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.config import AttentionKind, ModelConfig
-from dsv4.kernels.case import Buffers
-from dsv4.kernels.compiled import Kernel
-from dsv4.kernels.library import Library
-from dsv4.kernels.operations import (
-    append,
-    append_reference,
-    attention_rows,
-    experts,
-    gemm,
-    gemv,
-    indexer_reference,
-    mhc,
-    q_rope,
-    router,
-    swiglu,
-)
-from dsv4.kernels.reference import experts as experts_reference
-from dsv4.kernels.reference import experts_prefill as prefill_reference
+from dsv4.kernels.core.contract import Buffers
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.attention import reference as attention_rows
+from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.experts import reference as experts_reference
+from dsv4.kernels.ops.gemv import contract as gemv
+from dsv4.kernels.ops.hyper_connections import contract as mhc
+from dsv4.kernels.ops.indexer import reference as indexer_reference
+from dsv4.kernels.ops.kv_cache import contract as append
+from dsv4.kernels.ops.kv_cache import q_rope_contract
+from dsv4.kernels.ops.kv_cache import reference as append_reference
+from dsv4.kernels.ops.prefill import experts_reference as prefill_reference
+from dsv4.kernels.ops.prefill import gemm_contract, swiglu_contract
+from dsv4.kernels.ops.router import contract as router
 from dsv4.kernels.reference.sampling import Parameters, sample
 from dsv4.runtime.gpu.attention_plan import attention_shape
 
@@ -76,7 +73,7 @@ class Emulator(Library):
 
     def _gemm(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         fields = (given[name] for name in gemv.Weight._fields)
-        return {"y": gemm.expected(gemv.Weight(*fields), buffers).value}
+        return {"y": gemm_contract.expected(gemv.Weight(*fields), buffers).value}
 
     def _experts_route(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         self._routed = {name: buffers[name] for name in ("topk_idx", "topk_weights")}
@@ -95,7 +92,7 @@ class Emulator(Library):
         return {"y": prefill_reference.expected(shape, self._routed | {"y": buffers["y"]}).value}
 
     def _swiglu(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        return {"h": swiglu.expected(self.config, buffers).value}
+        return {"h": swiglu_contract.expected(self.config, buffers).value}
 
     def _append(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         kinds = {0: AttentionKind.SLIDING, self.config.csa_ratio: AttentionKind.CSA}
@@ -103,7 +100,7 @@ class Emulator(Library):
         return _values(append_reference.expect(append.Layer.of(self.config, kind), buffers))
 
     def _q_rope(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        case = q_rope.case(self.config, "heads", "", range(len(buffers["position"])))
+        case = q_rope_contract.case(self.config, "heads", "", range(len(buffers["position"])))
         return _values(case.expect(buffers))
 
     def _indexer(self, given: dict[str, Any], buffers: Buffers) -> Buffers:

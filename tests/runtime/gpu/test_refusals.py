@@ -13,7 +13,7 @@ from dsv4.endings import endings
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.compiled import Kernel
+from dsv4.kernels.core.signature import Kernel
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.load import require_kernels
 from dsv4.runtime.load import arena

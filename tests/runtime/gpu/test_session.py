@@ -13,7 +13,7 @@ from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.releases import FLASH
-from dsv4.kernels.case import Buffers
+from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.buffers import tables

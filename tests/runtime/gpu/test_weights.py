@@ -13,7 +13,7 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.releases import FLASH, MODELS
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.operations.gemv import Weight, weights_of
+from dsv4.kernels.ops.gemv.contract import Weight, weights_of
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.attention_plan import LayerWeights
 from dsv4.runtime.gpu.weights import Loaded, Operands

@@ -1,0 +1,1 @@
+"""What a kernel is: its contract, signature, build, library and verification."""

@@ -1,0 +1,281 @@
+"""A token's experts and their weights, from its activations, in one launch.
+
+    logits = gate · x,   affinity = sqrt(softplus(logit))
+    the experts of highest affinity + bias, or those that a table lists for the token
+    weight = affinity / Σ chosen affinities * scaling
+
+Two kinds of CTAs, as in `streams.mhc`. A worker takes 32 experts (see `operands`) and a part of
+the columns, for eight tokens at once, and sends its sums to a mailbox. A finisher per token has a
+thread for each expert, which adds that expert's sums in the workers' order; one warp then picks the
+best, one after another: the highest score, the lowest number among equal ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, range_constexpr
+
+from dsv4.kernels.device import mailbox, ptx, ring, words
+from dsv4.kernels.device.elementary import sqrt_softplus
+from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
+
+GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
+SUMS = 256  # 32 experts by 8 tokens
+BANDS = 4  # of 32 rows, interleaved by 8, in a tile of 128
+X_PIECES = 4
+MAX_SLICES = 8  # groups of tokens that are worked on at once
+MAX_FINISHERS = 128
+TINY = 1e-20  # as the reference: keeps the quotient finite
+LANES = 32
+
+
+class Router:
+    """The router of one layer.
+
+    kind: of gate `[E, D]`, "nvfp4" or "bf16", with its slabs. top_k: experts of a token; hashed:
+    whether a table chooses them. warps: of a worker, each of which takes 128 columns.
+
+    x: bfloat16 `[T, D]`; gate: its operands (see `gemv`); choice: bias float32 `[E]`, or
+    ids int64 or int32 `[T]` and tid2eid int64 `[V, top_k]`; topk_idx int32, topk_weights float32
+    `[T, top_k]`; letters: float32 `[T, parts, E]`, zero before and after.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        experts: int,
+        hidden: int,
+        slabs: int,
+        top_k: int,
+        hashed: bool,
+        scaling: float,
+        warps: int,
+        pdl: bool,
+    ) -> None:
+        self.kind, self.experts, self.hidden, self.pdl = kind, experts, hidden, pdl
+        self.top_k, self.hashed, self.scaling, self.warps = top_k, hashed, scaling, warps
+        self.operand = OPERANDS[kind](experts, hidden, slabs)
+        self.parts = hidden // STEP // warps
+        self.bands = experts // 32
+        if experts % 128 or hidden % (STEP * warps) or top_k > LANES:
+            raise ValueError(f"a gate of {experts} x {hidden} does not divide into {warps} warps")
+
+    @cute.jit
+    def __call__(
+        self,
+        x: cute.Tensor,
+        gate: Any,
+        choice: Any,
+        topk_idx: cute.Tensor,
+        topk_weights: cute.Tensor,
+        letters: cute.Tensor,
+        stream: cuda.CUstream,
+    ) -> None:
+        tokens = Int32(x.shape[0])
+        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
+        finishers = cutlass.min(tokens, MAX_FINISHERS)
+        self.kernel(x, gate, choice, topk_idx, topk_weights, letters).launch(
+            grid=[self.bands * self.parts * slices + finishers, 1, 1],
+            block=[max(32 * self.warps, self.experts), 1, 1],
+            stream=stream,
+            use_pdl=self.pdl,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Tensor,
+        gate: Any,
+        choice: Any,
+        topk_idx: cute.Tensor,
+        topk_weights: cute.Tensor,
+        letters: cute.Tensor,
+    ) -> None:
+        if cutlass.const_expr(self.pdl):
+            cute.arch.griddepcontrol_launch_dependents()
+        smem = cutlass.memory.SmemAllocator()
+        sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps, 2)), 16)
+        found = smem.allocate_tensor(Float32, cute.make_layout((self.experts, 2, 2)), 16)
+        copies = smem.allocate(self.operand.pieces * ring.PIECE_BYTES * self.warps, 128).toint()
+        block, _, _ = cute.arch.block_idx()
+        thread, _, _ = cute.arch.thread_idx()
+        tokens = Int32(x.shape[0])
+        slices = cutlass.min((tokens + GROUP - 1) // GROUP, MAX_SLICES)
+        finisher = block - self.bands * self.parts * slices
+        if finisher < 0:
+            if thread < 32 * self.warps:
+                self._work(x, gate, letters, sums, copies, slices)
+        else:
+            if thread < self.experts:
+                self._finish(choice, topk_idx, topk_weights, letters, found, finisher)
+
+    def _wait(self) -> None:
+        """For the kernels before; weights may be read without."""
+        if self.pdl:
+            cute.arch.griddepcontrol_wait()
+
+    @cute.jit
+    def _work(
+        self, x: Any, gate: Any, letters: Any, sums: Any, copies: Int32, slices: Int32
+    ) -> None:
+        lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
+        block, _, _ = cute.arch.block_idx()
+        band = block % self.bands
+        part = (block // self.bands) % self.parts
+        step, t = part * self.warps + warp, lane % 4
+        row = (band // BANDS) * 128 + (band % BANDS) * 8 + lane // 4
+        slot = copies + warp * (self.operand.pieces * ring.PIECE_BYTES) + lane * ring.LANE_BYTES
+        scales = gate[1].iterator if len(gate) > 1 else None
+        at = slot
+        for address in self.operand.addresses(gate[0].iterator, scales, row, step, t):
+            ring.copy_weights(at, address)
+            at += ring.PIECE_BYTES
+        ring.commit()
+        ring.wait(0)
+        factor = Float32(self.operand.factor)
+        if cutlass.const_expr(self.kind == "nvfp4"):
+            factor *= gate[2][0]
+        self._wait()
+        tokens = Int32(x.shape[0])
+        groups = (tokens + GROUP - 1) // GROUP
+        parity = Int32(0)
+        for group in cutlass.range(block // (self.bands * self.parts), groups, slices, unroll=1):
+            token = cutlass.min(group * GROUP + lane // 4, tokens - 1)
+            acts: list[Any] = []
+            for piece in range_constexpr(X_PIECES):
+                column = step * STEP + self.operand.x_column(piece, t)
+                acts.extend(words.load(x.iterator + token * self.hidden + column, 4))
+            own: list[Any] = []  # read again here: decoded while the activations are under way
+            for piece in range_constexpr(self.operand.pieces):
+                own.extend(ring.read(slot + piece * ring.PIECE_BYTES))
+            acc = self._multiply(own, acts, t)
+            for c in range_constexpr(8):
+                sums[c * 32 + lane, warp, parity] = acc[c]
+            cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps)
+            self._send(letters, sums, group, band, part, parity, factor, tokens)
+            parity = 1 - parity
+
+    def _multiply(self, own: Any, acts: Any, t: Int32) -> list[Float32]:
+        """The lane's sums: two tiles of 16 rows, each in two chains of MMAs."""
+        prepared = self.operand.prepare(own, t)
+        sums: list[Float32] = []
+        for tile in range(2):
+            chains = [(Float32(0.0),) * 4] * 2
+            for mma in range(MMAS):
+                a = self.operand.a(own, prepared, tile, mma)
+                chains[mma % 2] = ptx.mma_bf16(chains[mma % 2], a, self.operand.b(acts, mma))
+            sums += [a + b for a, b in zip(*chains, strict=True)]
+        return sums
+
+    @cute.jit
+    def _send(
+        self,
+        letters: Any,
+        sums: Any,
+        group: Int32,
+        band: Int32,
+        part: Int32,
+        parity: Int32,
+        factor: Float32,
+        tokens: Int32,
+    ) -> None:
+        """Add the warps' sums in their order: one letter for each token."""
+        thread, _, _ = cute.arch.thread_idx()
+        for turn in range_constexpr(-(-SUMS // (32 * self.warps))):
+            item = turn * 32 * self.warps + thread
+            # Neighbouring threads have neighbouring experts.
+            g, quarter, col = item % 8, (item // 8) % 4, item // 32
+            source = ((quarter // 2) * 4 + (quarter % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
+            token = group * GROUP + col
+            if (item < SUMS) & (token < tokens):
+                total = sums[source, 0, parity]
+                for warp in range_constexpr(1, self.warps):
+                    total += sums[source, warp, parity]
+                row = (band // BANDS) * 128 + (band % BANDS) * 8 + g + 32 * quarter
+                place = (token * self.parts + part) * self.experts + row
+                mailbox.send(letters.iterator + place, total * factor)
+
+    @cute.jit
+    def _finish(
+        self,
+        choice: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        letters: Any,
+        found: Any,
+        finisher: Int32,
+    ) -> None:
+        thread, _, _ = cute.arch.thread_idx()
+        bias = Float32(0.0)
+        if cutlass.const_expr(not self.hashed):
+            bias = choice[0][thread]
+        self._wait()
+        tokens = Int32(topk_idx.shape[0])
+        parity = Int32(0)
+        for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
+            logit = mailbox.receive(
+                letters.iterator + token * self.parts * self.experts + thread,
+                self.parts,
+                self.experts,
+            )
+            affinity = sqrt_softplus(logit)
+            found[thread, 0, parity] = affinity
+            found[thread, 1, parity] = affinity + bias
+            cute.arch.barrier(barrier_id=2, number_of_threads=self.experts)
+            if thread < LANES:
+                expert = self._listed(choice, token)
+                if cutlass.const_expr(not self.hashed):
+                    expert = self._best(found, parity)
+                own = Float32(0.0)
+                if thread < self.top_k:
+                    own = found[expert, 0, parity]
+                total = Float32(TINY)
+                for k in range_constexpr(self.top_k):
+                    total += cute.arch.shuffle_sync(own, k)
+                if thread < self.top_k:
+                    topk_idx[token, thread] = expert
+                    scaled = own * cute.arch.rcp_approx(total) * Float32(self.scaling)
+                    topk_weights[token, thread] = scaled
+            parity = 1 - parity
+
+    def _listed(self, choice: Any, token: Int32) -> Int32:
+        """The lane's expert by the table. An id out of range reads the nearest row there is."""
+        if not self.hashed:
+            return Int32(0)
+        ids, table = choice
+        row = cutlass.min(cutlass.max(Int32(ids[token]), 0), Int32(table.shape[0]) - 1)
+        return Int32(table[row, cutlass.min(cute.arch.lane_idx(), self.top_k - 1)])
+
+    @cute.jit
+    def _best(self, found: Any, parity: Int32) -> Int32:
+        """Lane k: the expert of the k-th highest score. A lane looks after neighbouring experts."""
+        lane = cute.arch.lane_idx()
+        count = self.experts // LANES
+        keys = [_ordered(found[lane * count + i, 1, parity]) for i in range(count)]
+        chosen = Int32(0)
+        for k in range_constexpr(self.top_k):
+            highest = keys[0]
+            for key in keys[1:]:
+                highest = cutlass.max(highest, key)
+            highest = cute.arch.warp_redux_sync(highest, "max")
+            first = Int32(self.experts)
+            for i in range_constexpr(count - 1, -1, -1):
+                first = Int32(cutlass.select_(keys[i] == highest, lane * count + i, first))
+            first = cute.arch.warp_redux_sync(first, "min")
+            keys = [
+                Uint32(cutlass.select_(lane * count + i == first, Uint32(0), keys[i]))
+                for i in range(count)
+            ]
+            chosen = Int32(cutlass.select_(lane == k, first, chosen))
+        return chosen
+
+
+def _ordered(score: Float32) -> Uint32:
+    """Unsigned numbers in the order of the scores; above 0."""
+    bits = words.as_word(score)
+    flipped = cutlass.select_(score < 0, bits ^ Uint32(0xFFFFFFFF), bits | Uint32(0x80000000))
+    return Uint32(flipped)

@@ -1,0 +1,1 @@
+"""Checksums of chunks on the device."""
