@@ -45,7 +45,7 @@ def test_every_name_leads_back_to_its_tensor(source: Source) -> None:
             if "gate_up_proj" not in other and not other.endswith("experts.down_proj"):
                 assert found == name, other
                 renamed += name.split(".")[-2:] != other.split(".")[-2:]
-    assert renamed > 1000
+    assert renamed > 500
 
 
 @pytest.mark.parametrize(
