@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4.convert.outputs import Losses, Output
@@ -15,7 +16,7 @@ from dsv4.formats.version import TOOL
 
 
 def describe(
-    plan: Plan, results: dict[str, Result]
+    plan: Plan, results: Mapping[str, Result]
 ) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], Losses]:
     """-> (group attributes by path, arrays, losses of the rounded tensors).
 

@@ -115,11 +115,8 @@ def convert(
     out = Path(out)
     if Path(src).is_dir():
         _refuse_overlap(Path(src), out)
-    identity = {
-        "tool": TOOL,
-        "recipe": plan.recipe.to_dict(),
-        "source": source.fingerprint(),
-    }
+    recorded = plan.recipe.to_dict()
+    identity = {"tool": TOOL, "recipe": recorded, "source": source.fingerprint()}
     with StoreWriter(out, identity) as writer:
         _recover(plan, writer)
         finished = _finished(plan, writer)
@@ -134,24 +131,29 @@ def convert(
             sha256 = work.run_here(budget)
         else:
             place = str(src) if source.commit else str(Path(src).resolve())
-            job = Job(
-                place,
-                source.commit,
-                recipe,
-                plan.recipe.keep,
-                str(out.resolve()),
-                source.fingerprint(),
-                budget,
-            )
+            where, mark = str(out.resolve()), source.fingerprint()
+            job = Job(place, source.commit, recipe, plan.recipe.keep, where, mark, budget)
             sha256 = work.run_on_cluster(scheduler, job)
+        description = source.description(sha256)
         results = _results(plan.units, writer)
-        tally = Tally.of(plan, results)
-        accepted = accept_rounding and bool(tally.inexact)
         _complete(plan, results, source, writer)
-        groups, arrays, losses = describe(plan, results)
-        manifest = manifest_of(plan, source.description(sha256), accepted=accepted)
-        root = writer.finish(groups, arrays, manifest)
-    return Summary(out, root, plan, len(finished), losses, tally, accepted)
+        return _describe(plan, results, description, writer, len(finished), accept_rounding)
+
+
+def _describe(
+    plan: Plan,
+    results: Mapping[str, Result],
+    description: dict[str, Any],
+    writer: StoreWriter,
+    resumed: int,
+    accept_rounding: bool,
+) -> Summary:
+    """The metadata, then the marker: all that the store says of itself is from `results`."""
+    tally = Tally.of(plan, results)
+    accepted = accept_rounding and bool(tally.inexact)
+    groups, arrays, losses = describe(plan, results)
+    root = writer.finish(groups, arrays, manifest_of(plan, description, accepted=accepted))
+    return Summary(writer.out, root, plan, resumed, losses, tally, accepted)
 
 
 def _refuse_overlap(src: Path, out: Path) -> None:
