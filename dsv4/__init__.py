@@ -77,20 +77,17 @@ def load(
     """
     import torch
 
-    from dsv4.kernels.reference.numerics import Numerics
-
-    checkpoint = open(packed) if isinstance(packed, str | Path) else packed
-    if torch.device(device).type == "cuda" and dtype is None and numerics is None:
-        from dsv4.runtime.gpu.load import load as load_gpu
-
-        return load_gpu(checkpoint.store, torch.device(device), mark or (lambda phase: None))
+    from dsv4.runtime.model import device_named, numerics_named
     from dsv4.runtime.model import load as load_model
 
+    target, chosen = device_named(device), numerics_named(numerics or "exact")
+    checkpoint = open(packed) if isinstance(packed, str | Path) else packed
+    if target.type == "cuda" and dtype is None and numerics is None:
+        from dsv4.runtime.gpu.load import load as load_gpu
+
+        return load_gpu(checkpoint.store, target, mark or (lambda phase: None))
     return load_model(
-        checkpoint.store,
-        device=device,
-        dtype=dtype or torch.float32,
-        numerics=Numerics(numerics or "exact"),
+        checkpoint.store, device=target, dtype=dtype or torch.float32, numerics=chosen
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import dsv4
+from dsv4 import interrupts
 from dsv4.bench_cli import bench
 from dsv4.console import err, notice, out, print_json
 from dsv4.endings import EXIT_FAILED, endings
@@ -31,7 +32,8 @@ from dsv4.run_cli import run
 
 
 def main() -> None:
-    """Entry point."""
+    """The command line as a program. `__main__` is where the process begins."""
+    interrupts.install()
     with endings():
         # Without standalone mode click returns the code of an Exit instead of leaving with it.
         sys.exit(cli.main(standalone_mode=False) or 0)
@@ -71,13 +73,13 @@ def plan(
     from dsv4.convert.forecast import budget_for, forecast
     from dsv4.convert.keep import refuse_idle_keep
     from dsv4.convert.open_source import open_source
-    from dsv4.convert.plan import make_plan
     from dsv4.convert.recipes import make_recipe
     from dsv4.convert.scale_look import look_at_scales
+    from dsv4.convert.travelling import make_whole_plan
     from dsv4.render import plan_table
 
     opened = open_source(source, revision)
-    planned = make_plan(opened, make_recipe(recipe, keep))
+    planned = make_whole_plan(opened, make_recipe(recipe, keep))
     refuse_idle_keep(planned)
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
     look = look_at_scales(planned, opened)
@@ -135,12 +137,11 @@ def convert(
                 memory=memory,
                 scheduler=scheduler,
                 accept_rounding=accept_rounding,
+                notice=notice,
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
         raise
-    for sentence in summary.notices:
-        notice(sentence)
     if as_json:
         print_json(summary.to_dict())
     else:

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from dsv4.convert.engine import Event
+    from dsv4.convert.counter import Event
 
 Show = Callable[["Event"], None]
 

@@ -2,134 +2,146 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.markup import escape
 
 import dsv4
-from dsv4.console import err, print_json
+from dsv4.console import err, notice, print_json
 from dsv4.endings import terminate
-from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store_place import refuse_no_store
+from dsv4.run_options import Wish, run_options
 
 if TYPE_CHECKING:
+    from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.runtime.generate import Timings
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
-    from dsv4.runtime.sampling import Sampler
-    from dsv4.runtime.text import Text
+    from dsv4.runtime.pieces import Part
+    from dsv4.runtime.request import Request
     from dsv4.runtime.timeline import Timeline
 
-DEFAULT_NEW_TOKENS = 256
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--prompt", help="Answer TEXT and leave; without it, an interactive chat.")
-@click.option("--tokens", metavar="1,2,3", help="Continue these token ids and leave.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Bound on the answer.")
-@click.option("--temperature", type=float, help="0 is greedy; default: the checkpoint's.")
-@click.option("--top-p", type=float, help="Nucleus; default: the checkpoint's.")
-@click.option("--seed", type=int, help="Equal seeds give equal answers.")
-@click.option(
-    "--device",
-    type=click.Choice(("auto", "cpu", "cuda")),
-    default="auto",
-    help="auto: the GPU where torch sees one, else the CPU.",
-)
-@click.option("--max-seq-len", type=click.IntRange(min=1), default=8192, show_default=True)
-@click.option("--raw", is_flag=True, help="Skip the chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
-def run(
-    directory: Path,
-    prompt: str | None,
-    tokens: str | None,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None,
-    device: str,
-    max_seq_len: int,
-    raw: bool,
-    as_json: bool,
-) -> None:
+@run_options
+def run(directory: Path, **options: Any) -> None:
     """Stream text from a packed store. Without --prompt or --tokens it is a chat."""
-    from dsv4.runtime.driver import wake
+    wish = Wish(**options)
+    refuse_no_store(directory)
     from dsv4.runtime.timeline import Timeline
 
     timeline = Timeline()
     timeline.mark("interpreter")
-    if device != "cpu":
-        wake()
-    from dsv4.runtime.answer import encode_prompt, parse_tokens, sampling_defaults
-    from dsv4.runtime.sampling import Sampler
-    from dsv4.runtime.text import Text
-
-    if prompt is not None and tokens is not None:
-        raise click.UsageError("--prompt and --tokens exclude each other")
     signal.signal(signal.SIGTERM, terminate)
+    if not wish.as_json and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the model says comes out
+    with _loading(directory):
+        packed, request, model = _prepared(directory, wish, timeline)
+    if wish.verbose:
+        for line in model.load_lines():
+            err.print(line, markup=False)
+    if wish.is_chat:
+        _chat(packed, model, request, wish)
+    else:
+        _answer_once(model, request, wish, timeline)
+
+
+def _loading(directory: Path) -> AbstractContextManager[object]:
+    """Something that moves, where somebody looks."""
+    if not err.is_terminal:
+        return nullcontext()
+    return err.status(f"loading {escape(directory.name)}", spinner_style="dim")
+
+
+def _prepared(
+    directory: Path, wish: Wish, timeline: Timeline
+) -> tuple[PackedCheckpoint, Request, Model | GpuModel]:
+    """Everything that can be refused is, and then the weights are loaded."""
+    from dsv4.runtime.driver import wake
+    from dsv4.runtime.threads import choose_threads, wait_asleep
+
+    wait_asleep(os.environ)
+    if wish.device != "cpu":
+        wake()
+    from dsv4.runtime.chat import Template
+    from dsv4.runtime.place import choose_place
+    from dsv4.runtime.request import make_request
+
     timeline.mark("imports")
     packed = dsv4.open(directory)
-    model = dsv4.load(packed, device=_device(device), mark=timeline.mark)
+    request = make_request(
+        packed,
+        prompt=wish.prompt if wish.raw else wish.prompt and wish.prompt.removesuffix("\n"),
+        tokens=wish.tokens,
+        raw=wish.raw,
+        template=Template(wish.system, wish.think, wish.effort),
+        stop=wish.stop,
+        max_new_tokens=wish.max_new_tokens,
+        max_seq_len=wish.max_seq_len,
+        sampling={name: getattr(wish, name) for name in SAMPLING},
+    )
+    for sentence in request.notices:
+        notice(sentence)
+    place = choose_place(wish.device, packed.store)
+    if place.notice is not None:
+        notice(place.notice)
+    if place.device == "cpu":
+        choose_threads(packed.store)
+    elif (reason := request.sampler.host_reason()) is not None:
+        notice(reason)
+    timeline.mark("tokenizer")
+    model = dsv4.load(packed, device=place.device, mark=timeline.mark)
     timeline.mark("weights ready")
-    for line in model.load_lines():
-        err.print(line, markup=False, highlight=False)
-    assets = packed.store.assets
-    text = Text.from_file(assets["tokenizer.json"]) if "tokenizer.json" in assets else None
-    defaults = sampling_defaults(assets.get("generation_config.json"))
-    sampler = Sampler(
-        defaults[0] if temperature is None else temperature,
-        defaults[1] if top_p is None else top_p,
-        seed,
-        allowed=model.config.vocab_size if text is None else text.vocab_size,
-    )
-    if prompt is None and tokens is None:
-        _chat(model, _required(text), sampler, max_new_tokens, max_seq_len, raw or as_json)
-        return
-    ids = (
-        parse_tokens(tokens)
-        if tokens is not None
-        else encode_prompt(prompt or "", _required(text), raw=raw)
-    )
-    _answer_once(model, text, ids, sampler, max_new_tokens or DEFAULT_NEW_TOKENS, timeline, as_json)
+    return packed, request, model
 
 
-def _answer_once(
-    model: Model | GpuModel,
-    text: Text | None,
-    ids: list[int],
-    sampler: Sampler,
-    limit: int,
-    timeline: Timeline,
-    as_json: bool,
-) -> None:
+def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline: Timeline) -> None:
+    from dsv4.chat_terminal import Writer, say
     from dsv4.runtime.answer import answer
 
-    session = model.session(max_seq_len=len(ids) + limit)
+    ids, limit = request.ids or [], request.max_new_tokens or 1
+    session = model.session(max_seq_len=request.max_seq_len)
     timeline.mark("session")
+    writer = Writer()
 
-    def write(piece: str) -> None:
+    def write(part: Part) -> None:
         timeline.mark("first token")
-        if not as_json:
-            _write(piece)
+        if not wish.as_json:
+            writer.show(part)
 
     result = answer(
         session,
         ids,
-        sampler,
-        text=text,
+        request.sampler,
+        write,
+        text=request.text,
         max_new_tokens=limit,
-        eos_token_ids=model.config.eos_token_ids,
-        write=write,
+        stop_ids=request.stop_ids,
+        thinking=request.template.thinking,
+        stop=request.stop,
     )
-    if as_json:
+    if wish.as_json:
         print_json(result.to_dict() | {"start": timeline.phases})
-        return
-    _write("\n")
-    err.print(_summary(result.timings))
-    err.print(timeline.line(), markup=False, highlight=False, soft_wrap=True)
+    else:
+        writer.end()
+        if result.finish == "length":
+            say(f"cut after {limit} tokens; {request.cut}")
+        if not wish.quiet:
+            say(_summary(result.timings))
+    if wish.verbose:
+        say(timeline.line())
+    if result.finish == "interrupted":
+        raise KeyboardInterrupt
 
 
 def _summary(timings: Timings) -> str:
@@ -139,53 +151,23 @@ def _summary(timings: Timings) -> str:
     )
 
 
-def _device(chosen: str) -> str:
-    import torch
+def _chat(packed: PackedCheckpoint, model: Model | GpuModel, request: Request, wish: Wish) -> None:
+    from dsv4.chat_terminal import open_screen
+    from dsv4.runtime.chat import Chat
+    from dsv4.runtime.repl import interactive
 
-    if chosen != "auto":
-        return chosen
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _required(text: Text | None) -> Text:
-    if text is None:
-        raise RuntimeRefusal(
-            "the store carries no tokenizer.json; give --tokens, or convert a source that has one"
-        )
-    return text
-
-
-def _chat(
-    model: Model | GpuModel,
-    text: Text,
-    sampler: Sampler,
-    max_new_tokens: int | None,
-    max_seq_len: int,
-    wrong_flags: bool,
-) -> None:
-    from dsv4.runtime.chat import Chat, interactive
-
-    if wrong_flags:
-        raise click.UsageError("--raw and --json need --prompt or --tokens")
     chat = Chat(
-        model.session(max_seq_len=max_seq_len),
-        text,
-        sampler,
-        eos_token_ids=model.config.eos_token_ids,
-        max_new_tokens=max_new_tokens,
+        model.session(max_seq_len=request.max_seq_len),
+        request.needed_text,
+        request.sampler,
+        template=request.template,
+        eos_token_ids=request.stop_ids,
+        max_new_tokens=request.max_new_tokens,
+        stop=request.stop,
     )
-
-    def read_line() -> str:
-        if sys.stdin.isatty():
-            return input("> ")
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line
-
-    interactive(chat, read_line, _write, lambda note: click.echo(note, err=True, nl=False))
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
+    screen = open_screen(quiet=wish.quiet)
+    # From here on Ctrl-C ends an answer, whatever is imported for it, and not the program.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if screen.editing:
+        screen.note(f"{packed.name}; /help lists the commands, Ctrl-D leaves")
+    interactive(chat, screen)

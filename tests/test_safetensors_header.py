@@ -49,9 +49,9 @@ def pair(second: object) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "is 0 bytes long, too short"),
+    "empty file": (b"", "is empty, expected a safetensors file"),
     "short file": (b"\x02\0\0\0", "is 4 bytes long, too short"),
-    "length zero": (struct.pack("<Q", 0), "declares a header of 0 bytes"),
+    "length zero": (struct.pack("<Q", 0) + b"{}", "declares a header of 0 bytes"),
     "length over the limit": (
         struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}",
         "declares a header of 100000001 bytes",

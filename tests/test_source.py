@@ -222,7 +222,10 @@ def _replace_by(make: Callable[[Path], object]) -> Callable[[Path], None]:
 _WRONG_NAME = "expected the plain name of a .safetensors file in the same directory"
 
 DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (_remove("config.json"), "has no config.json; download it again"),
+    "no config": (
+        _remove("config.json"),
+        "has safetensors files but no config.json; put the config.json of the same",
+    ),
     "config is no JSON": (_write("config.json", "{,}"), "config.json is not valid JSON"),
     "config is a list": (_write("config.json", "[]"), "is a JSON list, expected an object"),
     "config has a key twice": (
@@ -245,13 +248,13 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"1 of 4 safetensors files are missing \(model-00004-of-00004.safetensors\); download",
     ),
     "truncated shard": (_truncate, f"{SHARD}: tensor .* is truncated, download it again"),
-    "empty shard": (_write(SHARD, ""), f"{SHARD} is 0 bytes long, too short"),
+    "empty shard": (_write(SHARD, ""), f"{SHARD} is empty, expected a safetensors file"),
     "shard is a directory": (_replace_by(Path.mkdir), f"{SHARD} is not a regular file"),
     "shard is a pipe": (_replace_by(os.mkfifo), f"{SHARD} is not a regular file"),
     "same tensor in two files": (_duplicate, f"is in {SHARD} and in other.safetensors"),
     "index without map": (_write(INDEX_FILE, "{}"), "has no weight_map"),
     "index with a list": (_write(INDEX_FILE, '{"weight_map":[]}'), "has no weight_map"),
-    "index is no JSON": (_write(INDEX_FILE, "x"), "is not valid JSON"),
+    "index is no JSON": (_write(INDEX_FILE, "{x"), "is not valid JSON"),
     "index names a path upwards": (
         _index(lambda m: m.update({"head.weight": "../x.safetensors"})),
         _WRONG_NAME,

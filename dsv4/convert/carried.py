@@ -35,6 +35,11 @@ def checked(part: Tensor, name: str, first_row: int = 0, below: int | None = Non
     return part
 
 
+def widened(part: Tensor) -> Tensor:
+    """`part` as int64 where it holds integers of any width, else as it is."""
+    return part if part.is_floating_point() else part.to(torch.int64)
+
+
 def _meaningless(part: Tensor) -> Tensor:
     if part.dtype not in _NAN_BYTES:
         return ~part.isfinite()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,12 @@ class Done:
     fingerprints: Fingerprints
 
 
+def require_dask() -> None:
+    """Raise ConfigError unless dask.distributed is installed, before anything is written."""
+    if importlib.util.find_spec("distributed") is None:
+        raise ConfigError("--scheduler needs dask: pip install 'dsv4[cluster]'")
+
+
 def run_on_cluster(
     scheduler: str,
     job: Job,
@@ -92,10 +99,8 @@ def _results(scheduler: str, job: Job, tasks: Mapping[str, Task]) -> Iterator[tu
     A result is let go once it is here: the death of the worker that held it would have the part
     run again, into files that are whole by then.
     """
-    try:
-        from distributed import Client, KilledWorker, as_completed
-    except ImportError:
-        raise ConfigError("--scheduler needs dask: pip install 'dsv4[cluster]'") from None
+    from distributed import Client, KilledWorker, as_completed
+
     try:
         client = Client(scheduler, timeout=SECONDS_TO_CONNECT)
     except (OSError, TimeoutError, ValueError) as error:

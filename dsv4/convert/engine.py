@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
-from dsv4.convert.cluster import Job, run_on_cluster
+from dsv4.convert.cluster import Job, require_dask, run_on_cluster
+from dsv4.convert.counter import Counter, Progress
 from dsv4.convert.describe import describe, manifest_of
-from dsv4.convert.exactness import Tally, inexact, refuse_inexact
+from dsv4.convert.exactness import Tally
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.keep import refuse_idle_keep
 from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Losses, Unit
-from dsv4.convert.plan import Plan, make_plan
+from dsv4.convert.plan import Plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.convert.results import Result
 from dsv4.convert.source import Source
+from dsv4.convert.travelling import make_whole_plan
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError
 from dsv4.formats.store.extents import Sink
@@ -28,26 +29,7 @@ from dsv4.formats.store.schema import FileSpec
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.formats.version import TOOL
 
-Progress = Callable[["Event"], None]
-
 WORTH_MEASURING = 1 << 30  # of a smaller source the copy rate is not worth the time it takes
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """One finished unit, and how much of the source's bytes and tensors is done.
-
-    Of done_tensors, inexact_tensors were to be carried and could not be.
-    """
-
-    unit: str
-    done_bytes: int
-    total_bytes: int
-    done_tensors: int
-    total_tensors: int
-    resumed_bytes: int  # of done_bytes, what an earlier run did
-    copy_rate: float | None  # bytes a second this machine writes there; None when not measured
-    inexact_tensors: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +48,14 @@ class Summary:
     accepted: bool
 
     @property
+    def found(self) -> tuple[str, ...]:
+        """Sentences on tensors that were not carried as they should be, and on weights of zeros."""
+        return self.tally.notices(accepted=self.accepted)
+
+    @property
     def notices(self) -> tuple[str, ...]:
         """What is left out, ignored, or not as it should be: whole sentences."""
-        return (*self.plan.notices, *self.tally.notices(accepted=self.accepted))
+        return (*self.plan.notices, *self.found)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -96,6 +83,7 @@ def convert(
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
     accept_rounding: bool = False,
+    notice: Callable[[str], object] | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
@@ -104,12 +92,16 @@ def convert(
     accept_rounding: tensors that are to be carried exactly, and of which NVFP4 cannot hold every
     block, may be rounded. It changes no byte of an array, so a conversion may be continued with it
     that was begun without; the store records it where there is such a tensor.
+    notice: gets each sentence of the plan's notices, before any weight is read, and at the end
+    what was found in them.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
     Raises SourceError, ConfigError, ConflictError, OutOfSpaceError, or, with recipe native and
     without accept_rounding, ExactnessError, each naming what to do.
     """
+    if scheduler is not None:
+        require_dask()
     source = open_source(src, revision)
-    plan = make_plan(source, make_recipe(recipe, keep))
+    plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     refuse_idle_keep(plan)
     budget = budget_for(plan, source, memory, workers)
     out = Path(out)
@@ -125,7 +117,7 @@ def convert(
         if progress is not None and plan.source_bytes >= WORTH_MEASURING:
             rate = writer.measure_rate()
         strict = plan.recipe.exact and not accept_rounding
-        counter = _Counter(plan, finished, progress, rate, strict=strict)
+        counter = Counter(plan, finished, progress, rate, strict=strict)
         work = _Work(plan, finished, source, writer, counter)
         if scheduler is None:
             sha256 = work.run_here(budget)
@@ -134,25 +126,29 @@ def convert(
             where, mark = str(out.resolve()), source.fingerprint()
             job = Job(place, source.commit, recipe, plan.recipe.keep, where, mark, budget)
             sha256 = work.run_on_cluster(scheduler, job)
-        description = source.description(sha256)
-        results = _results(plan.units, writer)
-        _complete(plan, results, source, writer)
-        return _describe(plan, results, description, writer, len(finished), accept_rounding)
+        summary = _finish(plan, source, writer, sha256, len(finished), accept_rounding)
+    if notice is not None:
+        for sentence in summary.found:
+            notice(sentence)
+    return summary
 
 
-def _describe(
+def _finish(
     plan: Plan,
-    results: Mapping[str, Result],
-    description: dict[str, Any],
+    source: Source,
     writer: StoreWriter,
+    sha256: Mapping[str, str],
     resumed: int,
     accept_rounding: bool,
 ) -> Summary:
-    """The metadata, then the marker: all that the store says of itself is from `results`."""
+    """The small arrays, the metadata, then the marker: all from what the units measured."""
+    results = _results(plan.units, writer)
+    _complete(plan, results, source, writer)
     tally = Tally.of(plan, results)
     accepted = accept_rounding and bool(tally.inexact)
     groups, arrays, losses = describe(plan, results)
-    root = writer.finish(groups, arrays, manifest_of(plan, description, accepted=accepted))
+    manifest = manifest_of(plan, source.description(sha256), accepted=accepted)
+    root = writer.finish(groups, arrays, manifest)
     return Summary(writer.out, root, plan, resumed, losses, tally, accepted)
 
 
@@ -203,7 +199,7 @@ class _Work:
         finished: Mapping[str, Result],
         source: Source,
         writer: StoreWriter,
-        counter: _Counter,
+        counter: Counter,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -259,60 +255,6 @@ def _made_from(plan: Plan, file: str) -> set[FileSpec]:
         if any(entry.file == file for entry in entries_of(unit))
         for target in unit.targets
     }
-
-
-class _Counter:
-    """Counts finished units, in bytes and tensors.
-
-    strict: whether a unit that rounded what it was to carry raises ExactnessError. What an earlier
-    run finished counts as well: consent is asked of the command that finishes the store.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        finished: Mapping[str, Result],
-        progress: Progress | None,
-        rate: float | None,
-        *,
-        strict: bool,
-    ) -> None:
-        self._lock = threading.Lock()
-        self._progress = progress
-        self._rate = rate
-        self._strict = strict
-        self._total = plan.source_bytes, sum(len(unit.inputs) for unit in plan.units)
-        self._bytes = self._tensors = self._inexact = 0
-        for unit in plan.units:
-            if unit.key in finished:
-                self._count(unit, finished[unit.key])
-        self._resumed = self._bytes
-
-    def _count(self, unit: Unit, result: Result) -> None:
-        if self._strict:
-            refuse_inexact(unit, result)
-        self._bytes += unit.input_bytes
-        self._tensors += len(unit.inputs)
-        self._inexact += sum(1 for _ in inexact(unit, result))
-
-    def add(self, unit: Unit, result: Result) -> None:
-        """One more unit is finished."""
-        with self._lock:
-            self._count(unit, result)
-            if self._progress is not None:
-                total_bytes, total_tensors = self._total
-                self._progress(
-                    Event(
-                        unit.key,
-                        self._bytes,
-                        total_bytes,
-                        self._tensors,
-                        total_tensors,
-                        self._resumed,
-                        self._rate,
-                        self._inexact,
-                    )
-                )
 
 
 def _complete(plan: Plan, results: dict[str, Result], source: Source, writer: StoreWriter) -> None:

@@ -285,6 +285,14 @@ class ExpertsOutput(Output):
     def _check_uniform(self) -> None:
         """One stack has one encoding and one dtype, and FP8 has whole scale tiles."""
         first, *others = (tensor for expert in self.experts for tensor in expert)
+        for tensor in (first, *others):
+            if tensor.encoding is Encoding.FP8 and not tensor.tiled:
+                raise SourceError(
+                    f"{tensor.weight.file}: {tensor.name} is FP8 with scales of shape "
+                    f"{list(tensor.scale.shape if tensor.scale else ())}, expected one for each "
+                    f"{FP8_BLOCK}x{FP8_BLOCK} tile to be stacked as it is; convert with recipe "
+                    "standard, which rounds it to NVFP4"
+                )
         for tensor in others:
             if _kind(tensor) != _kind(first):
                 raise SourceError(

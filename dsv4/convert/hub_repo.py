@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -21,16 +21,16 @@ from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]  # lazy
 
 from dsv4.convert.hub_answers import Patience, broken, check_status
-from dsv4.convert.index import MAX_SHARDS, is_shard_name
+from dsv4.convert.index import MAX_SHARDS
 from dsv4.convert.local_file import open_local, read_small
 from dsv4.convert.ranges import RangeReader, RemoteFile
-from dsv4.convert.source import AUX_FILES, CONFIG_FILE, INDEX_FILE, ByteStream
+from dsv4.convert.source import CONFIG_FILE, ByteStream
+from dsv4.convert.source_files import is_read
 from dsv4.formats.errors import SourceError
 from dsv4.formats.version import VERSION
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SMALL_FILES = frozenset({INDEX_FILE, *AUX_FILES})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,14 @@ class HubFile:
 class HubRepo:
     """One commit of a hub repository: `files` by name, shards and small files only.
 
+    names: of all of its files, and of the folders that a cache has, these with a "/" at the end.
     commit: 40 hex digits; every request is for it. Raises SourceError when the name, the revision
     or the login is not in order, or, in offline mode, when the cache does not have the commit.
     """
 
     commit: str
     files: Mapping[str, HubFile]
+    names: Sequence[str]
 
     def __init__(
         self,
@@ -153,6 +155,7 @@ class HubRepo:
             commit, siblings = str(info.sha), info.siblings or []
             if not _COMMIT.fullmatch(commit):
                 raise ValueError(f"{commit!r:.80} is no commit")
+            self.names = [sibling.rfilename for sibling in siblings]
             return commit, {
                 sibling.rfilename: self._listed(sibling, commit) for sibling in _useful(siblings)
             }
@@ -201,8 +204,14 @@ class HubRepo:
                 "set; download it first, or unset HF_HUB_OFFLINE"
             )
         present = sorted(path.name for path in config.parent.iterdir())
+        # A link to nothing is a shard that is missing, and is told as that.
+        self.names = [
+            f"{path.name}/" if path.is_dir() else path.name
+            for path in config.parent.iterdir()
+            if path.exists()
+        ]
         files = {}
-        for name in filter(_is_useful, present):
+        for name in filter(is_read, present):
             if (path := self._in_cache(name, commit)) is not None:
                 # Links lead to blobs, and those of LFS files are named by their SHA-256. One step
                 # only: a blob may itself be a link to a store shared by repositories.
@@ -217,14 +226,10 @@ class HubRepo:
 
 
 def _useful(siblings: list[RepoSibling]) -> list[RepoSibling]:
-    found = [sibling for sibling in siblings if _is_useful(sibling.rfilename)]
+    found = [sibling for sibling in siblings if is_read(sibling.rfilename)]
     if len(found) > MAX_SHARDS:
         raise ValueError(f"it lists {len(found)} files")
     return found
-
-
-def _is_useful(name: str) -> bool:
-    return name in _SMALL_FILES or is_shard_name(name)
 
 
 def _check_repo_id(repo: str) -> None:

@@ -14,18 +14,15 @@ from typing import Any
 
 from dsv4.convert.hub_answers import Patience
 from dsv4.convert.hub_repo import HubRepo
-from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
 from dsv4.convert.source import (
     AUX_FILES,
-    CONFIG_FILE,
-    INDEX_FILE,
     MAX_AUX_BYTES,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
     ByteStream,
     Source,
     describe_files,
 )
+from dsv4.convert.source_contents import read_contents
+from dsv4.convert.source_files import SourceFiles
 from dsv4.formats.errors import SourceError
 from dsv4.formats.safetensors_header import (
     LENGTH_BYTES,
@@ -67,24 +64,24 @@ class HubSource(Source):
             patience=patience or Patience(sleep=self._pause),
         )
         self.commit = self._hub.commit
-        files, where = self._hub.files, f"{repo}@{self.commit[:12]}"
-        if CONFIG_FILE not in files:
-            raise SourceError(f"{where} has no {CONFIG_FILE}; give a checkpoint's repository")
-        raw = self._hub.read_small(CONFIG_FILE, MAX_CONFIG_BYTES)
-        self.config = parse_json(raw, f"{where}/{CONFIG_FILE}")
-        index = None
-        if INDEX_FILE in files:
-            raw = self._hub.read_small(INDEX_FILE, MAX_INDEX_BYTES)
-            index = parse_index(raw, f"{where}/{INDEX_FILE}")
-        remedy = "choose another revision"
+        download, stale = "choose another revision", "choose another revision, or tell its owner"
         if self._hub.offline:
-            remedy = "download them, or unset HF_HUB_OFFLINE"
-        names = shards_of(index, files, where, remedy)
-        self.sizes = {name: files[name].size for name in names}
+            download = "download them, or unset HF_HUB_OFFLINE"
+        files = SourceFiles.of(self._hub.names, f"{repo}@{self.commit[:12]}")
         with ThreadPoolExecutor(THREADS) as pool:
-            self.entries = merge_headers(list(pool.map(self._header, names)))
-        if index is not None:
-            check_index(index, self.entries)
+            contents = read_contents(
+                files,
+                self._hub.read_small,
+                lambda shards: pool.map(self._header, shards),
+                download=download,
+                stale=stale,
+            )
+        self.config, self.entries, self.notices = (
+            contents.config,
+            contents.entries,
+            contents.notices,
+        )
+        self.sizes = {name: self._hub.files[name].size for name in contents.shards}
 
     def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:
         """Fill `view` with bytes of `file` from `position` on. Raises SourceError."""
@@ -138,7 +135,7 @@ class HubSource(Source):
             return dict(zip(names, contents, strict=True))
 
     def _header(self, name: str) -> dict[str, TensorEntry]:
-        size = self.sizes[name]
+        size = self._hub.files[name].size
         head = self._read(name, 0, min(size, HEAD_BYTES))
         end = LENGTH_BYTES + header_length(head, size, name)
         if end > len(head):

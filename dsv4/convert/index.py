@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv4.convert.source import INDEX_FILE
 from dsv4.formats.errors import SourceError
+from dsv4.formats.file_kinds import misfit
 from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.strict_json import DuplicateKeyError, parse_strict
 
@@ -32,6 +33,8 @@ def first_names(names: Sequence[str], shown: int = 3) -> str:
 
 def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     """A JSON object, read strictly; `what` names it in a SourceError."""
+    if problem := misfit(what, raw, json=True):
+        raise SourceError(problem)
     try:
         value = parse_strict(raw)
     except DuplicateKeyError as error:
@@ -57,31 +60,7 @@ def parse_index(raw: bytes, what: str) -> dict[str, str]:
     return weight_map
 
 
-def shards_of(
-    index: Mapping[str, str] | None,
-    present: Iterable[str],
-    where: str,
-    remedy: str = "download them",
-) -> list[str]:
-    """The safetensors files of the checkpoint, sorted: those of the index, else all `present`.
-
-    Raises SourceError, advising `remedy`, when one of them is missing.
-    """
-    found = {name for name in present if is_shard_name(name)}
-    names = set(index.values()) if index is not None else found | _siblings(found)
-    if not names:
-        raise SourceError(
-            f"{where} has no safetensors files and no {INDEX_FILE}; give a checkpoint"
-        )
-    if missing := sorted(names - found):
-        raise SourceError(
-            f"{where}: {len(missing)} of {len(names)} safetensors files are missing "
-            f"({first_names(missing)}); {remedy}"
-        )
-    return sorted(names)
-
-
-def _siblings(names: Iterable[str]) -> set[str]:
+def numbered_siblings(names: Iterable[str]) -> set[str]:
     """All parts of every numbered set of which one is there."""
     matches = filter(None, map(_NUMBERED.fullmatch, names))
     return {

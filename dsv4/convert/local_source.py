@@ -10,19 +10,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.index import check_index, merge_headers, parse_index, parse_json, shards_of
+from dsv4.convert.download_marks import unfinished
+from dsv4.convert.index import is_shard_name, numbered_siblings
 from dsv4.convert.local_file import LocalStream, check_size, open_local, read_small
 from dsv4.convert.source import (
     AUX_FILES,
     CONFIG_FILE,
     INDEX_FILE,
     MAX_AUX_BYTES,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
     ByteStream,
     Source,
     describe_files,
 )
+from dsv4.convert.source_contents import read_contents
+from dsv4.convert.source_files import SourceFiles, is_read
 from dsv4.formats.errors import SourceError
 from dsv4.formats.safetensors_header import (
     LENGTH_BYTES,
@@ -41,22 +42,31 @@ class LocalSource(Source):
     that travel along is not in order.
     """
 
+    here = True
+
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         if not self._directory.is_dir():
             raise SourceError(f"{self._directory} is not a directory; give a checkpoint's")
-        path = self._path(CONFIG_FILE)
-        self.config = parse_json(read_small(path, MAX_CONFIG_BYTES), str(path))
-        index = None
-        if self._listed(INDEX_FILE):
-            path = self._path(INDEX_FILE)
-            index = parse_index(read_small(path, MAX_INDEX_BYTES), str(path))
-        present = [entry.name for entry in self._directory.iterdir() if entry.exists()]
-        names = shards_of(index, present, str(self._directory))
-        self.sizes = {name: self._path(name).stat().st_size for name in names}
-        self.entries = merge_headers([self._header(name) for name in names])
-        if index is not None:
-            check_index(index, self.entries)
+        names = self._names()
+        shards = {name for name in names if is_shard_name(name)}
+        marks = unfinished(
+            self._directory, {*AUX_FILES, INDEX_FILE, *numbered_siblings(shards), *shards}
+        )
+        files = SourceFiles.of(names, str(self._directory), marks)
+        contents = read_contents(
+            files,
+            lambda name, limit: read_small(self._path(name), limit),
+            lambda shards: map(self._header, shards),
+            download="download them",
+            stale=f"download {INDEX_FILE} again, or remove it and every safetensors file is read",
+        )
+        self.config, self.entries, self.notices = (
+            contents.config,
+            contents.entries,
+            contents.notices,
+        )
+        self.sizes = {name: self._path(name).stat().st_size for name in contents.shards}
         for name in self._aux_names():
             check_size(self._path(name), MAX_AUX_BYTES)
 
@@ -102,6 +112,28 @@ class LocalSource(Source):
     def _aux_names(self) -> list[str]:
         return sorted(name for name in AUX_FILES if self._listed(name))
 
+    def _names(self) -> list[str]:
+        """Names in the directory, of folders with a "/"; of shards, no links to nothing.
+
+        In a directory without config.json, folders that have one are named by it.
+        """
+        # os.path's functions take what cannot be looked at for absent; Path's raise.
+        try:
+            found = [path.name for path in self._directory.iterdir()]
+        except OSError as error:
+            raise SourceError(f"{self._directory} cannot be read: {error.strerror}") from None
+        names = []
+        for name in found:
+            path = self._directory / name
+            if os.path.isdir(path) and not is_read(name):  # noqa: PTH112
+                names.append(f"{name}/")
+            elif os.path.exists(path) or not is_shard_name(name):  # noqa: PTH110
+                names.append(name)
+        if CONFIG_FILE not in names:
+            below = [f"{name}{CONFIG_FILE}" for name in names if name.endswith("/")]
+            names += [n for n in below if os.path.isfile(self._directory / n)]  # noqa: PTH113
+        return names
+
     def _listed(self, name: str) -> bool:
         """Whether the directory has the name, be it a link to nothing: a download cut short."""
         return os.path.lexists(self._directory / name)
@@ -112,7 +144,14 @@ class LocalSource(Source):
         try:
             mode = path.stat().st_mode
         except FileNotFoundError:
-            raise SourceError(f"{self._directory} has no {name}; download it again") from None
+            if path.is_symlink():
+                raise SourceError(
+                    f"{path} is a link to a file that does not exist; finish the download of {name}"
+                ) from None
+            raise SourceError(
+                f"{self._directory} has no {name} any more; do not change a checkpoint while it is "
+                "read"
+            ) from None
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from None
         if not stat.S_ISREG(mode):

@@ -1,15 +1,16 @@
-"""Unquantised tensors and FP8 matrices: carried byte for byte."""
+"""Unquantised tensors and FP8 matrices: carried byte for byte, integers widened to 64 bits."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv4.convert.carried import checked
+from dsv4.convert.carried import checked, widened
 from dsv4.convert.outputs import (
     TILE_BYTES,
     FileIndex,
@@ -25,7 +26,7 @@ from dsv4.convert.results import Outcome, Result
 from dsv4.convert.source import Reader
 from dsv4.formats.layouts import to_slabs
 from dsv4.formats.matrices import FP8_BLOCK
-from dsv4.formats.source_tensor import SourceTensor
+from dsv4.formats.source_tensor import INTEGERS, SourceTensor
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import (
     ELEMENTS,
@@ -41,7 +42,7 @@ from dsv4.formats.zeros import Zeros, is_zero
 ELEMENT_OF = {
     "BF16": "bfloat16",
     "F32": "float32",
-    "I64": "int64",
+    **dict.fromkeys(INTEGERS, "int64"),
     "F8_E4M3": "e4m3",
     "F8_E8M0": "e8m0",
 }
@@ -58,9 +59,13 @@ class PlainOutput(Output):
     def path(self) -> str:
         return path_of(self.tensor.name)
 
+    @property
+    def element(self) -> str:
+        """What its values are stored as."""
+        return ELEMENT_OF[self.tensor.weight.dtype]
+
     def arrays(self) -> tuple[ArraySpec, ...]:
-        shape = self.tensor.shape
-        element = ELEMENT_OF[self.tensor.weight.dtype]
+        shape, element = self.tensor.shape, self.element
         chunk = shape
         if len(shape) == 2 and not cut_by_columns(self.tensor.name):
             row_bytes = shape[1] * ELEMENTS[element].nbytes
@@ -85,7 +90,7 @@ class PlainOutput(Output):
         }
 
     def peak_bytes(self) -> int:
-        return min(self.tensor.nbytes, 2 * TILE_BYTES)
+        return min(max(self.tensor.nbytes, self.arrays()[0].nbytes), 2 * TILE_BYTES)
 
     @property
     def rounded(self) -> bool:
@@ -174,13 +179,13 @@ def row_tiles(source: Reader, tensor: SourceTensor, below: int | None = None) ->
     """The weight's values in row order, checked, a bounded number of rows at a time."""
     entry = tensor.weight
     if len(entry.shape) < 2:
-        yield checked(source.read(entry), tensor.name, below=below)
+        yield checked(widened(source.read(entry)), tensor.name, below=below)
         return
     rows = entry.shape[0]
-    row_bytes = (entry.end - entry.begin) // max(rows, 1)
+    row_bytes = math.prod(entry.shape[1:]) * ELEMENTS[ELEMENT_OF[entry.dtype]].nbytes
     step = tile_rows(rows, row_bytes)
     for start in range(0, rows, step):
-        part = source.read_rows(entry, start, min(start + step, rows))
+        part = widened(source.read_rows(entry, start, min(start + step, rows)))
         yield checked(part, tensor.name, start, below)
 
 

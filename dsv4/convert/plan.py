@@ -10,17 +10,21 @@ from typing import Any
 
 from dsv4.convert.dense import Nvfp4Output
 from dsv4.convert.experts import ExpertsOutput
+from dsv4.convert.few_bytes import check_global_scales
 from dsv4.convert.outputs import Output, Unit
 from dsv4.convert.plain import Fp8Output, PlainOutput
 from dsv4.convert.recipes import KEEP_GATES, Recipe, Role, role_of
 from dsv4.convert.source import Source
+from dsv4.convert.values import ValuesOutput
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConfigError
 from dsv4.formats.source_inventory import Inventory, check_inventory
-from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.formats.source_tensor import INTEGERS, Encoding, SourceTensor
 from dsv4.formats.store.schema import FileSpec
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
+_VALUES_OR_NVFP4 = (Role.ROUTER_GATE, Role.LM_HEAD)
+SHOWN = 3
 STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
 
@@ -63,7 +67,7 @@ class Plan:
             tensor.name
             for unit in self.units
             for tensor in unit.inputs
-            if unit.output.rounds(tensor)
+            if unit.output.rounded and unit.output.rounds(tensor)
         ]
         encodings = {
             str(encoding): sum(tensor.encoding is encoding for tensor in tensors)
@@ -107,20 +111,40 @@ class Plan:
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
-    """Plan the conversion of `source`. Raises ConfigError or SourceError by name."""
+    """Plan the conversion of `source`.
+
+    From headers, and for a source whose files are here from the global scales of NVFP4 too. Raises
+    ConfigError, SourceError or FormatError by name.
+    """
     config = ModelConfig.from_hf(source.config)
     inventory = check_inventory(source.entries, config)
     files = tuple(sorted({entry.file for entry in source.entries.values()}))
     outputs = [
         *_stacks(inventory.by_name, recipe, files),
         *(
-            _single(tensor, recipe, config)
+            _single(tensor, recipe, config, values=tensor.name in inventory.values)
             for tensor in inventory.by_name.values()
             if role_of(tensor.name) is not Role.EXPERT
         ),
     ]
     outputs.sort(key=lambda output: natural_key(output.path))
-    return Plan(config, recipe, tuple(outputs), files, inventory, source.notices)
+    notices = [*source.notices, *_dequantised(outputs)]
+    if source.here:
+        notices += check_global_scales(source, inventory.by_name.values())
+    return Plan(config, recipe, tuple(outputs), files, inventory, tuple(notices))
+
+
+def _dequantised(outputs: Sequence[Output]) -> Iterator[str]:
+    """A sentence about the matrices that are stored as values in BF16, if there are any."""
+    tensors = [output.tensor for output in outputs if isinstance(output, ValuesOutput)]
+    if tensors:
+        names = ", ".join(tensor.name for tensor in tensors[:SHOWN])
+        kinds = " and ".join(sorted({str(tensor.encoding).upper() for tensor in tensors}))
+        yield (
+            f"{len(tensors)} matrices ({names}{', ...' if len(tensors) > SHOWN else ''}) are "
+            f"{kinds} in a form that no kernel takes for them; they are stored as BF16, each value "
+            "the nearest one, and the summary names those that lost something"
+        )
 
 
 def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
@@ -130,12 +154,18 @@ def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
     )
 
 
-def _single(tensor: SourceTensor, recipe: Recipe, config: ModelConfig) -> Output:
-    if tensor.encoding is Encoding.NVFP4 or recipe.rounds(tensor.name):
+def _single(tensor: SourceTensor, recipe: Recipe, config: ModelConfig, *, values: bool) -> Output:
+    """values: whether its kernel takes it as values."""
+    role = role_of(tensor.name)
+    if recipe.rounds(tensor.name):
         return Nvfp4Output(tensor)
-    if tensor.encoding is Encoding.FP8:
+    if tensor.encoding is Encoding.NVFP4 and (not values or role in _VALUES_OR_NVFP4):
+        return Nvfp4Output(tensor)
+    if tensor.tiled and not values:
         return Fp8Output(tensor)
-    table = tensor.weight.dtype == "I64"
+    if tensor.encoding is not Encoding.PLAIN:
+        return ValuesOutput(tensor)
+    table = tensor.weight.dtype in INTEGERS
     return PlainOutput(tensor, config.n_routed_experts if table else None)
 
 

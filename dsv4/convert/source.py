@@ -42,6 +42,8 @@ AUX_FILES = (
 
 TORCH_DTYPES = {
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -93,7 +95,8 @@ class Source(Reader):
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
-    notices: sentences about files that are there and are not used.
+    notices: sentences about files that are there and are not used. here: whether its files lie on
+    this machine, so that thousands of small reads cost nothing.
     Reads may come from several threads at once.
     """
 
@@ -102,6 +105,7 @@ class Source(Reader):
     sizes: Mapping[str, int]
     commit: str | None = None
     notices: tuple[str, ...] = ()
+    here: bool = False
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""

@@ -55,6 +55,19 @@ class PackedCheckpoint:
         """Open the store in `path`: checks its structure, maps nothing yet. Raises StoreError."""
         return cls(PackedStore.open(path))
 
+    def __repr__(self) -> str:
+        manifest = self.store.manifest
+        size = sum(record.nbytes for record in self.store.records.values())
+        return (
+            f"<PackedCheckpoint {self.store.root}: {self.name}, recipe "
+            f"{manifest['recipe']['name']}, {size / 1e9:.2f} GB, root {manifest['root'][:12]}>"
+        )
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its repository on the hub, else the store's directory."""
+        return str(self.store.manifest["source"].get("repo") or self.store.root.resolve().name)
+
     @property
     def config(self) -> ModelConfig:
         """The model configuration."""

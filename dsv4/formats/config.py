@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -232,8 +233,8 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
     scoring = raw.get("scoring_func", "sqrtsoftplus")
     if scoring != "sqrtsoftplus":
         raise ConfigError(f"config.json: scoring_func is {scoring!r:.80}, expected 'sqrtsoftplus'")
-    if raw.get("norm_topk_prob", True) is not True:
-        raise ConfigError("config.json: norm_topk_prob is false, expected true")
+    if (norm := raw.get("norm_topk_prob", True)) is not True:
+        raise ConfigError(f"config.json: norm_topk_prob is {json.dumps(norm):.80}, expected true")
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"config.json: hidden_act is {raw['hidden_act']!r:.80}, expected 'silu'")
     if raw.get("tie_word_embeddings"):

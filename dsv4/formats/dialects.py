@@ -1,9 +1,11 @@
 """Whose names a checkpoint uses: every dialect's tensor names, brought back to the hub's.
 
 DeepSeek's names are ours. transformers has its own (`model.layers.0.self_attn.q_a_proj.weight`);
-its `save_pretrained` writes either those, with all experts of a layer fused into two tensors, or a
-hybrid: the hub's names behind `model.`. llm-compressor writes transformers' names with an entry
-per expert. The tables below are the mapping of transformers 5.23 (`conversion_mapping.py`).
+its `save_pretrained` writes either those, with all experts of a layer fused into two tensors, or,
+by default, what its own renaming undone gives: the hub's names behind `model.` today, a mixture of
+both before. llm-compressor writes transformers' names with an entry per expert. The tables below
+cover every release of transformers that has DeepSeek-V4 (tests/dialects/goldens holds what each of
+them writes), but for the default of 5.8.0, which cuts shared experts to pieces.
 
 After the names, what an entry is to its tensor: `X.weight_packed` has the role `weight_packed` in
 the logical tensor `X.weight` (see `source_tensor`).
@@ -54,6 +56,7 @@ TRANSFORMERS_BLOCK = {
     "self_attn.compressor.kv_norm": "attn.compressor.norm",
     "self_attn.compressor.indexer.q_b_proj": "attn.indexer.wq_b",
     "self_attn.compressor.indexer.scorer.weights_proj": "attn.indexer.weights_proj",
+    "self_attn.compressor.indexer.weights_proj": "attn.indexer.weights_proj",  # 5.8 and 5.9
     "self_attn.compressor.indexer.position_bias": "attn.indexer.compressor.ape",
     "self_attn.compressor.indexer.kv_proj": "attn.indexer.compressor.wkv",
     "self_attn.compressor.indexer.gate_proj": "attn.indexer.compressor.wgate",
@@ -77,6 +80,7 @@ _TO_HUB = TRANSFORMERS_BLOCK | _HYBRID_BLOCK
 _BLOCK = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 _EXPERT = re.compile(r"(?:ffn|mlp)\.experts\.(\d+)\.(\w+)")
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+_CUT_TO_ROWS = re.compile(r"((?:layers|mtp)\.\d+\.)mlp\.shared_experts\.\d+\.w2\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ def hub_stem(name: str) -> tuple[str, str]:
     `model.layers.0.mlp.experts.3.up_proj.weight_scale` -> `layers.0.ffn.experts.3.w3`,
     `weight_scale`. The role is empty for an entry that is a whole tensor by itself.
     """
-    name = name.removeprefix("model.")
+    name = name.removeprefix("model.").replace(".experts..", ".experts.")
     block = _BLOCK.fullmatch(name)
     prefix, rest = block.groups() if block else ("", name)
     table = _TO_HUB if block else TRANSFORMERS_TOP
@@ -120,6 +124,13 @@ def group(entries: Mapping[str, TensorEntry]) -> Grouped:
     cut = 0
     for name, entry in entries.items():
         stem, role = hub_stem(name)
+        if cut_up := _CUT_TO_ROWS.fullmatch(stem):
+            problems[f"{cut_up[1]}ffn.shared_experts.w2.weight"] = (
+                f"{entry.file}: {name} is one row of a shared expert's down projection, as "
+                "transformers 5.8.0 writes it by default; load it with transformers 5.8.0 and save "
+                "it again with save_original_format=False"
+            )
+            continue
         if role == ITSELF and (fused := _FUSED.fullmatch(stem)):
             try:
                 if cut > MAX_PARAMETERS:

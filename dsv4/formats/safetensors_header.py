@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv4.formats.errors import SourceError
+from dsv4.formats.file_kinds import HEAD_BYTES, misfit
 from dsv4.formats.strict_json import DuplicateKeyError, parse_strict
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 MAX_RANK = 8
 MAX_TENSOR_BITS = 1 << 62
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+# transformers 5.8.1 writes `mlp.experts..3.w1.weight`.
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_]+(?:(?:\.|(?<=\.experts)\.\.)[A-Za-z0-9_]+)*")
 MAX_NAME_LENGTH = 256
 METADATA_KEY = "__metadata__"
 ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
@@ -78,16 +80,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     with path.open("rb") as file:
         file_size = path.stat().st_size
-        prefix = file.read(LENGTH_BYTES)
-        length = header_length(prefix, file_size, path.name)
-        return parse_header(prefix + file.read(length), file_size, path.name)
+        head = file.read(HEAD_BYTES)
+        rest = LENGTH_BYTES + header_length(head, file_size, path.name) - len(head)
+        return parse_header(head + file.read(max(rest, 0)), file_size, path.name)
 
 
 def header_length(prefix: bytes, file_size: int, file_name: str) -> int:
-    """Bytes of JSON that follow the first eight bytes `prefix` of a file of `file_size` bytes.
+    """Bytes of JSON that follow the first eight bytes of a file of `file_size` bytes.
 
+    prefix: these eight bytes, or more, by which an error says what the file is instead.
     Raises SourceError when the file is too short, or the length is beyond the file or the limit.
     """
+    if problem := misfit(file_name, prefix):
+        raise SourceError(problem)
     if file_size < LENGTH_BYTES or len(prefix) < LENGTH_BYTES:
         _refuse(
             file_name,

@@ -6,18 +6,20 @@ by the entries themselves (their roles and dtypes), never by what the config cla
     MXFP4   weight I8 [N, K/2]         scale F8_E8M0 [N, K/32]
     NVFP4   weight U8 [N, K/2]         weight_scale F8_E4M3 [N, K/16]   weight_scale_2 F32
     NVFP4   weight_packed U8 [N, K/2]  weight_scale F8_E4M3 [N, K/16]   weight_global_scale F32
-    FP8     weight F8_E4M3 [N, K]      scale | weight_scale | weight_scale_inv [N/128, K/128]
-    PLAIN   weight (or the tensor itself) BF16, F32 or I64
+    FP8     weight F8_E4M3 [N, K]      scale | weight_scale | weight_scale_inv
+    PLAIN   weight (or the tensor itself) BF16, F32 or integers
 
-ModelOpt's `weight_scale_2` multiplies, compressed-tensors' `weight_global_scale` divides. Scales of
-activations may stand beside quantised weights; weights do not need them.
+FP8 has one scale per 128x128 tile, `[N/128, K/128]`, one per row, `[N, 1]` or `[N]`, or one for the
+matrix, `[]` or `[1]`. ModelOpt's `weight_scale_2` multiplies, compressed-tensors'
+`weight_global_scale` divides. Scales of activations may stand beside quantised weights; weights do
+not need them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from dsv4.formats.codecs import MXFP4_BLOCK
 from dsv4.formats.errors import SourceError
@@ -27,6 +29,7 @@ from dsv4.formats.safetensors_header import TensorEntry
 ITSELF = ""  # the role of an entry that is the whole tensor under its own name
 INPUT_SCALES = ("input_scale", "input_global_scale")
 FLOATS = ("BF16", "F32")
+INTEGERS = ("I64", "I32", "I16", "I8", "U32", "U16", "U8")  # all of them fit I64
 
 
 class Encoding(enum.StrEnum):
@@ -34,7 +37,7 @@ class Encoding(enum.StrEnum):
 
     MXFP4 = "mxfp4"  # E2M1, one E8M0 scale per 32 columns
     NVFP4 = "nvfp4"  # E2M1, one E4M3 scale per 16 columns and a global scale
-    FP8 = "fp8"  # E4M3, one scale per 128x128 tile
+    FP8 = "fp8"  # E4M3, one scale per 128x128 tile, per row or per matrix
     PLAIN = "plain"
 
 
@@ -60,6 +63,15 @@ class SourceTensor:
         """The entries that make its values, by role: weight, scale, global_scale."""
         roles = {"weight": self.weight, "scale": self.scale, "global_scale": self.global_scale}
         return {role: entry for role, entry in roles.items() if entry is not None}
+
+    @property
+    def tiled(self) -> bool:
+        """Whether it is FP8 with one scale per 128x128 tile."""
+        return (
+            self.encoding is Encoding.FP8
+            and self.scale is not None
+            and (self.scale.shape == _fp8_tiles(self.shape))
+        )
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +114,7 @@ _FORMS = (
     ),
     _Form(Encoding.FP8, "weight", (_E4M3,), _FP8_SCALES, (_E8M0, *FLOATS)),
     _Form(Encoding.PLAIN, "weight", FLOATS),
-    _Form(Encoding.PLAIN, ITSELF, (*FLOATS, "I64")),
+    _Form(Encoding.PLAIN, ITSELF, (*FLOATS, *INTEGERS)),
 )
 ROLES = frozenset(
     {role for form in _FORMS for role in (form.weight, *form.scales, form.global_scale) if role}
@@ -151,28 +163,33 @@ def _form(name: str, members: Mapping[str, TensorEntry]) -> _Form:
     for form in _FORMS:
         if form.weight in members and members[form.weight].dtype in form.dtypes:
             return form
-    weights = [role for role in ("weight", "weight_packed", ITSELF) if role in members]
-    problem = "such a weight is not known" if weights else "its weight is missing"
-    raise _refusal(name, members, problem)
+    roles = [role for role in ("weight", "weight_packed", ITSELF) if role in members]
+    if not roles:
+        raise _refusal(name, members, "its weight is missing")
+    problem = f"{roles[0] or 'a tensor'} of dtype {members[roles[0]].dtype} is not known"
+    raise _refusal(name, members, problem, *(form for form in _FORMS if form.weight == roles[0]))
 
 
 def _refusal(
-    name: str, members: Mapping[str, TensorEntry], problem: str, form: _Form | None = None
+    name: str, members: Mapping[str, TensorEntry], problem: str, *forms: _Form
 ) -> SourceError:
+    """forms: what would have been right; any known form where none is given."""
     found = " + ".join(
         f"{role or 'tensor'} {entry.dtype} {list(entry.shape)}" for role, entry in members.items()
     )
     file = next(iter(members.values())).file
-    forms: Iterable[_Form] = _FORMS if form is None else (form,)
-    return SourceError(
-        f"{file}: {name} is stored as {found}; {problem} (expected {'; '.join(map(str, forms))})"
-    )
+    expected = "; ".join(map(str, forms or _FORMS))
+    return SourceError(f"{file}: {name} is stored as {found}; {problem} (expected {expected})")
 
 
 def _logical_shape(encoding: Encoding, weight: TensorEntry) -> tuple[int, ...]:
     if encoding in (Encoding.MXFP4, Encoding.NVFP4) and weight.shape:
         return (*weight.shape[:-1], weight.shape[-1] * 2)
     return weight.shape
+
+
+def _fp8_tiles(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-size // FP8_BLOCK) for size in shape)
 
 
 def _check_scales(tensor: SourceTensor) -> None:
@@ -186,8 +203,10 @@ def _check_scales(tensor: SourceTensor) -> None:
         )
     rows, cols = tensor.shape
     block = {Encoding.MXFP4: MXFP4_BLOCK, Encoding.NVFP4: NVFP4_BLOCK}.get(tensor.encoding)
+    others: tuple[tuple[int, ...], ...] = ()
     if block is None:
-        expected = (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))
+        expected = _fp8_tiles(tensor.shape)
+        others = ((rows, 1), (rows,), (1,), ())
     elif cols % block:
         raise SourceError(
             f"{tensor.weight.file}: {tensor.name} has {cols} columns, expected a multiple of "
@@ -195,10 +214,11 @@ def _check_scales(tensor: SourceTensor) -> None:
         )
     else:
         expected = (rows, cols // block)
-    if tensor.scale.shape != expected:
+    if tensor.scale.shape not in (expected, *others):
+        shapes = " or ".join(str(list(shape)) for shape in (expected, *others))
         raise SourceError(
             f"{tensor.scale.file}: {tensor.scale.name} has shape {list(tensor.scale.shape)}, "
-            f"expected {list(expected)} for {tensor.encoding} of shape {list(tensor.shape)}"
+            f"expected {shapes} for {tensor.encoding} of shape {list(tensor.shape)}"
         )
     scale = tensor.global_scale
     if scale is not None and (scale.dtype != "F32" or scale.shape not in ((), (1,))):

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from dsv4.formats.errors import RuntimeRefusal, StoreError
-from dsv4.runtime.chat import Template, Turn, stop_ids
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.settings import GENERATION_FILE, GenerationSettings
+from dsv4.runtime.chat import Finish
 from dsv4.runtime.generate import Timings, TokenSession, generate
+from dsv4.runtime.pieces import Part, Reader
 from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.text import Text
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of a prompt. `text` is None when the store carries no tokenizer."""
+    """What came of a prompt. `text` is the answer alone; None when the store has no tokenizer.
+
+    reasoning: what the model said before the answer; None when it was not asked to think.
+    """
 
     prompt_tokens: list[int]
     generated_tokens: list[int]
     text: str | None
-    finish: str  # "stop" or "length"
+    reasoning: str | None
+    finish: Finish
     timings: Timings
 
     def to_dict(self) -> dict[str, Any]:
@@ -31,72 +35,67 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "text": self.text,
+            "reasoning": self.reasoning,
             "finish": self.finish,
             "timings": self.timings.to_dict(),
         }
 
 
-def encode_prompt(prompt: str, text: Text, *, raw: bool) -> list[int]:
-    """Token ids of `prompt`: as it stands when `raw`, else as the user's turn of a chat."""
-    return text.encode(prompt) if raw else Template().encode([Turn(prompt)], text)
+def answer_limit(settings: GenerationSettings, prompt_tokens: int, fallback: int) -> int:
+    """Most tokens of an answer that nobody bounded: the checkpoint's bound, or `fallback`.
 
-
-def parse_tokens(spelling: str) -> list[int]:
-    """`1,2,3` -> ids. Raises RuntimeRefusal naming the part that is no token id."""
-    ids = []
-    for part in spelling.split(","):
-        if not part.strip().isdecimal():
-            raise RuntimeRefusal(
-                f"--tokens holds {part.strip()!r}, expected token ids separated by commas"
-            )
-        ids.append(int(part))
-    return ids
+    Raises RuntimeRefusal when the prompt alone reaches the checkpoint's max_length.
+    """
+    limit = settings.new_tokens(prompt_tokens)
+    if limit is not None and limit < 1:
+        raise RuntimeRefusal(
+            f"the prompt has {prompt_tokens} tokens and {GENERATION_FILE} allows "
+            f"{settings.max_length} for prompt and answer together (max_length); "
+            "give --max-new-tokens"
+        )
+    return fallback if limit is None else limit
 
 
 def answer(
     session: TokenSession,
     prompt_ids: Sequence[int],
     sampler: Sampler,
+    write: Callable[[Part], object],
     *,
     text: Text | None,
     max_new_tokens: int,
-    eos_token_ids: Sequence[int],
-    write: Callable[[str], object],
+    stop_ids: Collection[int],
+    thinking: bool = False,
+    stop: Sequence[str] = (),
 ) -> Answer:
-    """Generate, handing whole characters to `write` as they come. Raises RuntimeRefusal."""
-    stops = frozenset(eos_token_ids) if text is None else stop_ids(eos_token_ids, text)
-    stream = None if text is None else text.stream()
+    """Generate, handing pieces of whole characters to `write` as they come.
+
+    Without `text` a piece is an id and a comma. thinking: the prompt ends where the model is to
+    reason. A KeyboardInterrupt ends the answer, whose `finish` says so; the session is not to be
+    used again then. Raises RuntimeRefusal as `generate` and `Reader` do.
+    """
     timings = Timings()
-    drawn: list[int] = []
-    pieces: list[str] = []
-    for token in generate(session, prompt_ids, max_new_tokens, sampler, stops, timings):
-        drawn.append(token)
-        piece = f"{token}," if stream is None else stream.push(token)
-        pieces.append(piece)
-        write(piece)
-    if stream is not None:
-        pieces.append(stream.flush())
-        write(pieces[-1])
+    tokens = generate(session, prompt_ids, max_new_tokens, sampler, stop_ids, timings)
+    reader = None if text is None else Reader(text, thinking=thinking, stop=stop)
+    drawn: list[int] = [] if reader is None else reader.drawn
+    finish: Finish = "stop"
+    try:
+        if reader is None:
+            for token in tokens:
+                drawn.append(token)
+                write(Part(f"{token},", reasoning=False))
+        else:
+            for part in reader.read(tokens):
+                write(part)
+        if len(drawn) == max_new_tokens and not (reader is not None and reader.stopped):
+            finish = "length"
+    except KeyboardInterrupt:
+        finish = "interrupted"
     return Answer(
         list(prompt_ids),
         drawn,
-        None if text is None else "".join(pieces),
-        "length" if len(drawn) == max_new_tokens else "stop",
+        None if reader is None else reader.answer,
+        reader.reasoning if reader is not None and thinking else None,
+        finish,
         timings,
     )
-
-
-def sampling_defaults(path: Path | None) -> tuple[float, float]:
-    """-> (temperature, top_p) of a `generation_config.json`; (1, 1) when there is none."""
-    if path is None:
-        return 1.0, 1.0
-    try:
-        raw = json.loads(path.read_text())
-        sampled = bool(raw.get("do_sample", True))
-        return (float(raw.get("temperature", 1.0)) if sampled else 0.0), float(
-            raw.get("top_p", 1.0)
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"{path.name}: not a generation config ({error}); copy it again from the source"
-        ) from None

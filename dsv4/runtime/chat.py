@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Literal, Protocol
 
 from deepseek_recipe import (
@@ -30,8 +30,9 @@ from deepseek_recipe import (
     UserMessage,
 )
 
-from dsv4.formats.errors import Dsv4Error, RuntimeRefusal
+from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.generate import Timings, TokenSession, generate
+from dsv4.runtime.pieces import Part, Reader
 from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.text import Text, check_unicode
 
@@ -39,8 +40,6 @@ Effort = Literal["low", "high", "max"]
 Finish = Literal["stop", "length", "interrupted"]
 
 _EOS = SpecialToken.Eos.default_str()
-_THINK = SpecialToken.ThinkingStart.default_str()
-_THINK_END = SpecialToken.ThinkingEnd.default_str()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Template:
             # An EOS ends an answer and nothing else, so the n-th one ends the n-th answer.
             answered = next(answers, None) if spelling == _EOS else None
             drawn = answered.answer_ids if answered is not None else None
-            if drawn is not None and text.decode(drawn) == plain:
+            if drawn is not None and text.spoken(drawn) == plain:
                 ids += drawn
             else:
                 ids += text.encode_plain(plain)
@@ -125,12 +124,15 @@ def stop_ids(eos_token_ids: Collection[int], text: Text) -> frozenset[int]:
     return frozenset(eos_token_ids) | (frozenset() if own is None else {own})
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A piece of an answer as it comes. The `<think>` marks count as reasoning."""
+class ConversationFull(RuntimeRefusal):
+    """A conversation has outgrown its session. tokens: of it; capacity: of the session."""
 
-    text: str
-    reasoning: bool
+    def __init__(self, tokens: int, capacity: int) -> None:
+        super().__init__(
+            f"the conversation has {tokens} tokens and the session holds {capacity}; start anew, "
+            "or open it with a larger max_seq_len"
+        )
+        self.tokens, self.capacity = tokens, capacity
 
 
 class ResettableSession(TokenSession, Protocol):
@@ -143,8 +145,9 @@ class ResettableSession(TokenSession, Protocol):
 class Chat:
     """A conversation with one model, held by one session, which is the chat's alone from here.
 
-    `max_new_tokens` bounds an answer besides the session's room. After an answer, `finish` says
-    what ended it and `timings` what it cost.
+    `max_new_tokens` bounds an answer besides the session's room, each string of `stop` ends it.
+    `template` may be replaced between answers. After an answer, `finish` says what ended it, `full`
+    whether that was the session's room, and `timings` what it cost.
     """
 
     def __init__(
@@ -156,16 +159,19 @@ class Chat:
         template: Template | None = None,
         eos_token_ids: Collection[int] = (),
         max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         self.template = template or Template()
         self.turns: list[Turn] = []
         self.timings = Timings()
         self.finish: Finish | None = None
+        self.full = False
         self._session = session
         self._text = text
         self._sampler = sampler
         self._stop_ids = stop_ids(eos_token_ids, text)
         self._max_new_tokens = max_new_tokens
+        self._stop = tuple(stop)
         self._consumed: list[int] | None = None  # the ids in the session, None if unknown
         self._answering: weakref.ref[Generator[Part, None, None]] | None = None
 
@@ -175,10 +181,11 @@ class Chat:
         self.turns.clear()
 
     def send(self, message: str) -> Generator[str, None, None]:
-        """Say `message` and stream the answer; like `parts`, text only."""
+        """Say `message` and stream the answer; like `parts`, without the reasoning."""
         with contextlib.closing(self.parts(message)) as parts:
             for part in parts:
-                yield part.text
+                if not part.reasoning:
+                    yield part.text
 
     def parts(self, message: str) -> Generator[Part, None, None]:
         """Say `message` and stream the answer, reasoning and answer told apart.
@@ -187,7 +194,7 @@ class Chat:
         said by then stays in `turns`, with the message; if nothing was said, neither stays.
         An answer still open when the next message is sent is closed first.
 
-        Raises RuntimeRefusal during the iteration when the conversation no longer fits into
+        Raises ConversationFull during the iteration when the conversation no longer fits into
         the session; the message is then not part of the conversation.
         """
         self._end_answer()
@@ -202,22 +209,29 @@ class Chat:
         self._answering = None
 
     def _stream(self, message: str) -> Generator[Part, None, None]:
-        self.finish, self.timings = None, Timings()
+        self.finish, self.full, self.timings = None, False, Timings()
         prompt = self.template.encode([*self.turns, Turn(message)], self._text)
         room = self._session.max_seq_len - len(prompt)
         limit = room if self._max_new_tokens is None else min(room, self._max_new_tokens)
         if room < 1:
-            raise RuntimeRefusal(
-                f"the conversation has {len(prompt)} tokens and the session holds "
-                f"{self._session.max_seq_len}; start anew, or open it with a larger max_seq_len"
-            )
-        answer = _Answer(self._text, self.template.thinking)
-        new = prompt[self._follow(prompt) :]
-        tokens = generate(self._session, new, limit, self._sampler, self._stop_ids, self.timings)
+            raise ConversationFull(len(prompt), self._session.max_seq_len)
+        answer = Reader(self._text, thinking=self.template.thinking, stop=self._stop)
+        held = self._follow(prompt)
+        tokens = generate(
+            self._session,
+            prompt[held:],
+            limit,
+            self._sampler,
+            self._stop_ids,
+            self.timings,
+            history=prompt[:held],
+        )
         finish: Finish = "interrupted"
         try:
             yield from answer.read(tokens)
-            finish = "length" if self.timings.generated_tokens == limit else "stop"
+            cut = self.timings.generated_tokens == limit and not answer.stopped
+            self.full = cut and limit == room
+            finish = "length" if cut else "stop"
         except GeneratorExit:
             raise
         except BaseException:
@@ -228,12 +242,12 @@ class Chat:
             tokens.close()
             self._conclude(message, prompt, answer, finish)
 
-    def _conclude(self, message: str, prompt: list[int], answer: _Answer, finish: Finish) -> None:
+    def _conclude(self, message: str, prompt: list[int], answer: Reader, finish: Finish) -> None:
         self.finish = finish
         if self._consumed is not None:
             self._consumed = (prompt + answer.drawn)[: self._session.position]
         if finish != "interrupted" or answer.said:
-            self.turns.append(answer.turn(message))
+            self.turns.append(Turn(message, answer.answer, answer.reasoning, answer.answer_ids))
 
     def _follow(self, prompt: list[int]) -> int:
         """Bring the session to a true prefix of `prompt`, and say how long that is."""
@@ -247,106 +261,3 @@ class Chat:
 
 def _extends(ids: list[int], prefix: list[int]) -> bool:
     return len(ids) > len(prefix) and ids[: len(prefix)] == prefix
-
-
-class _Answer:
-    """An answer taking shape: drawn ids in, parts out, and what of them was said."""
-
-    def __init__(self, text: Text, thinking: bool) -> None:
-        self.drawn: list[int] = []
-        self._text = text
-        self._thinking = thinking  # from here on: is the model still reasoning?
-        self._think_end = _special_id(text, _THINK_END) if thinking else None
-        self._said = {True: "", False: ""}
-        self._begin = 0  # drawn[_begin:_end] are the ids of the answer as said
-        self._end = 0
-
-    @property
-    def said(self) -> bool:
-        """Whether anything came out yet, marks aside."""
-        return any(self._said.values())
-
-    def read(self, tokens: Generator[int, None, None]) -> Generator[Part, None, None]:
-        """Turn tokens into parts. `drawn` and `turn` are right at every yield."""
-        stream = self._text.stream()
-        if self._thinking:
-            yield Part(_THINK, reasoning=True)
-        for token in tokens:
-            self.drawn.append(token)
-            if self._thinking and token == self._think_end:
-                yield from self._say(stream.flush())
-                self._thinking = False
-                self._begin = self._end = len(self.drawn)
-                yield Part(_THINK_END, reasoning=True)
-            else:
-                yield from self._say(stream.push(token))
-        yield from self._say(stream.flush())
-        self._end = len(self.drawn)  # tokens without text, too
-
-    def _say(self, text: str) -> Generator[Part, None, None]:
-        if text:
-            self._said[self._thinking] += text
-            self._end = len(self.drawn)
-            yield Part(text, self._thinking)
-
-    def turn(self, message: str) -> Turn:
-        """The turn as far as it was said."""
-        ids = None if self._thinking else tuple(self.drawn[self._begin : self._end])
-        return Turn(message, self._said[False], self._said[True], ids)
-
-
-HELP = """\
-/reset  forget the conversation
-/help   show this
-/exit   leave; so does Ctrl-D
-Ctrl-C  end the answer
-"""
-
-
-def interactive(
-    chat: Chat,
-    read_line: Callable[[], str],
-    write: Callable[[str], object],
-    note: Callable[[str], object] | None = None,
-) -> None:
-    """Talk until `/exit` or the end of input.
-
-    `read_line` gives a line without its newline, raises EOFError at the end and
-    KeyboardInterrupt on Ctrl-C. `write` gets the answers as they come, `note` (`write` if
-    None) all that is not an answer. Ctrl-C ends an answer, never the loop.
-    """
-    note = note or write
-    while True:
-        try:
-            line = read_line().strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            note("\n/exit or Ctrl-D leaves\n")
-            continue
-        if line == "/exit":
-            return
-        if line == "/reset":
-            chat.reset()
-            note("the conversation is forgotten\n")
-        elif line == "/help":
-            note(HELP)
-        elif line:
-            _answer(chat, line, write, note)
-
-
-def _answer(
-    chat: Chat, line: str, write: Callable[[str], object], note: Callable[[str], object]
-) -> None:
-    try:
-        with contextlib.closing(chat.send(line)) as answer:
-            for text in answer:
-                write(text)
-        write("\n")
-    except KeyboardInterrupt:
-        note("\n(interrupted)\n")
-    except Dsv4Error as error:
-        note(f"\n{error}\n")
-        return
-    if chat.finish == "length":
-        note(f"(cut after {chat.timings.generated_tokens} tokens)\n")

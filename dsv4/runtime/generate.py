@@ -92,10 +92,13 @@ def generate(
     sampler: Sampler,
     stop_ids: Collection[int] = (),
     timings: Timings | None = None,
+    *,
+    history: Sequence[int] = (),
 ) -> Generator[int, None, None]:
     """Append `prompt_ids` to the session and yield up to `max_new_tokens` ids as they come.
 
     Ends before yielding an id of `stop_ids`. `timings`, when given, is filled in as it goes.
+    history: what the session holds already, for penalties on tokens that were there before.
     Closing the iterator ends the generation; see the module's text for what is then held.
 
     Raises RuntimeRefusal at the call, before anything is fed, for an empty prompt,
@@ -114,6 +117,7 @@ def generate(
             f"the session has left of {session.max_seq_len}; ask for fewer, or open the session "
             "with a larger max_seq_len"
         )
+    sampler.begin([*history, *prompt])
     return _decode(
         session, prompt, max_new_tokens, sampler, frozenset(stop_ids), timings or Timings()
     )
@@ -133,6 +137,7 @@ def _decode(
     timings.prompt_seconds = timings.first_token_seconds = time.perf_counter() - begin
     while token not in stop_ids:
         timings.generated_tokens += 1
+        sampler.took(token)
         yield token
         if timings.generated_tokens == max_new_tokens:
             return

@@ -30,6 +30,8 @@ from dsv4.runtime.session import Session
 from dsv4.runtime.step import Step
 from dsv4.runtime.weights import WeightReader, Weights
 
+DEVICES = ("cpu", "cuda")
+
 
 class HyperConnection:
     """Collapses the streams into a sublayer's normed input and spreads its output over them."""
@@ -115,6 +117,13 @@ class Model:
         self.layers = tuple(Layer(read, n, numerics) for n in range(c.num_hidden_layers))
         self.head = Head(read)
 
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<Model of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer, on "
+            f"{self.device}, {self.dtype}, numerics {self.numerics}>"
+        )
+
     def load_lines(self) -> Iterator[str]:
         """Nothing: weights stay in their mapped files and are read as they are used."""
         yield from ()
@@ -146,7 +155,34 @@ def load(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeRefusal(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
-    target = torch.device(device)
+    target = device_named(device)
     if target.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeRefusal("device 'cuda' was asked for, but torch sees no CUDA device here")
-    return Model(WeightReader(weights, target), dtype, Numerics(numerics))
+        raise no_gpu()
+    return Model(WeightReader(weights, target), dtype, numerics_named(numerics))
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """A device that models run on. Raises RuntimeRefusal for a name that is not one."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type not in DEVICES:
+        raise RuntimeRefusal(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
+    return device
+
+
+def numerics_named(name: str) -> Numerics:
+    """One of `Numerics` by its name. Raises RuntimeRefusal for a name that is not one."""
+    if name not in list(Numerics):
+        raise RuntimeRefusal(f"numerics is {name!r}, expected one of {', '.join(Numerics)}")
+    return Numerics(name)
+
+
+def no_gpu() -> RuntimeRefusal:
+    """What is said where a GPU was asked for and torch has none."""
+    why = "" if torch.version.cuda else f": this torch ({torch.__version__}) is built without CUDA"
+    return RuntimeRefusal(
+        f"device 'cuda' was asked for, but torch sees no CUDA device here{why}; "
+        "device 'cpu' runs on the CPU"
+    )

@@ -125,8 +125,17 @@ class Session:
         return check_ids(ids, self._position, self.max_seq_len, self.model.config.vocab_size)
 
 
+def require_tensor(ids: object) -> None:
+    """Raise RuntimeRefusal for a list or whatever else somebody feeds."""
+    if not isinstance(ids, Tensor):
+        raise RuntimeRefusal(
+            f"ids are a {type(ids).__name__}, expected an int64 tensor [T]: torch.tensor(ids)"
+        )
+
+
 def check_ids(ids: Tensor, position: int, max_seq_len: int, vocab: int) -> Tensor:
     """`ids`, if they may follow the `position` tokens that a session has. Raises RuntimeRefusal."""
+    require_tensor(ids)
     if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise RuntimeRefusal(f"ids are {ids.dtype} of shape {tuple(ids.shape)}, expected int64 [T]")
     if ids.shape[0] == 0:

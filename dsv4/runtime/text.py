@@ -21,6 +21,9 @@ from tokenizers.decoders import DecodeStream
 
 from dsv4.formats.errors import RuntimeRefusal, StoreError
 
+_BAR = "｜"  # in the spelling of DeepSeek's special tokens, but for two
+_REASONING = ("<think>", "</think>")
+
 
 class Text:
     """A tokenizer. Ids are ints, text is str; nothing is added to either (no BOS, no EOS)."""
@@ -57,6 +60,19 @@ class Text:
         """One more than the largest token id; rows of the head from here on mean nothing."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @functools.cached_property
+    def marks(self) -> frozenset[int]:
+        """Ids of special tokens, which are structure and not text.
+
+        Those flagged special, and DeepSeek's own, of which only some are flagged.
+        """
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(
+            number
+            for number, token in added
+            if token.special or _BAR in token.content or token.content in _REASONING
+        )
+
     def token_id(self, spelling: str) -> int | None:
         """The id of the token spelt exactly so, None when there is none."""
         return self._tokenizer.token_to_id(spelling)
@@ -83,6 +99,10 @@ class Text:
         Bytes that are not UTF-8 come out as U+FFFD.
         """
         return self._tokenizer.decode(ids, skip_special_tokens=not show_special)
+
+    def spoken(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids: `decode` without any special token."""
+        return self.decode([token for token in ids if token not in self.marks])
 
     def stream(self, *, show_special: bool = False) -> TextStream:
         """A detokeniser for ids that come one by one; what it gives adds up to `decode`."""

@@ -46,6 +46,8 @@ ADVICE = {
     "assets": "The file is not the source's. Convert the source again.",
     "exact": "The source has experts that NVFP4 cannot hold. Convert it again with "
     "--accept-rounding if these errors do no harm, or choose another source.",
+    "text files": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
+    "its checksum does not match either, repair the store.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
     "origin": "What the store says of its source is wrong. Convert the source again.",
     "loss": "What the store says of its losses is wrong. Convert the source again.",

@@ -1,9 +1,9 @@
 """Inversion with the source: undo every transform from the emitted bytes and compare.
 
-Exact tensors must give the source's bytes (plain, FP8, NVFP4) or values, sign of zero included
-(MXFP4 carried into NVFP4). What becomes of rounded ones is in `rounding`. What was left behind as
-a copy must be one. Tensors are compared by tiles of rows, a few at once, so memory does not grow
-with the model.
+Exact tensors must give the source's bytes (plain, FP8, NVFP4; integers widened to 64 bits) or
+values, sign of zero included (MXFP4 carried into NVFP4). What becomes of rounded ones is in
+`rounding`. What was left behind as a copy must be one. Tensors are compared by tiles of rows, a few
+at once, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import torch
 from torch import Tensor
 
+from dsv4.convert.carried import widened
 from dsv4.convert.outputs import is_weight, tile_rows
 from dsv4.convert.read import read_nvfp4
 from dsv4.convert.source import Source
@@ -206,7 +207,7 @@ def _rows_equal(source: Source, found: Stored, entry: TensorEntry | None, *rows:
     """Whether `found` has dtype and bytes of these rows of a stored tensor of the source."""
     if not isinstance(found, Tensor) or entry is None:
         return False
-    part = source.read_rows(entry, *rows)
+    part = widened(source.read_rows(entry, *rows))
     return found.dtype == part.dtype and torch.equal(_bytes(found), _bytes(part))
 
 

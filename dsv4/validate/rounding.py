@@ -107,7 +107,7 @@ def judge_rounding(
     facts: what the store says of the tensor. Findings go into `report`.
     """
     name, values = tensor.name, SourceValues(source, tensor)
-    loss, worst, blocks = Loss(), 0.0, 0
+    loss, worst, blocks, nearest = Loss(), 0.0, 0, True
     if not verdict.exact:
         for span, stored in stored_tiles(packed, name, spans):
             original, emitted = values.rows(*span), values_of(stored)
@@ -115,10 +115,17 @@ def judge_rounding(
             if isinstance(stored, NVFP4Tensor):
                 worst = max(worst, largest_error(original, emitted, stored))
                 blocks += differing_blocks(original, emitted)
+            elif isinstance(stored, Tensor):
+                nearest &= torch.equal(stored, original.to(stored.dtype))
         check_blocks(tensor, facts, blocks, report)
     check_loss(tensor, facts, loss, report)
     if verdict.exact:
         return verdict
+    if verdict.format == "plain":
+        report.count("dequantised tensors held against the nearest values")
+        if not nearest:
+            report.add("bound", name, "a value is not the nearest to the source's; convert again")
+        return dataclasses.replace(verdict, loss=loss.to_dict())
     report.count("rounded tensors held against the bound of each block")
     if not worst <= 1.0 + BOUND_SLACK:
         report.add(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import Dsv4Error
+from dsv4.formats.errors import Dsv4Error, StoreError
 from dsv4.formats.inventory import detect_draft, parameters
 from dsv4.formats.store import integrity
+from dsv4.formats.stored_text import stored_text_files
 from dsv4.validate.coherence import check_layouts
 from dsv4.validate.provenance import describe
 from dsv4.validate.report import Report
@@ -33,8 +34,18 @@ def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
         report.add("files", fault.key, fault.problem)
     report.count("files present at their size", len(store.files_under(None)))
     _check_inventory(packed, report)
+    _check_text_files(packed, report)
     check_layouts(store, report)
     describe(packed, report)
+
+
+def _check_text_files(packed: PackedCheckpoint, report: Report) -> None:
+    """The tokenizer and the generation settings are what `run` can use."""
+    try:
+        stored_text_files(packed)
+    except StoreError as error:
+        report.add("text files", "assets", str(error))
+    report.count("text files read")
 
 
 def _check_inventory(packed: PackedCheckpoint, report: Report) -> None:

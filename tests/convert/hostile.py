@@ -241,8 +241,10 @@ HEADERS: dict[str, Hostile] = {
         _text(lambda text: text.replace(b"[0, 16]", b"[0, " + b"9" * 9999 + b"]")),
         (SHARD, "no 64-bit integer"),
     ),
-    "empty file": Hostile(_raw(lambda _: b""), (SHARD, "0 bytes long")),
-    "a pickle instead": Hostile(_raw(lambda _: pickle.dumps({"a": 1})), (SHARD,)),
+    "empty file": Hostile(_raw(lambda _: b""), (SHARD, "is empty, expected a safetensors file")),
+    "a pickle instead": Hostile(
+        _raw(lambda _: pickle.dumps({"a": 1})), (SHARD, "a pickle, which is never opened")
+    ),
     "name twice": Hostile(_twice(), (SHARD, FIRST, "twice")),
     "name twice, other dtype": Hostile(_twice(dtype="I32"), (SHARD, FIRST, "twice")),
     "name is a path": Hostile(_rename(FIRST, "../../etc/x"), (SHARD, "'../../etc/x'")),
@@ -273,14 +275,15 @@ INDEXES: dict[str, Hostile] = {
         (INDEX_FILE, "'layers.1.attn.attn_sink'", "twice"),
     ),
     "index is a dangling link": Hostile(
-        replaced(INDEX_FILE, _link("../outside/nowhere")), (INDEX_FILE, "download it again")
+        replaced(INDEX_FILE, _link("../outside/nowhere")),
+        (INDEX_FILE, "is a link to a file that does not exist"),
     ),
     "index is a pipe": Hostile(replaced(INDEX_FILE, os.mkfifo), (INDEX_FILE, "regular file")),
 }
 
 CONFIGS: dict[str, Hostile] = {
     "config missing": Hostile(lambda hub: (hub / CONFIG_FILE).unlink(), (CONFIG_FILE,)),
-    "config is no JSON": Hostile(_document(CONFIG_FILE, "model"), (CONFIG_FILE, "not valid JSON")),
+    "config is no JSON": Hostile(_document(CONFIG_FILE, "{model"), (CONFIG_FILE, "not valid JSON")),
     "config is a list": Hostile(_document(CONFIG_FILE, "[1]"), (CONFIG_FILE, "list")),
     "config nests deeply": Hostile(
         _document(CONFIG_FILE, '{"a":' + "[" * 500_000), (CONFIG_FILE, "not valid JSON")
@@ -351,7 +354,8 @@ FILES: dict[str, Hostile] = {
         replaced("tokenizer.json", Path.mkdir), ("tokenizer.json", "regular file")
     ),
     "tokenizer is a dangling link": Hostile(
-        replaced("tokenizer.json", _link("../outside/blob")), ("tokenizer.json", "again")
+        replaced("tokenizer.json", _link("../outside/blob")),
+        ("tokenizer.json", "is a link to a file that does not exist"),
     ),
     "licence is a pipe": Hostile(replaced("LICENSE", os.mkfifo), ("LICENSE", "regular file")),
     "licence of a terabyte": Hostile(
@@ -361,7 +365,8 @@ FILES: dict[str, Hostile] = {
         replaced(CONFIG_FILE, _sparse(TERABYTE)), (CONFIG_FILE, "larger than")
     ),
     "shard of a terabyte of zeros": Hostile(
-        replaced(SHARD, _sparse(TERABYTE)), (SHARD, "header of 0 bytes")
+        replaced(SHARD, _sparse(TERABYTE)),
+        (SHARD, "begins with zeros, expected a safetensors file"),
     ),
 }
 

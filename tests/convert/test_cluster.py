@@ -18,7 +18,7 @@ import pytest
 
 import dsv4
 from dsv4.convert.tiny import TINY, write_tiny
-from dsv4.formats.errors import ChangedSourceError, ClusterError
+from dsv4.formats.errors import ChangedSourceError, ClusterError, ConfigError
 from dsv4.formats.store.schema import JOURNAL, MARKER
 
 pytest.importorskip("distributed")
@@ -131,6 +131,15 @@ def test_no_scheduler_is_said_at_once(
     monkeypatch.setattr("dsv4.convert.cluster.SECONDS_TO_CONNECT", 1)
     with pytest.raises(ClusterError, match="no dask scheduler answers at tcp://127"):
         dsv4.convert(checkpoint, tmp_path / "out", scheduler="tcp://127.0.0.1:9")
+
+
+def test_without_dask_nothing_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ConfigError, match=r"--scheduler needs dask: pip install 'dsv4\[cluster\]'"):
+        dsv4.convert(checkpoint, tmp_path / "out", scheduler="tcp://127.0.0.1:9")
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_survive_the_way_back() -> None:

@@ -15,7 +15,8 @@ import dsv4
 from dsv4.bench.real_shapes import few_layers
 from dsv4.cli import cli
 from dsv4.convert import scale_look
-from dsv4.convert.engine import Event, convert
+from dsv4.convert.counter import Event
+from dsv4.convert.engine import convert
 from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe

@@ -217,7 +217,7 @@ def test_a_store_with_the_scale_applied_the_wrong_way_fails_validation(
         return source.read(tensor.global_scale).reshape(())
 
     with monkeypatch.context() as patch:
-        patch.setattr(read, "_global_scale", wrong)
+        patch.setattr(read, "read_global_scale", wrong)
         dsv4.convert(ct_source, tmp_path / "packed")
     report = dsv4.validate(tmp_path / "packed", source=ct_source)
     named = {finding.where for finding in report.findings}

@@ -82,10 +82,10 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
         _set(f"{WQ_A}.weight_scale", "F32", 8, 32),
         f"{WQ_A}.weight .*expected one of scale and weight_scale, not both",
     ),
-    "per-channel FP8": (
+    "FP8 scales of no known grain": (
         "base",
-        _set(f"{WQ_A}.scale", "F32", 1024, 1),
-        r"has shape \[1024, 1\], expected \[8, 32\] for fp8",
+        _set(f"{WQ_A}.scale", "F32", 1024, 2),
+        r"has shape \[1024, 2\], expected \[8, 32\] or \[1024, 1\] or \[1024\] or \[1\] or \[\]",
     ),
     "both NVFP4 conventions": (
         "modelopt",
@@ -100,25 +100,35 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "unknown pair of dtypes": (
         "official",
         _set(f"{EXPERT}.weight", "F8_E5M2", 2048, 4096),
-        f"{EXPERT}.weight is stored as weight F8_E5M2 .*such a weight is not known",
+        f"{EXPERT}.weight is stored as weight F8_E5M2 .*weight of dtype F8_E5M2 is not known",
     ),
     "a scale beside BF16": (
         "official",
         _set("layers.1.ffn.gate.scale", "F32", 1, 32),
         r"layers\.1\.ffn\.gate\.weight .*scale has no meaning beside it",
     ),
-    "a router in FP8": (
+    "a norm in FP8": (
         "base",
         lambda e: e.update(
             {
                 n: entry(Stored(n, d, s))
                 for n, d, s in (
-                    ("layers.1.ffn.gate.weight", "F8_E4M3", (4, 4096)),
-                    ("layers.1.ffn.gate.scale", "F32", (1, 32)),
+                    ("layers.1.attn_norm.weight", "F8_E4M3", (4096,)),
+                    ("layers.1.attn_norm.scale", "F32", (32,)),
                 )
             }
         ),
-        r"layers\.1\.ffn\.gate\.weight is fp8 \[4, 4096\], expected BF16 or F32",
+        r"attn_norm\.weight is fp8 of shape \[4096\], expected a matrix",
+    ),
+    "a table of floats": (
+        "official",
+        _set("layers.0.ffn.gate.tid2eid", "F32", 1024, 2),
+        r"tid2eid is F32 \[1024, 2\], expected I64 or I32 or I16 or I8 or U32 or U16 or U8 \[",
+    ),
+    "a table of 64-bit unsigned integers": (
+        "official",
+        _set("layers.0.ffn.gate.tid2eid", "U64", 1024, 2),
+        r"a tensor of dtype U64 is not known \(expected tensor BF16/F32/I64/I32/I16/I8/U32",
     ),
     "the same tensor under two names": (
         "official",

@@ -97,8 +97,8 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         _document(_sibling(lfs={"sha256": "x", "size": 5, "pointerSize": 1})),
         NOT_A_HUB,
     ),
-    "no files": (_document({"sha": "c" * 40}), "has no config.json; give a checkpoint's"),
-    "no config": (_hides("config.json"), "has no config.json; give a checkpoint's repository"),
+    "no files": (_document({"sha": "c" * 40}), "is not a checkpoint: it has no config.json; give"),
+    "no config": (_hides("config.json"), "has safetensors files but no config.json; put"),
     "a shard missing": (
         _hides(SHARD),
         f"1 of 4 safetensors files are missing \\({SHARD}\\); choose another revision",
@@ -115,7 +115,10 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         _lists(SHARD, size=89_911),
         f"{SHARD}: bytes 0-89910/89911 were asked for, the answer has 'bytes 0-89910/89912'",
     ),
-    "a shard said to be empty": (_lists(SHARD, size=0), f"{SHARD} is 0 bytes long, too short"),
+    "a shard said to be empty": (
+        _lists(SHARD, size=0),
+        f"{SHARD} is empty, expected a safetensors file",
+    ),
     "a shard with another hash": (
         _lists(SHARD, lfs={"sha256": "0" * 64, "size": 89_912, "pointerSize": 134}),
         f"{SHARD} changed while it was read",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save
 
 from dsv4.convert import hub_source
 from dsv4.convert.local_source import LocalSource
@@ -61,7 +63,82 @@ def test_anything_else_is_neither(given: str, asked: Asked) -> None:
     assert asked == []
 
 
-def test_a_file_is_no_checkpoint() -> None:
-    (Path.cwd() / "x.safetensors").write_text("")
-    with pytest.raises(SourceError, match=r"x\.safetensors is a file; give the directory"):
-        open_source("x.safetensors")
+FILES = {
+    "x.safetensors": (save({}), "x.safetensors is one file of a checkpoint"),
+    "y.safetensors": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        "y.safetensors is a Git LFS pointer",
+    ),
+    "x.gguf": (b"GGUF\3\0\0\0", "x.gguf is a GGUF file"),
+    "x.bin": (pickle.dumps({"a": 1}), "x.bin is a pickle, which is never opened"),
+    "config.json": (b"{}", "config.json is a file"),
+    "README.md": (b"# A model", "README.md is a file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_no_checkpoint(name: str) -> None:
+    content, sentence = FILES[name]
+    (Path.cwd() / name).write_bytes(content)
+    with pytest.raises(SourceError) as refusal:
+        open_source(name)
+    assert str(refusal.value) == f"{sentence}; give the directory of a checkpoint"
+
+
+ADDRESSES = {
+    "https://huggingface.co/org/name": None,
+    "https://huggingface.co/org/name/": None,
+    "http://www.huggingface.co/org/name?library=x#files": None,
+    "HTTPS://HuggingFace.co/org/name": None,
+    "huggingface.co/org/name": None,
+    "https://hf.co/org/name/tree/v1": "v1",
+    "https://huggingface.co/org/name/tree/refs%2Fpr%2F3": "refs/pr/3",
+    "https://huggingface.co/org/name/tree/refs/pr/3": "refs/pr/3",
+    "https://hub.example:8/org/name": None,
+    "hf://org/name": None,
+}
+
+
+@pytest.mark.parametrize("given", ADDRESSES)
+def test_the_address_of_a_repository_is_its_id(
+    given: str, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:8")
+    open_source(given)
+    assert asked == [("org/name", ADDRESSES[given])]
+    named = ADDRESSES[given] or "beta"
+    open_source(given, named)
+    assert asked[1:] == [("org/name", named)]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            "https://huggingface.co/org/name/blob/main/config.json",
+            "of something in .*; give org/name",
+        ),
+        (
+            "https://huggingface.co/org/name/tree/main/inference",
+            "of something in .*; give org/name",
+        ),
+        ("https://huggingface.co/datasets/org/name", "is not the address of a model on the hub"),
+        ("https://huggingface.co/org", "is not the address of a model on the hub"),
+        ("https://huggingface.co/../..", "is not the address of a model on the hub"),
+        ("https://[x", "is not an address"),
+        ("https://mirror.example/org/name", "is not on huggingface.co; give org/name, with HF_END"),
+        ("org/name@v1", "give org/name and --revision v1"),
+        ("hf://org/name@v1", "give a hub id such as org/name"),
+    ],
+)
+def test_other_addresses_are_refused(given: str, sentence: str, asked: Asked) -> None:
+    with pytest.raises(SourceError, match=sentence) as refusal:
+        open_source(given)
+    assert "\n" not in str(refusal.value)
+    assert asked == []
+
+
+def test_two_revisions_are_refused(asked: Asked) -> None:
+    with pytest.raises(SourceError, match=r"--revision v2 contradicts https://.*tree/v1"):
+        open_source("https://huggingface.co/org/name/tree/v1", "v2")
+    assert asked == []

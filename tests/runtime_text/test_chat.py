@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.runtime.chat import Chat, Part, Template, Turn
+from dsv4.runtime.chat import Chat, ConversationFull, Template, Turn
 from dsv4.runtime.sampling import Sampler
 from tests.runtime_text.text_fixtures import (
     ASSISTANT,
@@ -112,7 +112,7 @@ def test_an_unfinished_character_is_shown_as_such() -> None:
     thinking, _ = chat_with(
         [*half, *TEXT.encode(f"{THINK_END}ok")], template=Template(thinking=True)
     )
-    assert "".join(thinking.send("a")) == f"{THINK}\ufffd{THINK_END}ok"
+    assert "".join(thinking.send("a")) == "ok"
     assert thinking.turns[0].reasoning == "\ufffd"
 
 
@@ -190,17 +190,16 @@ def test_reasoning_and_answer_part_where_recipes_parser_parts_them() -> None:
         for reasoning in (False, True)
     }
     reasoning, answer = parsed_by_recipe(TEXT.encode(spoken))
-    assert said == {True: f"{THINK}{reasoning}{THINK_END}", False: answer}
+    assert said == {True: reasoning, False: answer}
     assert chat.turns == [Turn("hi", answer, reasoning, tuple(TEXT.encode(answer)))]
-    assert parts[0] == Part(THINK, reasoning=True)
 
 
 def test_thinking_turns_drop_earlier_reasoning_and_start_afresh() -> None:
     chat, session = chat_with(
         f"why{THINK_END}one", f"how{THINK_END}two", template=Template(thinking=True)
     )
-    assert "".join(chat.send("a")) == f"{THINK}why{THINK_END}one"
-    assert "".join(chat.send("b")) == f"{THINK}how{THINK_END}two"
+    assert "".join(chat.send("a")) == "one"
+    assert "".join(chat.send("b")) == "two"
     expected = f"{BOS}{USER}a{ASSISTANT}{THINK_END}one{EOS}{USER}b{ASSISTANT}{THINK}"
     assert session.resets == 2
     assert session.prompts == [TEXT.encode(expected)]
@@ -271,12 +270,11 @@ def test_an_interrupt_while_reasoning_leaves_an_empty_answer() -> None:
     chat, _ = chat_with(
         f"long thoughts{THINK_END}one", f"x{THINK_END}two", template=Template(thinking=True)
     )
-    answer = chat.send("a")
-    assert next(answer) == THINK
+    answer = chat.parts("a")
     said = next(answer)
     answer.close()
-    assert chat.turns == [Turn("a", "", said, None)]
-    assert "".join(chat.send("b")) == f"{THINK}x{THINK_END}two"
+    assert said.reasoning and chat.turns == [Turn("a", "", said.text, None)]
+    assert "".join(chat.send("b")) == "two"
 
 
 def test_an_answer_is_cut_at_its_limit_and_at_the_sessions_end() -> None:
@@ -287,10 +285,50 @@ def test_an_answer_is_cut_at_its_limit_and_at_the_sessions_end() -> None:
     chat, session = chat_with("Hello again, world.", max_seq_len=len(prompt) + 3)
     list(chat.send("a"))
     assert chat.finish == "length" and chat.timings.generated_tokens == 3
-    with pytest.raises(RuntimeRefusal, match=r"the conversation has \d+ tokens and the session"):
+    assert chat.full
+    with pytest.raises(ConversationFull, match=r"has \d+ tokens and the session holds") as full:
         list(chat.send("b"))
+    assert full.value.capacity == len(prompt) + 3 < full.value.tokens
     assert len(chat.turns) == 1, "a message that does not fit is not remembered"
     chat.reset()
     assert chat.turns == []
     assert len("".join(chat.send("a"))) > 0
     assert session.resets == 2
+
+
+@pytest.mark.parametrize("spelling", ["<｜image｜>", THINK, THINK_END, "｜DSML｜", PAD])
+def test_special_tokens_are_no_text_and_are_remembered(spelling: str) -> None:
+    hello, again = TEXT.encode("Hello"), TEXT.encode(" again")
+    drawn = [*hello, one(spelling), *again]
+    chat, session = chat_with(drawn)
+    assert "".join(chat.send("a")) == "Hello again"
+    assert chat.turns == [Turn("a", "Hello again", "", tuple(drawn))]
+    # What the model is shown next is what it said, special tokens included.
+    assert Template().encode([*chat.turns, Turn("b")], TEXT)[: len(session.consumed)] == (
+        session.consumed
+    )
+
+
+def test_a_stop_string_ends_the_answer_before_it_begins() -> None:
+    letters = [TEXT.encode(letter)[0] for letter in "one, two, three"]
+    chat, session = chat_with(letters, "ok", stop=("wo,", "never"))
+    assert "".join(chat.send("a")) == "one, t"
+    assert (chat.finish, chat.turns[0].answer) == ("stop", "one, t")
+    assert len(session.consumed) < len(letters) + 4, "nothing is drawn past it"
+    assert "".join(chat.send("b")) == "ok"
+
+
+def test_reasoning_is_not_searched_for_stop_strings() -> None:
+    spoken = f"a STOP b{THINK_END}c STOP d"
+    chat, _ = chat_with(spoken, template=Template(thinking=True), stop=("STOP",))
+    assert "".join(chat.send("a")) == "c "
+    assert chat.turns[0].reasoning == "a STOP b"
+
+
+def test_the_template_may_change_between_answers() -> None:
+    chat, session = chat_with("one", f"why{THINK_END}two")
+    list(chat.send("a"))
+    chat.template = Template(system="Be brief.", thinking=True)
+    assert "".join(chat.send("b")) == "two"
+    expected = f"{BOS}Be brief.{USER}a{ASSISTANT}{THINK_END}one{EOS}{USER}b{ASSISTANT}{THINK}"
+    assert session.prompts == [TEXT.encode(expected)]

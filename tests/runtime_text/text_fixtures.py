@@ -164,10 +164,13 @@ def chat_with(
     max_new_tokens: int | None = None,
     max_seq_len: int = 4096,
     interrupt_at: int | None = None,
+    stop: Sequence[str] = (),
 ) -> tuple[Chat, FakeSession]:
     """A greedy chat whose model gives `answers`, one a turn."""
     session = FakeSession(
         PreparedAnswers(*answers), max_seq_len=max_seq_len, interrupt_at=interrupt_at
     )
-    chat = Chat(session, TEXT, Sampler(), template=template, max_new_tokens=max_new_tokens)
+    chat = Chat(
+        session, TEXT, Sampler(), template=template, max_new_tokens=max_new_tokens, stop=stop
+    )
     return chat, session

@@ -40,6 +40,7 @@ from dsv4.formats.store.schema import (
     FileSpec,
 )
 from dsv4.formats.store.weights import StoredWeights
+from dsv4.formats.store_place import refuse_no_store
 
 _MAX_MARKER_BYTES = 1 << 16
 
@@ -79,6 +80,7 @@ class PackedStore(StoredWeights):
         metadata is malformed.
         """
         root = Path(path)
+        refuse_no_store(root)
         try:
             with collector_paused():
                 return cls._open(root, verify=verify, check_files=check_files)

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv4.formats.errors import Dsv4Error, SourceError, StoreError
+from dsv4.formats.store_place import JOURNAL as JOURNAL
+from dsv4.formats.store_place import MARKER as MARKER
+from dsv4.formats.store_place import NODE_DOCUMENT
 
 FORMAT_VERSION = 2  # 1 had SHA-256 where files have BLAKE3
 ATTRIBUTE = "dsv4"  # the one key under which every node keeps what is ours
 ASSET_DIRECTORY = "assets"
-NODE_DOCUMENT = "zarr.json"
-MARKER = "dsv4.complete"
-JOURNAL = "journal.jsonl"
 LOCK = ".lock"
 PARTIAL_SUFFIX = ".partial"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from dsv4.kernels.core.signature import CAPABILITY, Kernel
 
 INDEX = "kernels.json"
 RUNTIME_LIBRARY = "libcute_dsl_runtime.so"
+COMPILER = "cutlass"  # the module of nvidia-cutlass-dsl
+INSTALL_COMPILER = "pip install 'dsv4[kernels]'"  # brings what loads kernels, too
 LOCATION = "DSV4_KERNELS"  # environment variable: the folder that `dsv4 kernels build` filled
 
 Function = Callable[..., None]
@@ -56,7 +59,7 @@ class Library:
             self._entries: dict[str, dict[str, str]] = index["kernels"]
         except (OSError, ValueError, KeyError, TypeError):
             raise KernelError(
-                f"{location} holds no kernels for {arch}; `{self._command()}` makes them"
+                f"{location} holds no kernels for {arch}; {self._command()} makes them"
             ) from None
         self._load_runtime()
 
@@ -77,23 +80,23 @@ class Library:
         if entry is None:
             raise KernelError(
                 f"kernel {kernel.name} is not built for {self.arch} in {self.location}; "
-                f"`{self._command()}` makes it"
+                f"{self._command()} makes it"
             )
         if entry.get("key") != kernel.key(self.arch, self._compiler):
             raise KernelError(
                 f"kernel {kernel.name} in {self.location} was built from other source; "
-                f"`{self._command()}` makes it again"
+                f"{self._command()} makes it again"
             )
         file = self.location / self.arch / f"{kernel.name}.so"
         try:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise KernelError(
-                f"{file} cannot be read ({error.strerror}); `{self._command()}` makes it"
+                f"{file} cannot be read ({error.strerror}); {self._command()} makes it"
             ) from None
         if digest != entry.get("sha256"):
             raise KernelError(
-                f"{file} is not what the build wrote; remove it, and `{self._command()}` makes it"
+                f"{file} is not what the build wrote; remove it, and {self._command()} makes it"
             )
         module: Any = tvm_ffi.load_module(str(file))
         function: Function = module[kernel.name]
@@ -105,16 +108,21 @@ class Library:
             import tvm_ffi  # noqa: F401
         except ImportError:
             raise KernelError(
-                "apache-tvm-ffi is not installed; pip install 'dsv4[gpu]' brings it"
+                "apache-tvm-ffi, which loads kernels, is not installed; "
+                "`pip install 'dsv4[gpu]'` brings it"
             ) from None
         try:
             ctypes.CDLL(str(self.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise KernelError(
-                f"the kernels' launch library cannot be loaded ({error}); `{self._command()}` "
+                f"the kernels' launch library cannot be loaded ({error}); {self._command()} "
                 "writes it again"
             ) from None
 
     def _command(self) -> str:
+        """What makes the kernels: one command, or two in order where the compiler is missing."""
         place = "" if self.location == default_location() else f" --out {self.location}"
-        return f"dsv4 kernels build --arch {self.arch}{place}"
+        build = f"`dsv4 kernels build --arch {self.arch}{place}`"
+        if importlib.util.find_spec(COMPILER) is None:
+            return f"`{INSTALL_COMPILER}`, then {build}"
+        return build

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.plan import different_layers, standard_weights, step_launches
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
+from dsv4.runtime.model import no_gpu
 from dsv4.runtime.timeline import Mark
 
 BY_FORMAT = ("gemv", "router")  # operations whose kernels depend on how weights are stored
@@ -24,7 +24,7 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
     kernels that are missing or stale, StoreError for a damaged store.
     """
     if not torch.cuda.is_available():
-        raise RuntimeRefusal("device 'cuda' was asked for, but torch sees no CUDA device here")
+        raise no_gpu()
     library = Library(default_location(), architecture(device))
     torch.empty(1, device=device)
     mark("context")

@@ -36,6 +36,13 @@ class GpuModel:
         for launch in itertools.chain(step_launches(config, layers, head, 1, 1), *chunks):
             library.function(launch.kernel)
 
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<GpuModel of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer, on "
+            f"{self.device}>"
+        )
+
     def load_lines(self) -> Iterator[str]:
         """What loading took, phase by phase, for people."""
         if self.load_report is not None:

@@ -21,7 +21,7 @@ from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, chunk_rows
 from dsv4.runtime.gpu.program import Program, allocate
 from dsv4.runtime.load.arena import require_memory
 from dsv4.runtime.sampling import Sampler
-from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids
+from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids, require_tensor
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel
@@ -175,8 +175,11 @@ class GpuSession:
     def append_and_draw(self, ids: Tensor, sampler: Sampler) -> Tensor:
         """Append `ids` and draw the next id: int32 `[1]` on the device, which may be fed as it is.
 
-        Everything that a draw needs lies on the device: a step of one token is a single graph.
+        Everything that a draw needs lies on the device: a step of one token is a single graph. But
+        what the kernel does not know (`Sampler.host_reason`) is drawn on the host: int64 `[1]`.
         """
+        if sampler.host_reason() is not None:
+            return sampler(self.forward(ids, "last").cpu())
         if ids is self._drawn and sampler is self._sampler:
             self._check_room(1)
             self._program(DECODE).replay()
@@ -240,6 +243,7 @@ class GpuSession:
 
     def _checked(self, ids: Tensor) -> Tensor:
         """On the device; what the device drew is not looked at: kernels stay in their tables."""
+        require_tensor(ids)
         self._check_room(ids.shape[0])
         if not ids.is_cuda:
             check_ids(ids, self._position, self.max_seq_len, self.model.config.vocab_size)

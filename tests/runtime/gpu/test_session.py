@@ -132,6 +132,51 @@ def test_tokens_drawn_in_the_step_are_those_of_its_logits(
     assert drawn == by_hand
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 5, "seed": 3},
+        {"temperature": 1.1, "min_p": 0.2, "seed": 4},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.9, "top_k": 7, "seed": 5},
+    ],
+)
+def test_what_the_kernel_cannot_draw_is_drawn_on_the_host(
+    weights: RandomWeights, sampler: dict[str, Any]
+) -> None:
+    session, prompt = session_of(weights), IDS[:9].tolist()
+    drawn = list(generate(session, prompt, 12, Sampler(**sampler)))
+    launched = session.model.library.launched  # type: ignore[attr-defined]
+    on_host = Sampler(**sampler).host_reason() is not None
+    assert on_host == ("top_k" not in sampler or "top_p" in sampler)
+    assert launched.count("sampling") == (0 if on_host else 12)
+    session.reset()
+    by_hand, ids, one = [], IDS[:9], Sampler(**sampler)
+    one.begin(prompt)
+    for _ in range(12):
+        ids = one(session.forward(ids, "last"))
+        one.took(int(ids))
+        by_hand.append(int(ids))
+    assert drawn == by_hand
+    neutral = {name: sampler[name] for name in ("temperature", "seed") if name in sampler}
+    session.reset()
+    assert list(generate(session, prompt, 12, Sampler(**neutral))) != drawn, "it mattered"
+
+
+def test_a_session_changes_between_host_and_device(weights: RandomWeights) -> None:
+    session, plain, other = session_of(weights), Sampler(0.9, seed=1), Sampler(0.9, 0.8, 1, top_k=4)
+    ids, found = IDS[:9], []
+    for number in range(9):
+        ids = session.append_and_draw(ids, other if number % 3 == 1 else plain)
+        found.append(int(ids))
+    session.reset()
+    whole = session.forward(torch.tensor([*IDS[:9].tolist(), *found]))[8:-1]
+    again, ones = [], {True: Sampler(0.9, 0.8, 1, top_k=4), False: Sampler(0.9, seed=1)}
+    for number, row in enumerate(whole):
+        again.append(int(ones[number % 3 == 1](row[None])))
+    assert again == found
+
+
 def test_another_turn_goes_on_where_the_last_one_ended(weights: RandomWeights) -> None:
     session, prompt = session_of(weights), IDS[:5].tolist()
     first = list(generate(session, prompt, 4, Sampler()))
