@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import dsv4
 from dsv4.cli import cli
+from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
 from dsv4.validate import plots
 from dsv4.validate.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
@@ -54,6 +55,8 @@ def hostile(compared: Report) -> Report:
     loss = compared.tensors[-1].loss or {"rel_mse": 9.0, "sqnr_db": None, "amax": 0.0}
     report.tensors.append(TensorVerdict(HOSTILE, HOSTILE, False, loss | {"rel_mse": 9.0}, 1.0, 9e9))
     report.checks[HOSTILE] = 3
+    report.inexact.append(Inexact(HOSTILE, 8, 1, 1e-9, 1e-9))
+    report.zero.append(HOSTILE)
     report.scales[HOSTILE] = [1] * len(SCALE_OCTAVES)
     return report
 
