@@ -13,12 +13,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv4.convert.outputs import Unit, is_weight
+from dsv4.convert.outputs.base import Unit, is_weight
+from dsv4.convert.outputs.results import Outcome, Result
 from dsv4.convert.plan import Plan
-from dsv4.convert.recipes import Recipe
-from dsv4.convert.results import Outcome, Result
 from dsv4.formats.errors import ExactnessError
-from dsv4.formats.mxfp4 import MAX_OCTAVES
+from dsv4.formats.model.recipes import Recipe
+from dsv4.formats.numeric.mxfp4 import MAX_OCTAVES
 from dsv4.formats.plain_text import SHOWN, counted, first
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.source import CONFIG_FILE, INDEX_FILE
+from dsv4.convert.sources.base import CONFIG_FILE, INDEX_FILE
+from dsv4.convert.sources.local import LocalSource
 
 Damage = Callable[[Path], object]
 Header = dict[str, Any]

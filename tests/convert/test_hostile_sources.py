@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dsv4.cli import main
-from dsv4.convert.tiny import HF_TINY, write_tiny
-from dsv4.formats.store.schema import MARKER
+from dsv4.formats.store.specs import MARKER
+from dsv4.synthetic.tiny import HF_TINY, write_tiny
 from tests.convert.hostile import (
     AT_OPEN,
     HARMLESS,

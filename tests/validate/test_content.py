@@ -16,10 +16,10 @@ import dsv4
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.reader import PackedStore
-from dsv4.validate.content import PIECE_BYTES, scan_files
+from dsv4.validate.checks.content import PIECE_BYTES, scan_files
+from dsv4.validate.checks.value_ranges import Judge, judges
 from dsv4.validate.report import Report
-from dsv4.validate.values import Judge, judges
-from tests.store import flash
+from tests.formats.store import flash
 
 QUICK_S = 1.0  # of CPU time: other processes on the machine do not count
 
@@ -106,7 +106,7 @@ def test_impossible_values_are_named(store: Path, case: str) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 2 * PIECE_BYTES + 5])
 def test_files_of_any_length_are_read_to_their_end(tmp_path: Path, size: int) -> None:
-    from dsv4.validate.content import _pieces
+    from dsv4.validate.checks.content import _pieces
 
     raw = np.random.default_rng(size).integers(256, size=size, dtype=np.uint8)
     raw.tofile(tmp_path / "file")
