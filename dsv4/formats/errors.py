@@ -41,6 +41,10 @@ class FormatError(Dsv4Error):
     """Values cannot be represented as asked: non-finite input, wrong dtype, wrong shape."""
 
 
+class ExactnessError(Dsv4Error):
+    """A tensor that the recipe carries exactly cannot be, and nobody accepted that."""
+
+
 class StoreError(Dsv4Error):
     """A packed store is unfinished, damaged, or of another format version."""
 

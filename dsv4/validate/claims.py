@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
+from dsv4.convert.exactness import Inexact
 from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe
 from dsv4.convert.source import Source
@@ -19,7 +20,7 @@ from dsv4.formats.metrics import Loss
 from dsv4.formats.source_tensor import SourceTensor
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.validate.made_from import file_fault, listed_files, sha256_of
-from dsv4.validate.report import Report
+from dsv4.validate.report import Report, TensorVerdict
 
 SLACK = 1e-6  # float64 sums over tiles of different sizes
 
@@ -122,6 +123,30 @@ def check_loss(
         said = recorded.get(figure) if isinstance(recorded, dict) else None
         if not _close(said, value):
             report.add("loss", tensor.name, f"{figure} is {value}, but {said} was recorded")
+
+
+def check_admission(verdict: TensorVerdict, said: Inexact | None, report: Report) -> None:
+    """What a store admits of an expert that was to be carried is what was measured."""
+    measured = not verdict.exact and verdict.carried and verdict.loss is not None
+    if measured and said is None:
+        report.add("loss", verdict.name, "was to be carried and is not equal, but is not listed so")
+    elif said is not None and not measured:
+        report.add("loss", verdict.name, "is said to be rounded where it was to be carried")
+    elif said is not None and verdict.loss is not None:
+        for figure in ("rel_mse", "max_abs_error"):
+            if not _close(recorded := getattr(said, figure), value := verdict.loss[figure]):
+                what = f"{figure} is {value}, but {recorded} was recorded"
+                report.add("loss", verdict.name, what)
+
+
+def check_blocks(
+    tensor: SourceTensor, provenance: Mapping[str, Any], blocks: int, report: Report
+) -> None:
+    """The recorded number of rounded blocks of an expert is the measured one."""
+    said = provenance.get("rounded_blocks", blocks)
+    if said != blocks:
+        what = f"{blocks} blocks have other values than the source's, but {said} were recorded"
+        report.add("loss", tensor.name, what)
 
 
 def check_stack_loss(group: QuantizedGroup, rel_mse: float, report: Report) -> None:

@@ -13,6 +13,7 @@ from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import NoStoreError, StoreError
 from dsv4.formats.store.reader import PackedStore, collector_paused
 from dsv4.validate.content import Checksums, check_content, default_workers
+from dsv4.validate.exactness import judge_admissions, read_admissions
 from dsv4.validate.inversion import invert, is_another
 from dsv4.validate.made_from import cheap_difference
 from dsv4.validate.report import Report
@@ -58,6 +59,7 @@ def validate(
     report.count("store opened")
     with collector_paused():
         check_metadata(checkpoint, report)
+        read_admissions(checkpoint.store, report)
     files = checkpoint.store.files_under(None)
     report.nbytes = sum(file.nbytes for file in files)
     workers, watch = workers or default_workers(), Watch(progress)
@@ -77,6 +79,7 @@ def validate(
             # Comparing with the source is stronger than any checksum, so none is computed twice.
             unverified, watched = _unverified(checkpoint), WatchedSource(opened_source, watch)
             invert(unverified, watched, report, workers=workers, optimum=optimum, watch=watch)
+    judge_admissions(report)
     report.seconds = time.perf_counter() - begin
     return report
 

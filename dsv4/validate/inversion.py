@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv4.convert.carried import widened
-from dsv4.convert.outputs import tile_rows
+from dsv4.convert.outputs import is_weight, tile_rows
 from dsv4.convert.read import read_nvfp4
 from dsv4.convert.source import Source
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored, values_of
@@ -29,7 +29,8 @@ from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.source_inventory import check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.threads import one_torch_thread
-from dsv4.validate.claims import check_claims, check_origin, check_stack_loss
+from dsv4.formats.zeros import nvfp4_is_zero
+from dsv4.validate.claims import check_admission, check_claims, check_origin, check_stack_loss
 from dsv4.validate.content import in_parallel
 from dsv4.validate.report import Report, TensorVerdict
 from dsv4.validate.rounding import Optimum, SourceValues, judge_rounding, stored_tiles
@@ -74,6 +75,7 @@ def invert(
         packed.store.forget()
         return part
 
+    admissions = {tensor.name: tensor for tensor in report.inexact}
     losses: dict[str, float] = {}
     common = [tensor for name, tensor in tensors.items() if name in names]
     with one_torch_thread():
@@ -85,7 +87,12 @@ def invert(
                 watch.read("comparing", tensor.nbytes)
                 (verdict,) = part.tensors
                 losses[verdict.name] = (verdict.loss or {}).get("rel_mse") or 0.0
+                check_admission(verdict, admissions.get(verdict.name), report)
         compare_gates(packed, source, tensors, report)
+    zero = [verdict.name for verdict in report.tensors if verdict.zero]
+    for name in sorted(set(report.zero) - set(zero)):
+        report.add("loss", name, "is said to be zero throughout, but is not")
+    report.zero = zero
     report.count("tensors compared with the source", len(report.tensors))
     for copy, original in inventory.copies:
         report.count("draft copies compared with what they copy")
@@ -156,10 +163,25 @@ def _compare(
         )
     elif exact and not facts["exact"]:
         report.add("loss", name, "equals the source, but is said to be rounded")
-    verdict = TensorVerdict(name, kind, exact)
+    carried = own_format or tensor.encoding is Encoding.MXFP4
+    zero = is_weight(name) and _is_zero(packed, name, tensor.shape[0])
+    verdict = TensorVerdict(name, kind, exact, carried=carried, zero=zero)
     if not own_format:
         verdict = judge_rounding(packed, source, tensor, spans, verdict, facts, optimum, report)
     return dataclasses.replace(verdict, seconds=time.perf_counter() - begin)
+
+
+def _is_zero(packed: PackedCheckpoint, name: str, rows: int) -> bool:
+    """Whether all emitted values are zero: as a rule the first rows tell."""
+    for start in range(0, rows, SF_ROWS):
+        stored = packed.stored_rows(name, start, min(start + SF_ROWS, rows))
+        if isinstance(stored, NVFP4Tensor):
+            zero = nvfp4_is_zero(stored)
+        else:
+            zero = not bool(values_of(stored).any())
+        if not zero:
+            return False
+    return True
 
 
 def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.integrity import repaired_by
 from dsv4.formats.version import TOOL
@@ -29,9 +30,10 @@ class TensorVerdict:
 
     exact: every value (sign of zero included) equals the source's. loss: None when exact.
     max_error: of a rounded tensor, the largest error of an element as a fraction of what its block
-    allows. optimum: the relative MSE that the format allows, recomputed from the source for
-    `optimum_share` of its rows and inferred for the others. seconds: what reading both and
-    comparing took.
+    allows. rounded_blocks: its blocks with other values. carried: whether it was to be exact.
+    zero: whether it is a weight that is zero throughout. optimum: the relative MSE that the format
+    allows, recomputed from the source for `optimum_share` of its rows and inferred for the others.
+    seconds: what reading both and comparing took.
     """
 
     name: str
@@ -42,6 +44,9 @@ class TensorVerdict:
     seconds: float = 0.0
     max_error: float | None = None
     optimum_share: float | None = None
+    rounded_blocks: int = 0
+    carried: bool = True
+    zero: bool = False
 
     @property
     def excess(self) -> float | None:
@@ -77,6 +82,9 @@ class Report:
     block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
     begun: when, ISO 8601 in UTC. nbytes: of all files of the store. gate_bytes: how much larger it
     would be with its router gates as they are in the source.
+    inexact: what the store says was to be carried and is not equal. accepted_rounding: whether it
+    says that this was accepted. zero: weights that are zero throughout, as compared with the
+    source, else as recorded.
     """
 
     path: Path
@@ -96,6 +104,9 @@ class Report:
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     gates: list[GateAgreement] = dataclasses.field(default_factory=list)
     gate_bytes: int = 0
+    inexact: list[Inexact] = dataclasses.field(default_factory=list)
+    accepted_rounding: bool = False
+    zero: list[str] = dataclasses.field(default_factory=list)
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_read: int = 0
     begun: str = ""
@@ -164,6 +175,9 @@ class Report:
             "gate_bytes": self.gate_bytes,
             "begun": self.begun,
             "bytes": self.nbytes,
+            "inexact_tensors": [dataclasses.asdict(tensor) for tensor in self.inexact],
+            "accepted_rounding": self.accepted_rounding,
+            "zero_tensors": self.zero,
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
         }

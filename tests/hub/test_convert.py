@@ -179,10 +179,10 @@ def test_another_commit_is_another_conversion(
 
 def test_a_branch_that_moved_is_named_by_its_commits(hub: Loopback, tmp_path: Path) -> None:
     """And the command in the refusal goes on with what is there."""
-    out = tmp_path / "packed"
-    hub.faults.plant(says(404), file=SHARD, skip=1, times=FOREVER)
+    out, last = tmp_path / "packed", "model-00009-of-00009.safetensors"
+    hub.faults.plant(says(404), file=last, skip=1, times=FOREVER)
     with pytest.raises(SourceError):
-        dsv4.convert(hub.repo, out, revision="v1")
+        dsv4.convert(hub.repo, out, revision="v1", workers=1)
     hub.faults._planted.clear()
     with pytest.raises(ConflictError) as caught:
         dsv4.convert(hub.repo, out)

@@ -83,7 +83,7 @@ def test_the_battery_is_large(small_standard: Path, small_source: Path, tmp_path
 
 CHECKS = (
     "root", "files", "layouts", "inventory", "checksums", "hashes", "values", "counts",
-    "config", "inversion", "optimum", "origin", "loss", "source", "assets", "recipe",
+    "config", "inversion", "optimum", "origin", "loss", "source", "assets", "recipe", "exact",
 )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def test_what_is_known_needs_no_source(small_standard: Path, small_copy: Path, c
 def test_every_dialect_and_recipe(tmp_path: Path, flavour: str, recipe: str) -> None:
     hub, packed = tmp_path / "hub", tmp_path / "packed"
     write_tiny(hub, SMALL, draft=DraftKind.NONE, flavour=flavour)
-    convert(hub, packed, recipe=recipe, keep=["layers.0.attn.*"])
+    convert(hub, packed, recipe=recipe, keep=["layers.0.attn.*"] if recipe == "nvfp4" else [])
     published = tree(packed)
     for file in dsv4.open(packed).store.files_under(None):
         _flip(packed / file.key, file.nbytes // 3)
