@@ -70,7 +70,7 @@ class HubSource(Source):
             patience=dataclasses.replace(patience, on_wait=self._say),
         )
         self.commit = self._hub.commit
-        self.origin = {"kind": "hub", "repo": repo, "commit": self.commit}
+        self.origin = {"kind": "hub", "repo": self._hub.repo, "commit": self.commit}
         download, stale = "choose another revision", "choose another revision, or tell its owner"
         if self._hub.offline:
             download = "download them, or unset HF_HUB_OFFLINE"

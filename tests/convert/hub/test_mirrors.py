@@ -53,6 +53,7 @@ def test_a_moved_repository_is_followed_and_named(
     direct = opened()
     assert direct.notices == ()
     assert moved.fingerprint() == direct.fingerprint()
+    assert moved.origin == direct.origin
     assert streamed(moved) == moved.published_sha256(SHARD)
     assert [r.path for r in hub.requests if OLD in r.path] == [f"/api/models/{OLD}?blobs=true"]
 
@@ -117,6 +118,17 @@ def test_a_relative_redirect_is_followed_for_a_size(hub: Loopback, opened: Open)
     there = f"/{hub.repo}/resolve/{hub.commit}/LICENSE"
     hub.faults.plant(says(307, Location=there), host="hub", file="LICENSE", times=3)
     assert opened().aux_files()["LICENSE"] == hub.contents["LICENSE"]
+
+
+def test_the_first_word_on_a_size_counts(hub: Loopback, opened: Open) -> None:
+    def leads_nowhere(answer: Answer) -> None:
+        answer.headers["Location"] = "/nowhere"
+
+    del _listed(hub, SHARD)["size"], _listed(hub, SHARD)["lfs"]
+    hub.faults.plant(leads_nowhere, host="hub", file=SHARD)
+    source = opened()
+    assert source.sizes[SHARD] == len(hub.contents[SHARD])
+    assert streamed(source) == source.published_sha256(SHARD)
 
 
 @pytest.mark.parametrize("location", ["", "http://127.0.0.1:9/x"])
