@@ -19,6 +19,7 @@ from dsv4.formats.store.reader import PackedStore
 from dsv4.validate.checks.content import PIECE_BYTES, scan_files
 from dsv4.validate.checks.value_ranges import Judge, judges
 from dsv4.validate.report import Report
+from dsv4.validate.watch import Watch
 from tests.formats.store import flash
 
 QUICK_S = 1.0  # of CPU time: other processes on the machine do not count
@@ -98,7 +99,9 @@ def test_impossible_values_are_named(store: Path, case: str) -> None:
     assert judged.broken_by(raw[: file.payload_nbytes]) == set()
     payload[-1] = value
     raw.tofile(store / file.key)
-    (found,) = scan_files(packed.store, [file], {file.key: judged}, workers=1, proof=True)
+    (found,) = scan_files(
+        packed.store, [file], {file.key: judged}, workers=1, proof=True, watch=Watch()
+    )
     assert found.problems
     (broken,) = found.broken
     assert what in broken
@@ -122,11 +125,13 @@ def test_a_link_is_not_followed_and_a_lost_file_is_a_finding(store: Path) -> Non
     norm = packed.store.files_under("norm/weight")
     (store / "norm").rename(store.parent / "norm")
     (store / "norm").symlink_to(store.parent / "norm")
-    (found,) = scan_files(packed.store, norm, {}, workers=1, proof=True)
+    (found,) = scan_files(packed.store, norm, {}, workers=1, proof=True, watch=Watch())
     assert "symbolic link" in found.problems[0][1]
     head = packed.store.files_under("head/codes")
     (store / head[0].key).unlink()
-    (found,) = scan_files(packed.store, head, {head[0].key: Judge("head")}, workers=1, proof=True)
+    (found,) = scan_files(
+        packed.store, head, {head[0].key: Judge("head")}, workers=1, proof=True, watch=Watch()
+    )
     assert "cannot be read" in found.problems[0][1]
 
 

@@ -186,7 +186,7 @@ def _unused(asked: Mapping[str, Any], config: ModelConfig) -> Iterator[str]:
     """Fields that ask for something which is not done: one sentence."""
     named = [f"{name} true{why}" for name, why in _UNUSED_FLAGS.items() if asked.get(name) is True]
     length = asked.get("model_max_length")
-    if type(length) in (int, float) and length < config.max_position_embeddings:
+    if isinstance(length, int | float) and length < config.max_position_embeddings:
         named.append(f"model_max_length {length}")
     if "chat_template" in asked:
         named.append("chat_template (chats are rendered by DeepSeek's own encoder)")
