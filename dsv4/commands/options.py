@@ -114,7 +114,7 @@ keep_option = click.option(
 accept_option = click.option(
     "--accept-rounding",
     is_flag=True,
-    help="Round what NVFP4 cannot hold of an expert that is to be carried exactly.",
+    help="Round what cannot be held exactly of a tensor that is to be carried.",
 )
 
 
