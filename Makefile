@@ -1,15 +1,16 @@
 # `make demo` runs the main job end to end on the CPU; `make test` passes the tests.
-# Both make .venv first, and need nothing but Python >= 3.11 and the package index.
+# Both make .venv first, and need nothing but Python >= 3.11 and a package index.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The version with a CPU build; a looser pin may pull gigabytes of CUDA packages.
+# On Linux the usual index has torch with CUDA: 2.7 GB. torch's own index has it for the CPU.
 TORCH := torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Extra flags for pip, such as another package index.
 PIP_FLAGS ?=
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-long check clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
@@ -24,16 +25,29 @@ test: $(VENV)/test.stamp
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2
 
+# Lint, types and the tests that need no process of their own.
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/python -m pytest -n 2 -m "not long" tests/formats/numeric tests/docs/test_cli_reference.py
+
 clean:
 	rm -rf $(VENV) demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo.stamp: $(BIN)/python pyproject.toml
+# One try of a few seconds; where it fails, torch comes from the index that pip knows.
+$(VENV)/torch.stamp: $(BIN)/python
+	$(BIN)/pip install --quiet --no-deps --timeout 5 --retries 0 --index-url $(TORCH_INDEX) \
+		$(PIP_FLAGS) $(TORCH) || \
+		echo "no torch for the CPU from $(TORCH_INDEX); the usual index may bring CUDA, 2.7 GB"
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e .
 	touch $@
 
-$(VENV)/test.stamp: $(BIN)/python pyproject.toml
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e ".[test]"
 	touch $@ $(VENV)/demo.stamp

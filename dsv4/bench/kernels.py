@@ -55,10 +55,10 @@ class Machine:
     matrix_rate: float
 
 
-def open_library(device: torch.device, location: Path | None = None) -> Library:
-    """The kernels built for `device`. Raises KernelError without a GPU or a build."""
+def open_library(device: torch.device, location: Path | None, command: str) -> Library:
+    """The kernels built for `device`. Raises KernelError without a GPU, which `command` needs."""
     if not torch.cuda.is_available():
-        raise KernelError("torch sees no CUDA device here; `dsv4 bench kernels` needs one")
+        raise KernelError(f"torch sees no CUDA device here; `dsv4 bench {command}` needs one")
     return Library(location or default_location(), architecture(device))
 
 

@@ -39,12 +39,13 @@ from dsv4.bench.machine_rates import (
     settle,
     touch,
 )
-from dsv4.bench.space import require_space
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.mapped_files import map_file
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ELEMENTS, ArraySpec, FileSpec
+from dsv4.formats.store.specs import ELEMENTS, ArraySpec, FileSpec
 from dsv4.runtime.load import LoadReport, Settings, load_weights, plan_load
 from dsv4.runtime.load.files import DIRECT_ALIGNMENT
+from dsv4.synthetic.disk_space import require_space
 
 FILE_BYTES = 4 << 30  # of a safetensors file, about
 COLD_LANES = ("dsv4", "safetensors, mapping", "fastsafetensors")
@@ -83,6 +84,16 @@ class Loading:
     reports: Mapping[str, LoadReport]
 
 
+def require_device(device: torch.device) -> None:
+    """Raise RuntimeRefusal unless torch sees the device."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeRefusal(f"{device} was asked for, but torch sees no CUDA device here")
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise RuntimeRefusal(f"{device} was asked for, but torch sees {count} of them, from 0 on")
+
+
 def measure(
     path: Path,
     scratch: Path,
@@ -99,8 +110,7 @@ def measure(
     Raises RuntimeRefusal without the device, OutOfSpaceError when the disk or the device cannot
     hold the bytes.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeRefusal(f"{device} was asked for, but torch sees no CUDA device here")
+    require_device(device)
     store = PackedStore.open(path)
     plan = plan_load(store)
     specs = [placed.spec for placed in plan.arrays.values()]
@@ -245,7 +255,7 @@ def _judge(store: PackedStore, specs: Sequence[ArraySpec]) -> Callable[[Result],
             found, at = result(spec.path), 0
             for file in spec.files():
                 nbytes = file.payload_nbytes
-                stored = torch.from_file(str(store.root / file.key), size=nbytes, dtype=torch.uint8)
+                stored = map_file(store.root / file.key, file.nbytes)
                 for begin in {0, nbytes // 2, max(nbytes - COMPARED_BYTES, 0)}:
                     piece = slice(begin, min(begin + COMPARED_BYTES, nbytes))
                     here = found[at + piece.start : at + piece.stop]

@@ -8,19 +8,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv4.convert.dense import Nvfp4Output
-from dsv4.convert.experts import ExpertsOutput
-from dsv4.convert.few_bytes import check_global_scales
-from dsv4.convert.outputs import Output, Unit
-from dsv4.convert.plain import Fp8Output, PlainOutput
-from dsv4.convert.recipes import Recipe, Role, role_of
-from dsv4.convert.source import Source
-from dsv4.convert.values import ValuesOutput
-from dsv4.formats.config import ModelConfig
+from dsv4.convert.outputs.base import Output, Unit
+from dsv4.convert.outputs.dense import Nvfp4Output
+from dsv4.convert.outputs.dequantised import ValuesOutput
+from dsv4.convert.outputs.plain import Fp8Output, PlainOutput
+from dsv4.convert.outputs.stack import ExpertsOutput
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.few_bytes import check_global_scales
 from dsv4.formats.errors import ConfigError
-from dsv4.formats.source_inventory import Inventory, check_inventory
-from dsv4.formats.source_tensor import INTEGERS, Encoding, SourceTensor
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.recipes import KEEP_GATES, Recipe, Role, role_of
+from dsv4.formats.model.source_inventory import Inventory, check_inventory
+from dsv4.formats.model.source_tensor import INTEGERS, Encoding, SourceTensor
+from dsv4.formats.store.specs import FileSpec
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
 _VALUES_OR_NVFP4 = (Role.ROUTER_GATE, Role.LM_HEAD)
@@ -65,10 +65,9 @@ class Plan:
         tensors = [tensor for unit in self.units for tensor in unit.inputs]
         rounded = [
             tensor.name
-            for output in self.outputs
-            if output.rounded
-            for unit in output.units()
+            for unit in self.units
             for tensor in unit.inputs
+            if unit.output.rounded and unit.output.rounds(tensor)
         ]
         encodings = {
             str(encoding): sum(tensor.encoding is encoding for tensor in tensors)
@@ -87,8 +86,28 @@ class Plan:
             "skipped_tensors": len(self.inventory.vision),
             "ignored_input_scales": self.inventory.input_scales,
             "ignored_draft_copies": [tensor.name for tensor, _ in self.inventory.copies],
+            "router_gates": self.rounded_gates,
             "notices": list(self.notices),
         }
+
+    @property
+    def rounded_gates(self) -> dict[str, Any] | None:
+        """What keeping the router gates would buy: `{"rounded", "keep", "more_bytes"}`.
+
+        None where none is rounded.
+        """
+        gates = [
+            output
+            for output in self.outputs
+            if isinstance(output, Nvfp4Output)
+            and output.rounded
+            and role_of(output.tensor.name) is Role.ROUTER_GATE
+        ]
+        if not gates:
+            return None
+        kept = sum(output.tensor.weight.nbytes for output in gates)
+        packed = sum(file.nbytes for o in gates for array in o.arrays() for file in array.files())
+        return {"rounded": len(gates), "keep": KEEP_GATES, "more_bytes": kept - packed}
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

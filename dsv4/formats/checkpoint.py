@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import StoreError
-from dsv4.formats.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
-from dsv4.formats.matrices import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
-from dsv4.formats.store.contents import QuantizedGroup
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.numeric.operands import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.store.nodes import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ATTRIBUTE, PLAIN_LAYOUT
+from dsv4.formats.store.specs import ATTRIBUTE, PLAIN_LAYOUT
 
 Stored = NVFP4Tensor | Fp8Matrix | Tensor
 """A logical tensor as it is stored, its layout undone."""
 
 SUGGESTIONS = 3
+_OF_A_NODE = ("names", "sources", "inexact", "zero")  # not of one tensor alone
 _E4M3_MAGNITUDE = 0x7F
 _E4M3_SUBNORMAL_MAX = 7  # magnitudes 1..7 have a zero exponent
 
@@ -87,6 +88,18 @@ class PackedCheckpoint:
         if place.group is None:
             return self.store.array(place.path).spec.shape
         return (place.group.rows, place.group.cols)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of `name` in the store, scales and padding included. Raises as `shape`."""
+        place = self._place(name)
+        if place.group is None:
+            return self.store.array(place.path).spec.nbytes
+        arrays = (
+            self.store.hierarchy.arrays.get(f"{place.group.path}/{member}")
+            for member in (place.group.weights, "scales", "global_scale")
+        )
+        whole = sum(spec.nbytes for spec in arrays if spec is not None)
+        return whole // ((place.group.experts or 1) * len(place.group.names))
 
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of `name` in the source's orientation, `[out, in]` for a matrix.
@@ -281,7 +294,7 @@ def _source_range(files: list[Any], index: int, begin: int, end: int) -> dict[st
 
 
 def _free_fields(own: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in own.items() if key not in ("names", "sources")}
+    return {key: value for key, value in own.items() if key not in _OF_A_NODE}
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:

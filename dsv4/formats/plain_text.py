@@ -1,6 +1,10 @@
-"""Text of strangers, made safe to show: on a terminal, in a page."""
+"""Text for people: a stranger's made safe to show; sizes, counts, times, lists, each one way."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHOWN = 3  # of many names, those that a sentence lists
 
 
 def printable(text: str, limit: int | None = None) -> str:
@@ -11,3 +15,47 @@ def printable(text: str, limit: int | None = None) -> str:
     text = text if limit is None else text[: limit + 1]
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return shown if limit is None or len(shown) <= limit else shown[:limit] + "..."
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000: 12 B, 1.5 MB, 167.6 GB."""
+    count = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def memory_size(nbytes: float) -> str:
+    """Bytes in powers of 1024, as `--memory` takes them: 900.0 KiB, 1.5 GiB."""
+    count = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1023.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A count and its noun: 1 finding, 2 findings; `many` where an s does not make the plural."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0.4 s, 12 s, 3 min 05 s, 2 h 07 min, 3 days 4 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} days {whole % 86400 // 3600} h"
+
+
+def first(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored
-from dsv4.formats.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
-from dsv4.formats.layouts import unpack_fp8
-from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.errors import StoreError
+from dsv4.formats.numeric.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
+from dsv4.formats.numeric.layouts import unpack_fp8
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
+from dsv4.formats.store.manifest import origin_of
 
 _NUMBERED = ("layers", "mtp")
 _SHOWN = 16
@@ -24,7 +27,6 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
     parts: part -> `{"tensors", "bytes", "formats"}`; tensors: name -> format.
     """
     manifest = packed.store.manifest
-    source = manifest["source"]
     sizes: Counter[str] = Counter()
     for file in packed.store.files_under(None):
         sizes[_part(file.key.split("/"))] += file.nbytes
@@ -38,7 +40,7 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
         "root": manifest["root"],
         "tool": manifest["tool"],
         "recipe": manifest["recipe"],
-        "source": {key: source[key] for key in ("kind", "repo", "commit") if key in source},
+        "source": origin_of(manifest),
         "bytes": sum(sizes.values()),
         "parts": {
             part: {
@@ -52,17 +54,38 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
     }
 
 
+def listing(packed: PackedCheckpoint, glob: str) -> dict[str, dict[str, Any]]:
+    """name -> `{"format", "shape", "bytes"}` of every tensor whose name matches `glob`.
+
+    bytes: its share of the store, scales and padding included. Raises StoreError for no match.
+    """
+    found = fnmatch.filter(packed.names(), glob)
+    if not found:
+        raise StoreError(
+            f"{packed.store.root}: no tensor's name matches {glob!r}; expected a glob such as "
+            "'layers.2.*' or '*.gate.weight'"
+        )
+    return {
+        name: {
+            "format": packed.format_of(name),
+            "shape": list(packed.shape(name)),
+            "bytes": packed.nbytes(name),
+        }
+        for name in found
+    }
+
+
 def tensor(packed: PackedCheckpoint, name: str) -> dict[str, Any]:
     """`PackedCheckpoint.provenance`, the source's repository and commit, and the first block.
 
     JSON types. Raises StoreError for an unknown name.
     """
     facts = packed.provenance(name)
-    source = packed.store.manifest["source"]
-    digests = {file["name"]: file["sha256"] for file in source.get("files", [])}
+    manifest = packed.store.manifest
+    digests = {file["name"]: file["sha256"] for file in manifest["source"].get("files", [])}
     for place in facts["sources"].values():
         place["sha256"] = digests.get(place["file"])
-    facts["source"] = {key: source[key] for key in ("kind", "repo", "commit") if key in source}
+    facts["source"] = origin_of(manifest)
     facts["transforms"] = _transforms(facts)
     facts["first_block"] = _first_block(packed.stored(name)) | _first_bytes(packed, facts)
     return facts

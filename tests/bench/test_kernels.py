@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 
 from dsv4.bench.kernels import Line, Machine, measure
-from dsv4.bench_render import kernel_line, kernels_table
+from dsv4.commands.bench_tables import kernel_line, kernels_table
 from dsv4.formats.errors import KernelError
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.contract import Case, Expected, Launch
 from dsv4.kernels.core.library import Function, Library
 from dsv4.kernels.core.signature import Argument, Kernel, kernel

@@ -12,9 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from dsv4.cli import cli
-from dsv4.formats import matrices
 from dsv4.formats.errors import KernelError
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
+from dsv4.formats.numeric import operands
 from dsv4.kernels.core import library, signature, sizes
 from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library
@@ -39,9 +39,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_build_is_kept_while_nothing_changed(built: Path) -> None:
-    told: list[Built] = []
-    build([SMALL], ["sm_90a"], built, workers=1, progress=told.append)
-    assert [one.fresh for one in told] == [False]
+    told: list[tuple[Built, int, int]] = []
+    build([SMALL], ["sm_90a"], built, workers=1, progress=lambda *one: told.append(one))
+    assert [(one.fresh, number, total) for one, number, total in told] == [(False, 1, 1)]
 
 
 def test_further_kernels_join_what_is_there(built: Path) -> None:
@@ -146,9 +146,9 @@ def test_machine_code_that_is_gone_is_named(built: Path, tmp_path: Path) -> None
 
 def test_scale_tiles_are_those_of_the_format() -> None:
     assert (sizes.SCALE_TILE_ROWS, sizes.SCALE_TILE_COLUMNS, sizes.SCALE_TILE_BYTES) == (
-        matrices.SF_ROWS,
-        matrices.NVFP4_K_ALIGN,
-        matrices.SF_TILE_BYTES,
+        operands.SF_ROWS,
+        operands.NVFP4_K_ALIGN,
+        operands.SF_TILE_BYTES,
     )
 
 

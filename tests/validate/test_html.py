@@ -7,6 +7,7 @@ import copy
 import hashlib
 import math
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from click.testing import CliRunner
 
 import dsv4
 from dsv4.cli import cli
-from dsv4.validate import plots
-from dsv4.validate.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
+from dsv4.convert.exactness import Inexact
+from dsv4.formats.plain_text import size
+from dsv4.validate.page import plots
+from dsv4.validate.page.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
 from dsv4.validate.provenance import role
 from dsv4.validate.report import SCALE_OCTAVES, Finding, Report, TensorVerdict
 from tests.validate.page import Page
@@ -52,6 +55,8 @@ def hostile(compared: Report) -> Report:
     loss = compared.tensors[-1].loss or {"rel_mse": 9.0, "sqnr_db": None, "amax": 0.0}
     report.tensors.append(TensorVerdict(HOSTILE, HOSTILE, False, loss | {"rel_mse": 9.0}, 1.0, 9e9))
     report.checks[HOSTILE] = 3
+    report.inexact.append(Inexact(HOSTILE, 8, 1, 1e-9, 1e-9))
+    report.zero.append(HOSTILE)
     report.scales[HOSTILE] = [1] * len(SCALE_OCTAVES)
     return report
 
@@ -173,11 +178,39 @@ def test_every_check_has_its_advice() -> None:
 
 
 def test_a_store_that_cannot_be_opened_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text("{}")
     report = dsv4.validate(tmp_path)
     page = Page(render_html(report))
     assert page.errors == []
     assert page.text("verdict") == "1 finding"
     assert not page.all("svg")
+    assert [heading.text for heading in page.all("h2")] == ["Findings"]  # nothing empty is kept
+
+
+def test_the_page_says_what_it_is_of_and_how_to_have_it_again(
+    compared: Report, standard_store: Path, tiny_source: Path
+) -> None:
+    page = Page(render_html(compared))
+    assert f"dsv4 validate: {standard_store.name}, OK" in [t.text for t in page.all("title")]
+    again = shlex.split(page.text("command"))
+    assert again == ["dsv4", "validate", str(standard_store), "--source", str(tiny_source)]
+    nbytes = sum(file.stat().st_size for file in standard_store.rglob("*") if file.is_file())
+    assert 0.9 * nbytes < compared.nbytes <= nbytes  # without the metadata
+    assert size(compared.nbytes) in render_html(compared)
+
+
+def test_a_damaged_store_is_told_what_repairs_it(tiny_source: Path, small_copy: Path) -> None:
+    norm = small_copy / "norm" / "weight" / "c" / "0"
+    norm.write_bytes(bytes([norm.read_bytes()[0] ^ 1]) + norm.read_bytes()[1:])
+    report = dsv4.validate(small_copy, source=tiny_source)
+    text = render_html(report)
+    page = Page(text)
+    said = [p.text for p in page.all("p")]
+    assert "The store is damaged: it is not what was packed." in said
+    assert not any("was inverted" in p for p in said)
+    command = f"dsv4 repair {small_copy} --source {tiny_source}"
+    assert command in [code.text for code in page.all("code")]
+    assert "`" not in text.partition("</style>")[2]
 
 
 def test_losses_without_a_number_are_shown(compared: Report) -> None:
@@ -193,8 +226,11 @@ def test_losses_without_a_number_are_shown(compared: Report) -> None:
 def test_two_validations_give_the_same_page(tiny_source: Path, standard_store: Path) -> None:
     pages = []
     for _ in range(2):
-        text = render_html(dsv4.validate(standard_store, source=tiny_source))
-        assert not re.search(r"20\d\d-\d\d|\d\d:\d\d", text)
+        report = dsv4.validate(standard_store, source=tiny_source)
+        assert Page(render_html(report)).text("when").startswith(report.begun)
+        report.begun, report.seconds = "2026-01-02T03:04:05+00:00", 61.0
+        text = render_html(report)
+        assert re.findall(r"20\d\d-\d\d\S*|\d\d:\d\d", text) == ["2026-01-02T03:04:05+00:00,"]
         pages.append(text.partition('<section aria-labelledby="slowest">')[0])
     assert pages[0] == pages[1]
 
@@ -261,6 +297,7 @@ def test_the_command_writes_the_page(standard_store: Path, tmp_path: Path) -> No
     assert Page(page.read_text(encoding="utf-8")).text("verdict") == "OK"
     for field in ("recorded_rel_mse", "scales", "said_exact", "validated_by", "recipe"):
         assert f'"{field}"' in data.read_text()
+    (tmp_path / "zarr.json").write_text("{}")  # what is left of a store
     done = CliRunner().invoke(cli, ["validate", str(tmp_path), "--html", str(page)])
     assert done.exit_code == 1
     assert Page(page.read_text(encoding="utf-8")).text("verdict") == "1 finding"

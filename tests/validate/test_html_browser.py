@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dsv4
-from dsv4.validate.html import write_html
+from dsv4.validate.page.html import render_html
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (extra `browser`)"
@@ -63,7 +63,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def good(tiny_source: Path, standard_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "good.html"
-    write_html(dsv4.validate(standard_store, source=tiny_source), path)
+    path.write_text(render_html(dsv4.validate(standard_store, source=tiny_source)))
     return path
 
 
@@ -75,7 +75,7 @@ def bad(tiny_source: Path, standard_store: Path, tmp_path_factory: pytest.TempPa
     report.path = Path("/" + "deep/" * 60)
     report.add("inversion", "layers." + "x" * 250, "<script>document.title='run'</script>" * 20)
     report.add("files", "y" * 512, "word " * 100)
-    write_html(report, path)
+    path.write_text(render_html(report))
     return path
 
 

@@ -15,7 +15,7 @@ import dsv4
 from dsv4.cli import cli
 from dsv4.validate.diff import diff
 from dsv4.validate.inspect import tensor, tree
-from tests.oracles import stored_tensors
+from tests.support.oracles import stored_tensors
 
 
 def _inspect(*args: object, code: int = 0) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_every_format_has_a_first_block(standard_store: Path, name: str) -> None
 def test_a_source_on_the_hub_is_named_with_its_commit(standard_store: Path) -> None:
     packed = dsv4.open(standard_store)
     commit = "0123456789abcdef0123456789abcdef01234567"
-    packed.store.manifest["source"].update(kind="hub", repo="org/name", commit=commit)
+    packed.store.manifest["origin"].update(kind="hub", repo="org/name", commit=commit)
     expected = {"kind": "hub", "repo": "org/name", "commit": commit}
     assert tensor(packed, "norm.weight")["source"] == tree(packed)["source"] == expected
 
@@ -94,7 +94,7 @@ def test_recipes_differ_in_the_rounded_tensors(native_store: Path, standard_stor
 
 
 def test_another_byte_is_found_by_expert(tiny_source: Path, tmp_path: Path) -> None:
-    from dsv4.convert.local_source import LocalSource
+    from dsv4.convert.sources.local import LocalSource
 
     other = Path(shutil.copytree(tiny_source, tmp_path / "hub"))
     entry = LocalSource(other).entries["layers.2.ffn.experts.5.w3.weight"]

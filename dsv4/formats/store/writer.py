@@ -26,10 +26,12 @@ from typing import Any, Self
 from torch import Tensor
 
 from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
+from dsv4.formats.plain_text import size
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import (
     Directories,
     DirectoryLock,
+    create_directory,
     storage_errors,
     sync_directory,
     sync_file,
@@ -47,8 +49,7 @@ from dsv4.formats.store.extents import (
     seal,
 )
 from dsv4.formats.store.file_digest import blake3_hex
-from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
-from dsv4.formats.store.integrity import sizes, walk
+from dsv4.formats.store.integrity import is_foreign, sizes, walk
 from dsv4.formats.store.journal import Journal
 from dsv4.formats.store.manifest import (
     FileRecord,
@@ -58,7 +59,7 @@ from dsv4.formats.store.manifest import (
     content_root,
 )
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import (
+from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     FORMAT_VERSION,
     JOURNAL,
@@ -69,6 +70,7 @@ from dsv4.formats.store.schema import (
     ArraySpec,
     FileSpec,
 )
+from dsv4.formats.store.zarr_json import descriptions, parse_root, with_parents
 from dsv4.formats.store.zarr_metadata import metadata_documents
 
 RATE_BYTES = 64 << 20
@@ -87,8 +89,8 @@ class StoreWriter:
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.out = Path(out)
-        with storage_errors(self.out, "creating the directory"):
-            self.out.mkdir(parents=True, exist_ok=True)
+        create_directory(self.out)
+        with storage_errors(self.out, "examining the directory"):
             _refuse_foreign(self.out)
         self._lock = DirectoryLock(self.out)
         self._journal: Journal | None = None
@@ -128,8 +130,8 @@ class StoreWriter:
         free = status.f_bavail * status.f_frsize
         if free < nbytes:
             raise OutOfSpaceError(
-                f"{self.out}: {nbytes / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB "
-                "are free; free some space or choose another directory"
+                f"{self.out}: {size(nbytes)} are still to be written, {size(free)} are free; free "
+                "some space or choose another directory"
             )
 
     def measure_rate(self) -> float:
@@ -315,7 +317,8 @@ class StoreWriter:
 
     def _refuse_strangers(self, expected: Iterable[str]) -> None:
         known = {*expected, JOURNAL, LOCK}
-        if stranger := next((key for key in walk(self.out) if key not in known), None):
+        keys = (key for key in walk(self.out) if key not in known and not is_foreign(key))
+        if stranger := next(keys, None):
             raise StoreError(
                 f"{self.out}: {stranger} belongs to nothing in the store; move it away and run "
                 "the same command again"

@@ -64,10 +64,11 @@ def build(
     out: Path,
     *,
     workers: int | None = None,
-    progress: Callable[[Built], None] | None = None,
+    progress: Callable[[Built, int, int], None] | None = None,
 ) -> list[Built]:
     """Compile what is missing or stale in `out`; -> one entry per kernel and architecture.
 
+    progress: called with each, how many are done, and how many there are.
     Raises KernelError when compiler or linker are missing or a kernel does not compile.
     """
     compiler = compiler_version()
@@ -75,15 +76,16 @@ def build(
     if linker is None:
         raise KernelError(f"no C compiler to link kernels with, expected one of {_LINKER}")
     unique = {one.name: one for one in kernels}
+    by_arch = {a: [one for one in unique.values() if a in one.architectures] for a in archs}
+    total = sum(map(len, by_arch.values()))
     done: list[Built] = []
 
     def tell(one: Built) -> None:
         done.append(one)
         if progress is not None:
-            progress(one)
+            progress(one, len(done), total)
 
-    for arch in archs:
-        wanted = [one for one in unique.values() if arch in one.architectures]
+    for arch, wanted in by_arch.items():
         _build_for(arch, wanted, out / arch, compiler, linker, workers, tell)
     _copy_runtime(out)
     return done

@@ -67,7 +67,7 @@ class Kernel:
         """An identifier: the operation, how its configuration begins, and a digest of all of it."""
         words = "_".join([self.operation, *(f"{key}{value}" for key, value in self.config)])
         digest = hashlib.sha256(json.dumps([self.implementation, self.config]).encode())
-        return f"{re.sub(r'[^a-z0-9]+', '_', words)[:NAME_LENGTH]}_{digest.hexdigest()[:8]}"
+        return f"{re.sub(r'[^a-z0-9]+', '_', words.lower())[:NAME_LENGTH]}_{digest.hexdigest()[:8]}"
 
     def leaves(self) -> Iterator[Argument]:
         """All arguments, one by one."""

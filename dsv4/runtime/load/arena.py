@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal
-from dsv4.runtime.driver import Driver
+from dsv4.formats.plain_text import size
+from dsv4.runtime.cuda_driver import Driver
 
 HUGE_PAGE = 2 << 20
 HEADROOM = 256 << 20  # bytes of a device that stay free besides the arena
@@ -160,9 +161,7 @@ def require_memory(nbytes: int, device: torch.device, what: str, instead: str) -
         torch.cuda.empty_cache()
         free, name = free_memory(device)
     if nbytes + HEADROOM > free:
-        raise OutOfSpaceError(
-            f"{what} {nbytes / 1e9:.1f} GB, {name} has {free / 1e9:.1f} GB free; {instead}"
-        )
+        raise OutOfSpaceError(f"{what} {size(nbytes)}, {name} has {size(free)} free; {instead}")
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:
@@ -201,4 +200,4 @@ def _allocate(nbytes: int, device: torch.device) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise OutOfSpaceError(f"{nbytes / 1e9:.1f} GB on {device}: {reason}") from None
+        raise OutOfSpaceError(f"{size(nbytes)} on {device}: {reason}") from None
