@@ -22,6 +22,7 @@ from dsv4.console import (
     out,
     print_json,
     show,
+    waiting,
     write_report,
 )
 from dsv4.convert.open_source import check_name
@@ -31,6 +32,7 @@ from dsv4.kernels_cli import kernels
 from dsv4.options import (
     STDOUT,
     OutDirectory,
+    accept_option,
     keep_option,
     memory_option,
     recipe_option,
@@ -137,22 +139,30 @@ def plan(
     memory: int,
     as_json: bool,
 ) -> None:
-    """Say what packing SRC would read, write and round.
+    """Say what packing SRC would read, write and round, and what it would not carry exactly.
 
-    From headers alone: of a hub id, nothing but a few megabytes is read.
+    From headers, and from block scales where that is cheap: of a hub id, nothing but a few
+    megabytes is read.
     """
     check_name(source, revision)  # a wrong name is refused before torch is imported
+    from dsv4.convert.exactness import inexact_notices
     from dsv4.convert.forecast import budget_for, forecast
+    from dsv4.convert.keep import refuse_idle_keep
     from dsv4.convert.open_source import open_source
     from dsv4.convert.recipes import make_recipe
+    from dsv4.convert.scale_look import look_at_scales
     from dsv4.convert.travelling import make_whole_plan
     from dsv4.render import plan_table
 
-    opened = open_source(source, revision)
+    opened = open_source(source, revision, on_wait=waiting())
     planned = make_whole_plan(opened, make_recipe(recipe, keep))
+    refuse_idle_keep(planned)
     expected = forecast(planned, opened, budget_for(planned, opened, memory, workers))
+    look = look_at_scales(planned, opened)
+    notices = [*planned.notices, *inexact_notices(look.inexact, recipe=planned.recipe)]
     document = {"commit": opened.commit} | planned.to_dict() | expected.to_dict()
-    for sentence in planned.notices:
+    document |= look.to_dict(planned) | {"notices": notices}
+    for sentence in notices:
         notice(sentence)
     if as_json:
         print_json(document)
@@ -181,6 +191,7 @@ def plan(
 @keep_option
 @workers_option
 @memory_option
+@accept_option
 @click.option(
     "--scheduler", metavar="ADDRESS", help="A dask.distributed cluster that sees the same paths."
 )
@@ -193,6 +204,7 @@ def convert(
     keep: tuple[str, ...],
     workers: int | None,
     memory: int,
+    accept_rounding: bool,
     scheduler: str | None,
     as_json: bool,
 ) -> None:
@@ -217,7 +229,9 @@ def convert(
                 revision=revision,
                 memory=memory,
                 scheduler=scheduler,
+                accept_rounding=accept_rounding,
                 notice=notice,
+                on_wait=waiting(as_json=as_json),
             )
     except KeyboardInterrupt:
         err.print("dsv4: nothing finished is lost; run the same command again to continue")
@@ -250,7 +264,11 @@ def validate(
     from dsv4.validate import engine
 
     with checking_progress(err, as_json=json_file == STDOUT) as progress:
-        report = engine.validate(directory, source=source, progress=progress, **how)
+        report = engine.validate(
+            directory, source=source, progress=progress, on_wait=waiting(), **how
+        )
+    for sentence in report.notices:
+        notice(sentence)
     # The verdict first: it is not lost when a file cannot be written.
     show(*report_tables(report), console=err if json_file == STDOUT else out)
     if json_file == STDOUT:
@@ -287,7 +305,9 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
     from dsv4.validate import repair as repairing
 
     with checking_progress(err, as_json=as_json) as progress:
-        report = repairing.repair(directory, source, dry_run=dry_run, progress=progress)
+        report = repairing.repair(
+            directory, source, dry_run=dry_run, progress=progress, on_wait=waiting()
+        )
     if as_json:
         print_json(report.to_dict())
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def write_report(path: Path, text: str) -> None:
 def notice(sentence: str) -> None:
     """One line on stderr about something that was left out, ignored, or is worth knowing."""
     err.print(f"note: {printable(sentence)}")
+
+
+def waiting(*, as_json: bool = False) -> Callable[[str], None]:
+    """-> what to tell when a network is waited for: a line on stderr, or an event for programs."""
+    if not as_json:
+        return lambda sentence: err.print(f"waiting: {printable(sentence)}")
+
+    def event(sentence: str) -> None:
+        err.file.write(json.dumps({"event": "waiting", "message": sentence}) + "\n")
+        err.file.flush()
+
+    return event
 
 
 def print_json(document: dict[str, Any]) -> None:

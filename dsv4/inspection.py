@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.plain_text import counted, size
+from dsv4.formats.store.manifest import origin_of
 from dsv4.render import facts_table, list_table, recipe_text
 from dsv4.validate.diff import diff
 from dsv4.validate.inspect import listing, tensor, tree
@@ -38,6 +39,7 @@ def inspection(
             "a": str(directory),
             "b": str(other),
             "roots": [p.store.manifest["root"] for p in (packed, second)],
+            "origins": [origin_of(p.store.manifest) for p in (packed, second)],
             "same": not found,
             "differences": [dataclasses.asdict(difference) for difference in found],
         }
@@ -119,7 +121,9 @@ def diff_text(document: Mapping[str, Any]) -> RenderableType:
     """What differs between two stores; a sentence when nothing does."""
     found = document["differences"]
     if not found:
-        return f"{document['a']} and {document['b']} do not differ; both have the same root"
+        a, b = document["roots"]
+        rest = "; both have the same root" if a == b else " but in where their sources came from"
+        return f"{document['a']} and {document['b']} do not differ{rest}"
     title = f"A {document['a']}\nB {document['b']}\n{counted(len(found), 'difference')}"
     table = list_table("", ("kind", "where", "tensors", "what"))
     for one in found:

@@ -108,8 +108,13 @@ keep_option = click.option(
     "--keep",
     multiple=True,
     metavar="GLOB",
-    help="Leave matching tensors as they are in the source, such as '*.gate.weight'; may be given "
-    "several times.",
+    help="Leave matching tensors as they are in the source, such as '*.gate.weight'; names of the "
+    "hub or of transformers. May be given several times.",
+)
+accept_option = click.option(
+    "--accept-rounding",
+    is_flag=True,
+    help="Round what NVFP4 cannot hold of an expert that is to be carried exactly.",
 )
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from dsv4.formats.plain_text import duration, size
 
 if TYPE_CHECKING:
-    from dsv4.convert.engine import Event
+    from dsv4.convert.counter import Event
     from dsv4.validate.watch import Step
 
 SECONDS_BETWEEN_EVENTS = 0.5
@@ -172,6 +172,8 @@ def layer_of(unit: str) -> str:
 
 def _stand(event: Event) -> Stand:
     facts = [f"{event.done_tensors:,} of {event.total_tensors:,} tensors"]
+    if event.inexact_tensors:
+        facts.append(f"{event.inexact_tensors:,} not exact")
     if event.copy_rate:
         facts.append(f"(a plain copy: {size(event.copy_rate)}/s)")
     return Stand(
@@ -206,6 +208,7 @@ class _Events:
             "total_bytes": event.total_bytes,
             "done_tensors": event.done_tensors,
             "total_tensors": event.total_tensors,
+            "inexact_tensors": event.inexact_tensors,
             "resumed_bytes": event.resumed_bytes,
             "bytes_per_second": None if rate is None else round(rate),
             "copy_bytes_per_second": event.copy_rate and round(event.copy_rate),

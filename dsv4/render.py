@@ -16,8 +16,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsv4.convert.recipes import DEFAULT_RECIPE, Role, role_of
-from dsv4.formats.plain_text import counted, duration, size
+from dsv4.convert.recipes import DEFAULT_RECIPE, SAME_EXPERTS, Role, role_of
+from dsv4.formats.plain_text import counted, duration, first, size
 
 if TYPE_CHECKING:
     from dsv4.convert.engine import Summary
@@ -57,8 +57,10 @@ def plan_table(source: str, plan: Mapping[str, Any]) -> Table:
     rows |= {
         "recipe": recipe_text(plan["recipe"]),
         "tensors": f"{plan['tensors']:,} ({kinds})",
-        "exact": f"{plan['exact_tensors']:,}",
-        "rounded to NVFP4": rounded_text(plan["rounded_tensors"]),
+        "exact": _planned_exact(plan),
+        **_block_scales(plan),
+        "rounded to NVFP4": _planned_rounding(plan),
+        **_gates_kept(plan),
         "left behind": _left_behind(plan),
         "reads": size(plan["source_bytes"]),
         "network": size(plan["network_bytes"]),
@@ -107,6 +109,43 @@ def _next_command(source: str, plan: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _planned_exact(plan: Mapping[str, Any]) -> str:
+    scales = plan["block_scales"]
+    known = scales["looked_at"] == scales["tensors"]
+    return f"{plan['exact_tensors']:,}{'' if known else ' as planned, not all of them looked at'}"
+
+
+def _planned_rounding(plan: Mapping[str, Any]) -> str:
+    inexact = {tensor["name"] for tensor in plan["inexact_tensors"]}
+    return rounded_text([name for name in plan["rounded_tensors"] if name not in inexact])
+
+
+def _block_scales(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What was looked at to say so, of a source with MXFP4 tensors."""
+    scales, inexact = plan["block_scales"], plan["inexact_tensors"]
+    if not scales["tensors"]:
+        return {}
+    reason = f" ({scales['reason']})" if scales["reason"] else ""
+    said = f"{scales['looked_at']:,} of {scales['tensors']:,} MXFP4 tensors looked at{reason}"
+    if scales["looked_at"]:
+        held = scales["looked_at"] - len(inexact)
+        said += f", NVFP4 holds {held:,} of them exactly"
+    return {"block scales": said}
+
+
+def _gates_kept(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What `--keep` would buy for the router gates, where they are rounded."""
+    gates, name = plan["router_gates"], plan["recipe"]["name"]
+    if gates is None or name not in SAME_EXPERTS:
+        return {}
+    rounded, kept = SAME_EXPERTS[name]
+    return {
+        "router gates": f"{gates['rounded']} rounded; --keep '{gates['keep']}' carries them for "
+        f"{size(gates['more_bytes'])} more: on the small trained model {kept:g} % instead of "
+        f"{rounded:g} % of the choices of experts are then the source's"
+    }
+
+
 def _left_behind(plan: Mapping[str, Any]) -> str:
     """What is in the source and not in the store."""
     counts = {
@@ -121,22 +160,32 @@ def _left_behind(plan: Mapping[str, Any]) -> str:
 
 def summary_table(summary: Summary) -> Table:
     """What a finished conversion wrote."""
-    plan = summary.plan.to_dict()
+    plan, tally = summary.plan.to_dict(), summary.tally
     rows: dict[str, object] = {
         "recipe": recipe_text(plan["recipe"]),
-        "tensors": f"{plan['tensors']}, {plan['exact_tensors']} carried exactly",
+        "tensors": f"{plan['tensors']:,}, {tally.exact:,} carried exactly",
         "left behind": _left_behind(plan),
         "written": f"{size(plan['output_bytes'])} in {counted(plan['files'], 'file')}",
         "root": summary.root,
     }
     if summary.resumed_units:
         rows["resumed"] = f"{summary.resumed_units} of {plan['units']} units were done already"
-    if losses := summary.losses:
+    if tally.rounded:
+        losses = summary.losses
         worst = max(losses, key=lambda name: losses[name]["rel_mse"] or 0.0)
         rows["rounded"] = (
-            f"{counted(len(losses), 'tensor')}, worst relative MSE "
+            f"{counted(len(tally.rounded), 'tensor')}, worst relative MSE "
             f"{losses[worst]['rel_mse']:.3e} ({worst})"
         )
+    if tally.inexact:
+        worst_of = max(tally.inexact, key=lambda tensor: tensor.max_abs_error)
+        rows["not exact"] = (
+            f"{counted(len(tally.inexact), 'tensor')} of those to be carried"
+            f"{', accepted' if summary.accepted else ''}; worst {worst_of}"
+        )
+    if tally.zero:
+        rows["zero throughout"] = f"{len(tally.zero)} ({first(tally.zero)})"
+    rows |= _gates_kept(plan)
     return facts_table(f"packed {summary.out}", rows)
 
 
@@ -163,12 +212,23 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
     if report.tensors:
         exact = sum(verdict.exact for verdict in report.tensors)
         rows["tensors inverted"] = f"{len(report.tensors)}, {exact} equal to the source exactly"
+    if report.inexact:
+        said = "accepted at conversion" if report.accepted_rounding else "not accepted"
+        worst = max(report.inexact, key=lambda tensor: tensor.max_abs_error)
+        kind = counted(len(report.inexact), "tensor")
+        rows["not exact"] = f"{kind} of those to be carried, {said}; worst {worst}"
+    if report.zero:
+        rows["zero throughout"] = f"{len(report.zero)} ({first(report.zero)})"
     if report.checksums == "xxh3":
         rows["not checked"] = "BLAKE3, and so no forgery; give --checksums blake3"
     rows["root"] = report.root or "none"
+    if report.remedy:
+        rows["repair"] = report.remedy
     rows["read"] = f"{size(report.bytes_read)} in {duration(report.seconds)}"
     failed = f"FAILED, {counted(len(report.findings), 'finding')}"
-    rows["verdict"] = Text("OK", GOOD) if report.ok else Text(failed, BAD)
+    accepted = len(report.inexact) if report.accepted_rounding else 0
+    good = f"OK, {counted(accepted, 'tensor')} accepted as rounded" if accepted else "OK"
+    rows["verdict"] = Text(good, GOOD) if report.ok else Text(failed, BAD)
     yield facts_table(f"validation of {report.path}", rows)
 
 

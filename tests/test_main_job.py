@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,14 @@ def test_same_source_recipe_and_tool_give_the_same_root(
         assert (tmp_path / "packed" / path.relative_to(standard_store)).read_bytes() == (
             path.read_bytes()
         )
+
+
+def test_the_readme_prints_the_root_that_everybody_gets(tmp_path: Path) -> None:
+    """Of the checkpoint in this repository, by the command that the README shows."""
+    repository = Path(__file__).resolve().parent.parent
+    printed = re.findall(r"^ root +([0-9a-f]{64})$", (repository / "README.md").read_text(), re.M)
+    summary = dsv4.convert(repository / "examples" / "tiny-dsv4", tmp_path / "packed")
+    assert printed == [summary.root] * 2  # by `dsv4 convert`, and by `dsv4 validate`
 
 
 def test_the_tokenizer_and_configs_travel_along(tiny_source: Path, standard_store: Path) -> None:

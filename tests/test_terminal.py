@@ -423,7 +423,7 @@ def test_ctrl_c_ends_a_validation_in_the_middle_of_a_file(
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     # By four threads, half a second each, of hundreds; or by one, two seconds each, of eight.
-    assert errors.count("piece") <= (32 if phase == "content" else 3)
+    assert errors.count("piece") <= (32 if phase == "content" else 5)
     assert process.returncode == 130
     assert errors.endswith("dsv4: interrupted\n") and "Traceback" not in errors
 

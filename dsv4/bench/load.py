@@ -41,6 +41,7 @@ from dsv4.bench.machine_rates import (
 )
 from dsv4.bench.space import require_space
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.mapped import map_file
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import ELEMENTS, ArraySpec, FileSpec
 from dsv4.runtime.load import LoadReport, Settings, load_weights, plan_load
@@ -254,7 +255,7 @@ def _judge(store: PackedStore, specs: Sequence[ArraySpec]) -> Callable[[Result],
             found, at = result(spec.path), 0
             for file in spec.files():
                 nbytes = file.payload_nbytes
-                stored = torch.from_file(str(store.root / file.key), size=nbytes, dtype=torch.uint8)
+                stored = map_file(store.root / file.key, file.nbytes)
                 for begin in {0, nbytes // 2, max(nbytes - COMPARED_BYTES, 0)}:
                     piece = slice(begin, min(begin + COMPARED_BYTES, nbytes))
                     here = found[at + piece.start : at + piece.stop]

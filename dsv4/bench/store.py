@@ -27,16 +27,17 @@ from dsv4.bench.space import require_space
 from dsv4.convert.dense import Nvfp4Output
 from dsv4.convert.describe import describe, manifest_of
 from dsv4.convert.experts import ExpertsOutput
-from dsv4.convert.outputs import Output, Result
+from dsv4.convert.outputs import Output, Unit
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
+from dsv4.convert.results import Outcome, Result
 from dsv4.convert.source import ByteStream, Source
 from dsv4.convert.tiny import hub_config
 from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import SourceError
 from dsv4.formats.inventory import DraftKind
 from dsv4.formats.layouts import pack_nvfp4
-from dsv4.formats.matrices import NVFP4_K_ALIGN, SF_ROWS
+from dsv4.formats.matrices import NVFP4_BLOCK, NVFP4_K_ALIGN, SF_ROWS
 from dsv4.formats.metrics import Loss
 from dsv4.formats.nvfp4 import NVFP4Tensor
 from dsv4.formats.releases import MODELS
@@ -85,7 +86,7 @@ def make_store(
     with StoreWriter(out, identity) as writer:
         writer.adopt(_write_arrays(out, plan, results, workers or len(os.sched_getaffinity(0))))
         groups, arrays, _ = describe(plan, results)
-        root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION))
+        root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION, _ORIGIN))
     files = sum(1 for _ in plan.files())
     return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin)
 
@@ -96,7 +97,8 @@ def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> Mo
     return few_layers(whole, layers, experts or None, vocabulary or None)
 
 
-_DESCRIPTION: dict[str, Any] = {"kind": "synthetic", "files": []}
+_DESCRIPTION: dict[str, Any] = {"files": []}
+_ORIGIN = {"kind": "synthetic"}
 
 
 class _Headers(Source):
@@ -129,30 +131,15 @@ class _Headers(Source):
     def fingerprint(self) -> str:
         return "synthetic"
 
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        return _DESCRIPTION
 
-
-def _results(output: Output) -> Iterator[tuple[Any, Result]]:
+def _results(output: Output) -> Iterator[tuple[Unit, Result]]:
     """Every unit of an output, with what it would have measured had nothing been rounded."""
-    if not isinstance(output, ExpertsOutput):
-        for unit in output.units():
-            yield unit, {"loss": Loss().to_dict(), "exact": True}
-        return
-    rows, cols = output.shape
+    outcome = Outcome(loss=Loss().to_dict())
+    if isinstance(output, ExpertsOutput):
+        rows, cols = output.shape
+        outcome = Outcome(blocks=rows * -(-cols // NVFP4_BLOCK), global_scale=GLOBAL_SCALE)
     for unit in output.units():
-        blocks = len(unit.inputs) * rows * -(-cols // 16)
-        yield (
-            unit,
-            {
-                "blocks": blocks,
-                "recoded_blocks": 0,
-                "rounded_blocks": 0,
-                "rel_mse": 0.0,
-                "lineage": [[-1] * 6 + [0, 0] for _ in unit.inputs],
-                "global_scales": [GLOBAL_SCALE] * len(unit.inputs),
-            },
-        )
+        yield unit, Result((outcome,) * len(unit.inputs))
 
 
 def _write_arrays(

@@ -23,6 +23,7 @@ from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Unit
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import make_recipe
+from dsv4.convert.results import Result
 from dsv4.convert.source import Source
 from dsv4.convert.workshop import Part, Workshop, make_parts
 from dsv4.formats.errors import ClusterError, ConfigError, SourceError
@@ -67,7 +68,7 @@ def run_on_cluster(
     parts: Iterable[Part],
     writer: StoreWriter,
     fingerprints: Fingerprints,
-    finished: Callable[[Unit], None],
+    finished: Callable[[Unit, Result], None],
 ) -> None:
     """Run every part on the cluster at `scheduler`; the journal is kept here.
 
@@ -80,12 +81,14 @@ def run_on_cluster(
     with ThreadPoolExecutor(job.budget.workers) as completing:
         whole: list[Future[None]] = []
         for key, done in _results(scheduler, job, tasks):
+            results: dict[str, Any] = {}
             for batch, notes in done.batches:
+                results |= notes
                 covered = writer.commit(batch, notes)
                 whole += [completing.submit(writer.complete, file) for file in covered]
             fingerprints.merge(done.fingerprints)
             for unit in by_key[key].units:
-                finished(unit)
+                finished(unit, Result.from_json(results[unit.key]["result"], unit.key))
         for future in whole:
             future.result()
 
@@ -154,7 +157,7 @@ def run_part(job: Job, task: Task) -> Done:
     collector, fingerprints = _Collector(Path(job.out), task.durable), Fingerprints()
     fingerprints.seen[task.file] = list(task.seen)
     budget = dataclasses.replace(job.budget, streams=1)
-    workshop = Workshop(source, collector, budget, fingerprints, lambda unit: None)
+    workshop = Workshop(source, collector, budget, fingerprints, lambda unit, result: None)
     workshop.run([dataclasses.replace(part, units=units)])
     return Done(tuple(collector.batches), fingerprints)
 

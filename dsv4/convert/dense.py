@@ -14,14 +14,15 @@ from dsv4.convert.outputs import (
     FileIndex,
     Losses,
     Output,
-    Result,
     Target,
     Unit,
     lineage,
+    of_one,
 )
 from dsv4.convert.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
 from dsv4.convert.plain import write_slabs
 from dsv4.convert.read import read_nvfp4
+from dsv4.convert.results import Outcome, Result
 from dsv4.convert.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.source import Reader
 from dsv4.formats.layouts import pack_nvfp4
@@ -31,6 +32,7 @@ from dsv4.formats.nvfp4 import dequantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import NVFP4_LAYOUT, ArraySpec, group_of
+from dsv4.formats.zeros import nvfp4_is_zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,12 @@ class Nvfp4Output(Output):
     def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
         codes_file, scales_file, scale_file = (target.file for target in unit.targets)
         if not self.rounded:
-            packed = pack_nvfp4([read_nvfp4(source, self.tensor)], slabs=self.slabs)
+            whole = read_nvfp4(source, self.tensor)
+            packed = pack_nvfp4([whole], slabs=self.slabs)
             sink.write(codes_file, [packed.codes])
             sink.write(scales_file, [packed.scales])
             sink.write(scale_file, [packed.global_scales])
-            return {"loss": Loss().to_dict(), "exact": True}
+            return Result((Outcome(zero=nvfp4_is_zero(whole)),))
         loss = Loss()
         rows = self._shape[0]
         for begin, values, part in round_tiles(source, self.tensor):
@@ -79,7 +82,8 @@ class Nvfp4Output(Output):
             write_slabs(sink, codes_file, packed.codes, begin, rows)
             write_slabs(sink, scales_file, packed.scales, begin // SF_ROWS, -(-rows // SF_ROWS))
         sink.write(scale_file, [part.global_scale.reshape(1)])
-        return {"loss": loss.to_dict(), "exact": loss.errors == 0.0 and not loss.sign_flips}
+        exact = loss.errors == 0.0 and not loss.sign_flips
+        return Result((Outcome(exact, zero=loss.amax == 0.0, loss=loss.to_dict()),))
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         return {
@@ -87,14 +91,14 @@ class Nvfp4Output(Output):
             "layout": NVFP4_LAYOUT,
             "parameters": {"slabs": self.slabs, "interleave": 0},
             "shape": list(self.tensor.shape),
-            "names": [self.tensor.name],
-            "exact": results[0]["exact"],
-            **({"loss": results[0]["loss"]} if self.rounded else {}),
+            **of_one(self.tensor, results),
+            **({"loss": results[0].outcomes[0].loss} if self.rounded else {}),
             "sources": lineage(self.tensor, files),
         }
 
     def losses(self, results: Sequence[Result]) -> Losses:
-        return {self.tensor.name: results[0]["loss"]} if self.rounded else {}
+        (outcome,) = results[0].outcomes
+        return {} if outcome.loss is None else {self.tensor.name: outcome.loss}
 
     def peak_bytes(self) -> int:
         if not self.rounded:

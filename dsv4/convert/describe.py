@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from dsv4.convert.outputs import Losses, Output, Result
+from dsv4.convert.outputs import Losses, Output
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan
+from dsv4.convert.results import Result
 from dsv4.formats.layouts import LAYOUTS
 from dsv4.formats.store.schema import ArraySpec
 from dsv4.formats.version import TOOL
 
 
 def describe(
-    plan: Plan, results: dict[str, Result]
+    plan: Plan, results: Mapping[str, Result]
 ) -> tuple[dict[str, dict[str, Any]], list[ArraySpec], Losses]:
     """-> (group attributes by path, arrays, losses of the rounded tensors).
 
@@ -40,12 +42,22 @@ def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySp
     return [dataclasses.replace(array, attributes=attributes) for array in output.arrays()]
 
 
-def manifest_of(plan: Plan, description: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's sections; description: of the source (`Source.description`)."""
+def manifest_of(
+    plan: Plan,
+    description: Mapping[str, Any],
+    origin: Mapping[str, str],
+    *,
+    accepted: bool = False,
+) -> dict[str, Any]:
+    """The manifest's sections; description, origin: of the source (see `Source`).
+
+    accepted: whether tensors that were to be carried and could not be were accepted as rounded.
+    """
     return {
         "tool": TOOL,
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
         "config": plan.config.to_dict(),
-        "recipe": plan.recipe.to_dict(),
-        "source": description,
+        "recipe": plan.recipe.to_dict() | ({"accepted_rounding": True} if accepted else {}),
+        "source": dict(description),
+        "origin": dict(origin),
     }

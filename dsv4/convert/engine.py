@@ -3,56 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.cluster import Job, require_dask, run_on_cluster
+from dsv4.convert.counter import Counter, Progress
 from dsv4.convert.describe import describe, manifest_of
+from dsv4.convert.exactness import Tally
 from dsv4.convert.file_pass import Fingerprints, entries_of
 from dsv4.convert.forecast import budget_for, metadata_bytes
+from dsv4.convert.keep import refuse_idle_keep
 from dsv4.convert.open_source import open_source
-from dsv4.convert.outputs import Losses, Result, Unit
+from dsv4.convert.outputs import Losses, Unit
 from dsv4.convert.plan import Plan
 from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
+from dsv4.convert.results import Result
+from dsv4.convert.resume import identity_of, refusal
 from dsv4.convert.source import Source
 from dsv4.convert.travelling import make_whole_plan
 from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
-from dsv4.formats.errors import ChangedSourceError, ConfigError
+from dsv4.formats.errors import ChangedSourceError, ConfigError, OtherConversionError
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import FileSpec
 from dsv4.formats.store.writer import StoreWriter
-from dsv4.formats.version import TOOL
-
-Progress = Callable[["Event"], None]
 
 WORTH_MEASURING = 1 << 30  # of a smaller source the copy rate is not worth the time it takes
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
-    """One finished unit, and how much of the source's bytes and tensors is done."""
-
-    unit: str
-    done_bytes: int
-    total_bytes: int
-    done_tensors: int
-    total_tensors: int
-    resumed_bytes: int  # of done_bytes, what an earlier run did
-    copy_rate: float | None  # bytes a second this machine writes there; None when not measured
-
-
-@dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a finished conversion reports."""
+    """What a finished conversion reports; tally: what became of every tensor, as measured.
+
+    accepted: whether tensors that were to be carried and could not be were accepted as rounded.
+    """
 
     out: Path
     root: str
     plan: Plan
     resumed_units: int
     losses: Losses  # rounded tensors only
+    tally: Tally
+    accepted: bool
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """Sentences on tensors that were not carried as they should be, and on weights of zeros."""
+        return self.tally.notices(accepted=self.accepted)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is left out, ignored, or not as it should be: whole sentences."""
+        return (*self.plan.notices, *self.found)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -62,6 +66,9 @@ class Summary:
             "resumed_units": self.resumed_units,
             "losses": self.losses,
             **self.plan.to_dict(),
+            **self.tally.to_dict(),
+            "accepted_rounding": self.accepted,
+            "notices": list(self.notices),
         }
 
 
@@ -72,61 +79,87 @@ def convert(
     workers: int | None = None,
     progress: Progress | None = None,
     *,
-    keep: Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     scheduler: str | None = None,
+    accept_rounding: bool = False,
     notice: Callable[[str], object] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Summary:
     """Convert the checkpoint `src` into the packed store `out`, within `memory` bytes of RAM.
 
+    keep: globs of tensors to leave as they are in the source, or one glob.
     scheduler: address of a dask.distributed cluster whose workers see the same paths.
-    notice: gets each sentence of the plan's notices, before any weight is read.
+    accept_rounding: tensors that are to be carried exactly, and of which NVFP4 cannot hold every
+    block, may be rounded. It changes no byte of an array, so a conversion may be continued with it
+    that was begun without; the store records it where there is such a tensor.
+    notice: gets each sentence of the plan's notices, before any weight is read, and at the end
+    what was found in them. on_wait: told, in a sentence, when the network is waited for.
     Resumes when `out` holds an unfinished conversion of the same source, recipe and tool.
-    Raises SourceError, ConfigError, ConflictError or OutOfSpaceError, each naming what to do.
+    Raises SourceError, NetworkError, ConfigError, ConflictError, OutOfSpaceError, or, with recipe
+    native and without accept_rounding, ExactnessError, each naming what to do.
     """
     if scheduler is not None:
         require_dask()
-    source = open_source(src, revision)
+    source = open_source(src, revision, on_wait=on_wait)
     plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
+    refuse_idle_keep(plan)
     budget = budget_for(plan, source, memory, workers)
+    if not os.fspath(out):
+        raise ConfigError("--out is empty; give the directory to write into")
     out = Path(out)
     if Path(src).is_dir():
         _refuse_overlap(Path(src), out)
-    identity = {
-        "tool": TOOL,
-        "recipe": plan.recipe.to_dict(),
-        "source": source.fingerprint(),
-    }
-    with StoreWriter(out, identity) as writer:
+    with _writer(src, out, identity_of(source, plan.recipe)) as writer:
         _recover(plan, writer)
         finished = _finished(plan, writer)
         writer.require_space(_missing_bytes(plan, writer))
         rate = None
         if progress is not None and plan.source_bytes >= WORTH_MEASURING:
             rate = writer.measure_rate()
-        counter = _Counter(plan, finished, progress, rate)
+        strict = plan.recipe.exact and not accept_rounding
+        counter = Counter(plan, finished, progress, rate, strict=strict)
         work = _Work(plan, finished, source, writer, counter)
         if scheduler is None:
             sha256 = work.run_here(budget)
         else:
             place = str(src) if source.commit else str(Path(src).resolve())
-            job = Job(
-                place,
-                source.commit,
-                recipe,
-                tuple(keep),
-                str(out.resolve()),
-                source.fingerprint(),
-                budget,
-            )
+            where, mark = str(out.resolve()), source.fingerprint()
+            job = Job(place, source.commit, recipe, plan.recipe.keep, where, mark, budget)
             sha256 = work.run_on_cluster(scheduler, job)
-        notes = writer.notes()
-        results = {unit.key: notes[unit.key]["result"] for unit in plan.units}
-        _complete(plan, results, source, writer)
-        groups, arrays, losses = describe(plan, results)
-        root = writer.finish(groups, arrays, manifest_of(plan, source.description(sha256)))
-    return Summary(out, root, plan, len(finished), losses)
+        summary = _finish(plan, source, writer, sha256, len(finished), accept_rounding)
+    if notice is not None:
+        for sentence in summary.found:
+            notice(sentence)
+    return summary
+
+
+def _finish(
+    plan: Plan,
+    source: Source,
+    writer: StoreWriter,
+    sha256: Mapping[str, str],
+    resumed: int,
+    accept_rounding: bool,
+) -> Summary:
+    """The small arrays, the metadata, then the marker: all from what the units measured."""
+    results = _results(plan.units, writer)
+    _complete(plan, results, source, writer)
+    tally = Tally.of(plan, results)
+    accepted = accept_rounding and bool(tally.inexact)
+    groups, arrays, losses = describe(plan, results)
+    manifest = manifest_of(plan, source.description(sha256), source.origin, accepted=accepted)
+    root = writer.finish(groups, arrays, manifest)
+    return Summary(writer.out, root, plan, resumed, losses, tally, accepted)
+
+
+def _writer(src: str | Path, out: Path, identity: dict[str, Any]) -> StoreWriter:
+    """The writer of `out`. Raises ConflictError when another conversion is unfinished there."""
+    try:
+        return StoreWriter(out, identity)
+    except OtherConversionError as error:
+        raise refusal(error, src, out) from None
 
 
 def _refuse_overlap(src: Path, out: Path) -> None:
@@ -142,14 +175,23 @@ def _recover(plan: Plan, writer: StoreWriter) -> None:
         writer.complete(file)
 
 
-def _finished(plan: Plan, writer: StoreWriter) -> set[str]:
-    """Keys of the units that an earlier run finished durably."""
+def _finished(plan: Plan, writer: StoreWriter) -> dict[str, Result]:
+    """What the units measured that an earlier run finished durably, by key."""
     notes = writer.notes()
-    return {
-        unit.key
-        for unit in plan.units
-        if unit.key in notes and all(writer.covers(*target) for target in unit.targets)
-    }
+    return _results(
+        [
+            unit
+            for unit in plan.units
+            if unit.key in notes and all(writer.covers(*target) for target in unit.targets)
+        ],
+        writer,
+    )
+
+
+def _results(units: Sequence[Unit], writer: StoreWriter) -> dict[str, Result]:
+    """What the journal says that the units measured."""
+    notes = writer.notes()
+    return {unit.key: Result.from_json(notes[unit.key]["result"], unit.key) for unit in units}
 
 
 def _missing_bytes(plan: Plan, writer: StoreWriter) -> int:
@@ -164,10 +206,10 @@ class _Work:
     def __init__(
         self,
         plan: Plan,
-        finished: set[str],
+        finished: Mapping[str, Result],
         source: Source,
         writer: StoreWriter,
-        counter: _Counter,
+        counter: Counter,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -223,40 +265,6 @@ def _made_from(plan: Plan, file: str) -> set[FileSpec]:
         if any(entry.file == file for entry in entries_of(unit))
         for target in unit.targets
     }
-
-
-class _Counter:
-    """Counts finished units, in bytes and tensors."""
-
-    def __init__(
-        self, plan: Plan, finished: set[str], progress: Progress | None, rate: float | None
-    ) -> None:
-        done = [unit for unit in plan.units if unit.key in finished]
-        self._lock = threading.Lock()
-        self._progress = progress
-        self._rate = rate
-        self._total = plan.source_bytes, sum(len(unit.inputs) for unit in plan.units)
-        self._bytes = self._resumed = sum(unit.input_bytes for unit in done)
-        self._tensors = sum(len(unit.inputs) for unit in done)
-
-    def add(self, unit: Unit) -> None:
-        """One more unit is finished."""
-        with self._lock:
-            self._bytes += unit.input_bytes
-            self._tensors += len(unit.inputs)
-            if self._progress is not None:
-                total_bytes, total_tensors = self._total
-                self._progress(
-                    Event(
-                        unit.key,
-                        self._bytes,
-                        total_bytes,
-                        self._tensors,
-                        total_tensors,
-                        self._resumed,
-                        self._rate,
-                    )
-                )
 
 
 def _complete(plan: Plan, results: dict[str, Result], source: Source, writer: StoreWriter) -> None:

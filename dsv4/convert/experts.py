@@ -28,9 +28,9 @@ from dsv4.convert.outputs import (
     FileIndex,
     Losses,
     Output,
-    Result,
     Target,
     Unit,
+    is_weight,
 )
 from dsv4.convert.partition import (
     ALIGNMENT,
@@ -42,8 +42,9 @@ from dsv4.convert.partition import (
     nvfp4_slabs,
     row_units,
 )
-from dsv4.convert.plain import ELEMENT_OF
+from dsv4.convert.plain import ELEMENT_OF, fp8_scales_are_zero
 from dsv4.convert.read import read_fp8, read_mxfp4, read_nvfp4
+from dsv4.convert.results import Outcome, Result
 from dsv4.convert.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.source import Reader
 from dsv4.formats.errors import SourceError
@@ -56,6 +57,7 @@ from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.store.contents import EXPERT, LINEAGE_COLUMNS
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import ELEMENTS, LAYOUT_OF, ArraySpec, path_of
+from dsv4.formats.zeros import is_zero, nvfp4_is_zero
 
 _ABSENT = (-1, -1, -1)  # lineage of a scale that the source does not have
 
@@ -119,11 +121,12 @@ class ExpertsOutput(Output):
 
     @property
     def rounded(self) -> bool:
-        return self.format is Encoding.NVFP4 and any(
-            tensor.encoding in (Encoding.FP8, Encoding.PLAIN)
-            for expert in self.experts
-            for tensor in expert
-        )
+        return any(self.rounds(tensor) for expert in self.experts for tensor in expert)
+
+    def rounds(self, tensor: SourceTensor) -> bool:
+        """Whether the plan rounds `tensor`; of a stack that mixes encodings, not all are."""
+        wide = tensor.encoding in (Encoding.FP8, Encoding.PLAIN)
+        return wide and self.format is Encoding.NVFP4
 
     @property
     def _by_columns(self) -> bool:
@@ -181,35 +184,33 @@ class ExpertsOutput(Output):
         return tuple(units)
 
     def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
-        reports: list[CastReport] = []
-        parts = list(self._pack(source, self.experts[unit.index], reports))
-        result: Result = {
-            "blocks": sum(report.blocks for report in reports),
-            "recoded_blocks": sum(report.recoded_blocks for report in reports),
-            "rounded_blocks": sum(report.rounded_blocks for report in reports),
-            "rel_mse": max(report.rel_mse for report in reports),
-            "lineage": [self._lineage(t, r) for t, r in zip(unit.inputs, reports, strict=True)],
-        }
-        if self.format is Encoding.NVFP4:
-            result["global_scales"] = parts.pop().tolist()
+        parts, outcomes = self._pack(source, self.experts[unit.index])
         for target, part in zip(unit.targets, parts, strict=True):
             sink.write_at(target.file, target.begin, [part])
-        return result
+        return Result(tuple(outcomes))
 
     def complete(self, results: Sequence[Result], sink: Sink) -> None:
         """Lineage and global scales are small: one file each, not one per shard."""
         *_, before_last, last = self.arrays()
-        lineage = [row for result in results for row in result["lineage"]]
+        lineage = [self._lineage(tensor, outcome) for tensor, outcome in self._outcomes(results)]
         sink.write(last.files()[0], [torch.tensor(lineage, dtype=torch.int64)])
         if self.format is Encoding.NVFP4:
-            scales = [result["global_scales"] for result in results]
+            scales = [[outcome.global_scale for outcome in result.outcomes] for result in results]
             sink.write(before_last.files()[0], [torch.tensor(scales, dtype=torch.float32)])
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
+        found = self._outcomes(results)
         totals = {
-            key: sum(result[key] for result in results)
-            for key in ("blocks", "recoded_blocks", "rounded_blocks")
+            "blocks": sum(outcome.blocks for _, outcome in found),
+            "recoded_blocks": sum(outcome.recoded_blocks for _, outcome in found),
+            "rounded_blocks": sum(outcome.rounded_blocks for _, outcome in found),
         }
+        inexact = {
+            tensor.name: {"rounded_blocks": outcome.rounded_blocks, **(outcome.loss or {})}
+            for tensor, outcome in found
+            if not outcome.exact and not self.rounds(tensor)
+        }
+        zero = [tensor.name for tensor, o in found if o.zero and is_weight(tensor.name)]
         return {
             "format": str(self.format),
             "layout": LAYOUT_OF[self.format],
@@ -219,15 +220,18 @@ class ExpertsOutput(Output):
                 f"{self.prefix}.{EXPERT}.{tensor.name.split('.')[-2]}.weight"
                 for tensor in self.experts[0]
             ],
-            "exact": totals["rounded_blocks"] == 0,
-            "rel_mse": max(result["rel_mse"] for result in results),
+            "exact": all(outcome.exact for _, outcome in found),
+            "rel_mse": max(outcome.rel_mse for _, outcome in found),
             **totals,
+            **({"inexact": inexact} if inexact else {}),
+            **({"zero": zero} if zero else {}),
         }
 
     def losses(self, results: Sequence[Result]) -> Losses:
-        if not self.rounded:
+        found = [outcome for _, outcome in self._outcomes(results)]
+        if not self.rounded and all(outcome.exact for outcome in found):
             return {}
-        worst = max(result["rel_mse"] for result in results)
+        worst = max(outcome.rel_mse for outcome in found)
         return {f"{self.prefix}.{EXPERT}.{self.stack}": {"rel_mse": worst}}
 
     def peak_bytes(self) -> int:
@@ -235,40 +239,47 @@ class ExpertsOutput(Output):
         per_expert = self.projections * rows * cols
         return 2 * per_expert + (PEAK_BYTES if self.rounded else 0)  # as read, and as packed
 
+    def _outcomes(self, results: Sequence[Result]) -> list[tuple[SourceTensor, Outcome]]:
+        """Every projection with what became of it, expert by expert."""
+        return [
+            pair
+            for expert, result in zip(self.experts, results, strict=True)
+            for pair in zip(expert, result.outcomes, strict=True)
+        ]
+
     def _pack(
-        self, source: Reader, expert: tuple[SourceTensor, ...], reports: list[CastReport]
-    ) -> tuple[Tensor, ...]:
-        """One expert's part of every array but the lineage, in the order of `arrays`."""
+        self, source: Reader, expert: tuple[SourceTensor, ...]
+    ) -> tuple[tuple[Tensor, ...], list[Outcome]]:
+        """One expert's part of the arrays that are cut by expert, and what became of it."""
         if self.format is Encoding.NVFP4:
-            parts = []
-            for tensor in expert:
-                part, report = _to_nvfp4(source, tensor)
-                parts.append(part)
-                reports.append(report)
+            made = [_to_nvfp4(source, tensor) for tensor in expert]
+            parts = [part for part, _ in made]
             packed = pack_nvfp4(parts, slabs=self.slabs, interleave=self.interleave)
-            return packed.codes, packed.scales, packed.global_scales
-        reports += [CastReport(0, 0, 0, 0.0)] * len(expert)
+            return (packed.codes, packed.scales), [outcome for _, outcome in made]
         if self.format is Encoding.FP8:
             pairs = [
                 tuple(checked(part, tensor.name) for part in read_fp8(source, tensor))
                 for tensor in expert
             ]
+            zeros = [is_zero(codes) or fp8_scales_are_zero(scales) for codes, scales in pairs]
             codes, scales = (torch.cat(list(column)) for column in zip(*pairs, strict=True))
-            return pack_fp8(codes, scales, slabs=self.slabs).codes, scales
+            packed_codes = pack_fp8(codes, scales, slabs=self.slabs).codes
+            return (packed_codes, scales), [Outcome(zero=zero) for zero in zeros]
         values = [checked(source.read(tensor.weight), tensor.name) for tensor in expert]
+        outcomes = [Outcome(zero=is_zero(value)) for value in values]
         if self.interleave:
-            return (interleave_rows(values[0], values[1], self.interleave),)
-        return (values[0],)
+            return (interleave_rows(values[0], values[1], self.interleave),), outcomes
+        return (values[0],), outcomes
 
-    def _lineage(self, tensor: SourceTensor, report: CastReport) -> list[int]:
+    def _lineage(self, tensor: SourceTensor, outcome: Outcome) -> list[int]:
         weight, scale = tensor.weight, tensor.scale
         return [
             self.files.index(weight.file),
             weight.begin,
             weight.end,
             *((self.files.index(scale.file), scale.begin, scale.end) if scale else _ABSENT),
-            report.recoded_blocks,
-            report.rounded_blocks,
+            outcome.recoded_blocks,
+            outcome.rounded_blocks,
         ]
 
     def _check_uniform(self) -> None:
@@ -308,18 +319,22 @@ def _whole(path: str, shape: tuple[int, ...], element: str, shards: int) -> Arra
     return ArraySpec(path, shape, element, per_shard, per_shard)
 
 
-def _to_nvfp4(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
+def _to_nvfp4(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, Outcome]:
     """A projection in NVFP4: taken over, cast, or rounded, as its encoding asks for."""
     if tensor.encoding is Encoding.NVFP4:
         part = read_nvfp4(source, tensor)
-        return part, CastReport(part.scales.numel(), 0, 0, 0.0)
-    if tensor.encoding is Encoding.MXFP4:
-        return cast_mxfp4_to_nvfp4(*read_mxfp4(source, tensor), name=tensor.name)
-    return _round(source, tensor)
+        report, zero = CastReport(part.scales.numel(), 0, 0, 0.0), nvfp4_is_zero(part)
+    elif tensor.encoding is Encoding.MXFP4:
+        part, report = cast_mxfp4_to_nvfp4(*read_mxfp4(source, tensor), name=tensor.name)
+        zero = nvfp4_is_zero(part)  # the largest block is always exact
+    else:
+        part, report, zero = _round(source, tensor)
+    scale = float(part.global_scale)
+    return part, Outcome.of_cast(report, zero=zero, global_scale=scale)
 
 
-def _round(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport]:
-    """Round an FP8 or unquantised projection, a tile of rows at a time."""
+def _round(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastReport, bool]:
+    """Round an FP8 or unquantised projection, a tile of rows at a time; -> also if it was zero."""
     loss, blocks, parts = Loss(), 0, []
     for _, values, part in round_tiles(source, tensor):
         rounded = dequantize_nvfp4(part)
@@ -332,4 +347,5 @@ def _round(source: Reader, tensor: SourceTensor) -> tuple[NVFP4Tensor, CastRepor
     codes = torch.cat([part.codes for part in parts])
     scales = torch.cat([part.scales for part in parts])
     whole = NVFP4Tensor(codes, scales, parts[0].global_scale, tensor.shape)
-    return whole, CastReport(scales.numel(), 0, blocks, loss.rel_mse)
+    report = CastReport(scales.numel(), 0, blocks, loss.rel_mse, loss.max_abs_error)
+    return whole, report, loss.amax == 0.0

@@ -12,13 +12,13 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # lazy
 
-from dsv4.formats.errors import SourceError
+from dsv4.convert.hub_login import Login
+from dsv4.formats.errors import NetworkError, SourceError
 
 T = TypeVar("T")
 
-PASSING = frozenset({429, 500, 502, 503, 504})
-_MAX_REASON = 160
-_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+PASSING = frozenset({408, 429})  # and what is the server's own fault: 500 and above
+_MAX_REASON = 300
 
 
 class BrokenError(Exception):
@@ -36,6 +36,7 @@ class Patience:
     attempts: failures in a row, without a new byte between them, until it is given up.
     first_wait doubles with each failure up to longest_wait; a server may ask for more than that,
     up to longest_asked. connect, read: of one connection attempt, and between two arrivals.
+    on_wait: told a sentence and the seconds before each wait.
     """
 
     attempts: int = 6
@@ -45,6 +46,7 @@ class Patience:
     connect: float = 10.0
     read: float = 30.0
     sleep: Callable[[float], None] = time.sleep
+    on_wait: Callable[[str, float], None] = lambda sentence, seconds: None
 
     @property
     def timeout(self) -> httpx2.Timeout:
@@ -54,18 +56,24 @@ class Patience:
     def persist(self, subject: str, attempt: Callable[[], T]) -> T:
         """The result of `attempt`, repeated while it raises BrokenError.
 
-        Raises SourceError, naming `subject`, when too many attempts in a row fail.
+        Raises NetworkError, naming `subject`, when too many attempts in a row fail.
         """
         for failures in itertools.count(1):
             try:
                 return attempt()
             except BrokenError as error:
                 if failures >= self.attempts:
-                    raise SourceError(
+                    raise NetworkError(
                         f"{subject} cannot be read: {error} ({failures} failures in a row); check "
                         "the network and run the command again"
                     ) from None
-                self.sleep(self._wait(failures, error.retry_after))
+                seconds = self._wait(failures, error.retry_after)
+                self.on_wait(
+                    f"{subject}: {error}; try {failures + 1} of {self.attempts} in "
+                    f"{max(seconds, 1):.0f} s",
+                    seconds,
+                )
+                self.sleep(seconds)
         raise AssertionError("the loop has no end")
 
     def _wait(self, failures: int, asked: float | None) -> float:
@@ -74,43 +82,66 @@ class Patience:
         return max(wait, min(asked or 0.0, self.longest_asked))
 
 
-def broken(error: httpx2.RequestError) -> BrokenError:
-    """A failure below HTTP: no connection, no answer in time, a cut."""
-    return BrokenError(f"{type(error).__name__} {error}")
-
-
-def check_status(response: httpx2.Response, repo: str, subject: str) -> None:
+def check_status(
+    response: httpx2.Response, repo: str, subject: str, login: Login, *, elsewhere: bool = False
+) -> None:
     """Return when the answer is a success (2xx).
 
     Raises BrokenError when it may be another time, else SourceError that says what to do.
-    repo: the hub id. subject: what was asked for, named first.
+    repo: the hub id. subject: what was asked for, named first. elsewhere: the answer is not the
+    hub's, but that of a host to which it redirects, and which gets no token.
     """
-    status = response.status_code
+    status, host = response.status_code, response.request.url.netloc.decode()
     if 200 <= status < 300:
         return
-    if status in PASSING:
-        raise BrokenError(f"the answer was {status}", _retry_after(response))
-    raise SourceError(f"{subject} {_refusal(status, response.headers, repo)}")
+    if status in PASSING or status >= 500:
+        raise BrokenError(f"the answer of {host} was {status}", _retry_after(response))
+    if elsewhere:
+        raise SourceError(
+            f"{subject} is refused by {host}, to which the hub redirects: the answer was {status}; "
+            "run the command again, and try another network if that does not help"
+        )
+    sent = login.has_token and "Authorization" in response.request.headers
+    refusal = _refusal_of_token if sent and status in (401, 403) else _refusal
+    raise SourceError(f"{subject} {refusal(response, repo, login)}")
 
 
-def _refusal(status: int, headers: httpx2.Headers, repo: str) -> str:
-    code = headers.get("X-Error-Code", "")
+def _refusal_of_token(response: httpx2.Response, repo: str, login: Login) -> str:
+    words = login.words_of(response)
+    because = f": {words}" if words else ""
+    if response.headers.get("X-Error-Code") == "GatedRepo":
+        return (
+            f"is gated{because}; accept the licence on the page of {repo} with the account behind "
+            f"{login.name}, and let that token read gated repositories"
+        )
+    if response.status_code == 401:
+        return f"cannot be read: {login.name} is not accepted{because}; {login.renew}"
+    return f"is forbidden to {login.name}{because}; check that it may read {repo}"
+
+
+def _refusal(response: httpx2.Response, repo: str, login: Login) -> str:
+    status, code = response.status_code, response.headers.get("X-Error-Code", "")
+    words = login.words_of(response)
+    because = f" ({words})" if words else ""
     if code == "GatedRepo":
-        return f"is gated; accept the licence on the page of {repo}, then {_LOG_IN}"
+        return f"is gated; accept the licence on the page of {repo}, then {login.advice}"
     if status == 401:
         return (
-            f"cannot be seen without a login; check the name {repo}, and {_LOG_IN} if the "
+            f"cannot be seen without a login; check the name {repo}, and {login.advice} if the "
             "repository is private or gated"
         )
     if status == 403:
-        return f"is forbidden; check that your token may read {repo}, or {_LOG_IN}"
+        return f"is forbidden{because}; {login.advice} if {repo} is for some accounts only"
     if code == "RevisionNotFound":
-        return f"is no revision of {repo}; check --revision"
+        return f"is not a revision of {repo}; check --revision"
     if code == "EntryNotFound":
         return f"is not in {repo}, though it is listed; run the command again"
     if status == 404:
-        return f"is not found; check the name {repo}, and {_LOG_IN} if the repository is private"
-    return f"cannot be read: the answer was {status}; check HF_ENDPOINT, or try again later"
+        who = f"check that {login.name} may see it" if login.has_token else login.advice
+        return f"is not found; check the name {repo}, and {who} if the repository is private"
+    return (
+        f"cannot be read: the answer was {status}{because}; check HF_ENDPOINT, or try again later"
+    )
 
 
 def _retry_after(response: httpx2.Response) -> float | None:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from huggingface_hub.utils import build_hf_headers, validate_repo_id  # type: ignore[attr-defined]  # lazy
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # lazy
 
-from dsv4.convert.hub_answers import Patience, broken, check_status
-from dsv4.convert.index import MAX_SHARDS
+from dsv4.convert.hub_answers import Patience
+from dsv4.convert.hub_client import shown
+from dsv4.convert.hub_listing import Listed, Lister
+from dsv4.convert.hub_login import Login, make_login
 from dsv4.convert.local_file import open_local, read_small
 from dsv4.convert.ranges import RangeReader, RemoteFile
 from dsv4.convert.source import CONFIG_FILE, ByteStream
@@ -58,11 +59,14 @@ class HubFile:
 class HubRepo:
     """One commit of a hub repository: `files` by name, shards and small files only.
 
+    repo: its hub id, by the name that the hub has for it now; notices: says so if that is another.
     names: of all of its files, and of the folders that a cache has, these with a "/" at the end.
     commit: 40 hex digits; every request is for it. Raises SourceError when the name, the revision
-    or the login is not in order, or, in offline mode, when the cache does not have the commit.
+    or the login is not in order, or, in offline mode, when the cache does not have the commit;
+    NetworkError when the hub does not answer.
     """
 
+    notices: tuple[str, ...] = ()
     commit: str
     files: Mapping[str, HubFile]
     names: Sequence[str]
@@ -83,13 +87,13 @@ class HubRepo:
         self._cache = cache
         self._api = HfApi(endpoint, token=token, library_name="dsv4", library_version=VERSION)
         _check_endpoint(self._api.endpoint)
+        login = Login({}) if self.offline else make_login(token)
+        self._reader = RangeReader(login, patience)
         if self.offline:
             self.commit, self.files = self._cached_commit(revision)
-            self._reader = RangeReader({}, patience)
         else:
-            headers = build_hf_headers(token=token, library_name="dsv4", library_version=VERSION)
-            self._reader = RangeReader(headers, patience)
-            self.commit, self.files = self._listed_commit(revision, patience)
+            lister = Lister(self._api.endpoint, login, patience)
+            self.commit, self.files = self._listed_commit(revision, lister)
 
     def read_small(self, name: str, limit: int) -> bytes:
         """All of a file, its hash checked where the repository gives one.
@@ -146,49 +150,24 @@ class HubRepo:
         return RemoteFile(self.repo, file.name, url, file.size, file.sha256)
 
     def _listed_commit(
-        self, revision: str | None, patience: Patience
+        self, revision: str | None, lister: Lister
     ) -> tuple[str, Mapping[str, HubFile]]:
-        """Commit and files as the hub has them, both from one answer."""
-        subject = self.repo if revision is None else f"{self.repo}@{revision}"
-        try:
-            info = patience.persist(subject, lambda: self._ask(subject, revision, patience))
-            commit, siblings = str(info.sha), info.siblings or []
-            if not _COMMIT.fullmatch(commit):
-                raise ValueError(f"{commit!r:.80} is no commit")
-            self.names = [sibling.rfilename for sibling in siblings]
-            return commit, {
-                sibling.rfilename: self._listed(sibling, commit) for sibling in _useful(siblings)
-            }
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise SourceError(
-                f"{subject}: the answer of {self._api.endpoint} is not a hub's ({error!r:.200}); "
-                "check HF_ENDPOINT"
-            ) from None
-
-    def _ask(self, subject: str, revision: str | None, patience: Patience) -> ModelInfo:
-        try:
-            return self._api.model_info(
-                self.repo, revision=revision, files_metadata=True, timeout=patience.read
+        """Commit and files as the hub has them."""
+        listing = lister.list(self.repo, revision)
+        if listing.repo != self.repo:
+            self.notices = (
+                f"{self.repo} is called {listing.repo} on the hub now, and is read and recorded "
+                "under that name",
             )
-        except HfHubHTTPError as error:
-            check_status(error.response, self.repo, subject)
-            raise
-        except httpx2.TooManyRedirects:
-            raise SourceError(f"{subject} is redirected without end; check HF_ENDPOINT") from None
-        except httpx2.RequestError as error:
-            raise broken(error) from None
+            self.repo = listing.repo
+        self.names = listing.names
+        return listing.commit, {f.name: self._hub_file(f, listing.commit) for f in listing.files}
 
-    def _listed(self, sibling: RepoSibling, commit: str) -> HubFile:
-        name, size = sibling.rfilename, sibling.size
-        sha256 = sibling.lfs.sha256 if sibling.lfs is not None else None
-        if type(size) is not int or size < 0:
-            raise ValueError(f"{name} has the size {size!r:.80}")
-        if sha256 is not None and not _SHA256.fullmatch(sha256):
-            raise ValueError(f"{name} has the SHA-256 {sha256!r:.80}")
-        cached = self._in_cache(name, commit)
-        if cached is not None and cached.stat().st_size != size:
+    def _hub_file(self, listed: Listed, commit: str) -> HubFile:
+        cached = self._in_cache(listed.name, commit)
+        if cached is not None and cached.stat().st_size != listed.size:
             cached = None
-        return HubFile(name, size, sha256, sibling.blob_id, cached)
+        return HubFile(listed.name, listed.size, listed.sha256, listed.blob_id, cached)
 
     def _cached_commit(self, revision: str | None) -> tuple[str, Mapping[str, HubFile]]:
         """Commit and files as this machine's cache has them."""
@@ -225,20 +204,13 @@ class HubRepo:
         return Path(found) if isinstance(found, str) else None
 
 
-def _useful(siblings: list[RepoSibling]) -> list[RepoSibling]:
-    found = [sibling for sibling in siblings if is_read(sibling.rfilename)]
-    if len(found) > MAX_SHARDS:
-        raise ValueError(f"it lists {len(found)} files")
-    return found
-
-
 def _check_repo_id(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise SourceError(f"{repo!r:.200} is no hub id such as org/name: {error}") from None
+        raise SourceError(f"{repo!r:.200} is not a hub id such as org/name: {error}") from None
     if "/" not in repo:
-        raise SourceError(f"{repo} is no hub id such as org/name; give both parts")
+        raise SourceError(f"{repo} is not a hub id such as org/name; give both parts")
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -247,4 +219,7 @@ def _check_endpoint(endpoint: str) -> None:
     except httpx2.InvalidURL:
         url = httpx2.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise SourceError(f"HF_ENDPOINT is {endpoint!r:.200}, expected an http(s) address")
+        raise SourceError(
+            f"HF_ENDPOINT is {shown(endpoint)!r}, expected an address that begins with https:// or "
+            "http://; correct it, or unset it to read from huggingface.co"
+        )

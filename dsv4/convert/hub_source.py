@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from dsv4.convert.hub_answers import Patience
 from dsv4.convert.hub_repo import HubRepo
@@ -19,7 +20,6 @@ from dsv4.convert.source import (
     MAX_AUX_BYTES,
     ByteStream,
     Source,
-    describe_files,
 )
 from dsv4.convert.source_contents import read_contents
 from dsv4.convert.source_files import SourceFiles
@@ -41,7 +41,9 @@ class HubSource(Source):
     revision: branch, tag or commit; None: the default branch. endpoint, token, cache: instead of
     what HF_ENDPOINT, the stored login (or HF_TOKEN) and HF_HUB_CACHE say. Files that the cache has
     at this commit are read from it. With HF_HUB_OFFLINE set, all of them must be there.
-    Raises SourceError when the repository, the network or any header is not in order.
+    on_wait: told, in a sentence, what is waited for before it is tried again; may be set later.
+    Raises SourceError when the repository or any header is not in order, NetworkError when the hub
+    does not answer.
     """
 
     def __init__(
@@ -53,21 +55,26 @@ class HubSource(Source):
         token: str | bool | None = None,
         cache: Path | None = None,
         patience: Patience | None = None,
+        on_wait: Callable[[str], None] | None = None,
     ) -> None:
+        self.on_wait = on_wait
         self._gave_up = threading.Event()
+        self._saying, self._quiet_until = threading.Lock(), 0.0
+        patience = patience or Patience(sleep=self._pause)
         self._hub = HubRepo(
             repo,
             revision,
             endpoint=endpoint,
             token=token,
             cache=cache,
-            patience=patience or Patience(sleep=self._pause),
+            patience=dataclasses.replace(patience, on_wait=self._say),
         )
         self.commit = self._hub.commit
+        self.origin = {"kind": "hub", "repo": repo, "commit": self.commit}
         download, stale = "choose another revision", "choose another revision, or tell its owner"
         if self._hub.offline:
             download = "download them, or unset HF_HUB_OFFLINE"
-        files = SourceFiles.of(self._hub.names, f"{repo}@{self.commit[:12]}")
+        files = SourceFiles.of(self._hub.names, f"{self._hub.repo}@{self.commit[:12]}")
         with ThreadPoolExecutor(THREADS) as pool:
             contents = read_contents(
                 files,
@@ -79,7 +86,7 @@ class HubSource(Source):
         self.config, self.entries, self.notices = (
             contents.config,
             contents.entries,
-            contents.notices,
+            self._hub.notices + contents.notices,
         )
         self.sizes = {name: self._hub.files[name].size for name in contents.shards}
 
@@ -102,15 +109,6 @@ class HubSource(Source):
         identity = json.dumps([self._hub.repo, self.commit, shards, aux])
         return hashlib.sha256(identity.encode()).hexdigest()
 
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """`{"kind": "hub", "repo", "commit", "files": [{"name", "bytes", "sha256"}]}`."""
-        return {
-            "kind": "hub",
-            "repo": self._hub.repo,
-            "commit": self.commit,
-            "files": describe_files(self.sizes, sha256, self._aux),
-        }
-
     def give_up(self) -> None:
         """Whoever waits for the network fails."""
         self._gave_up.set()
@@ -118,6 +116,15 @@ class HubSource(Source):
     def _pause(self, seconds: float) -> None:
         if self._gave_up.wait(seconds):
             raise SourceError(f"{self._hub.repo} is no longer read; run the same command again")
+
+    def _say(self, sentence: str, seconds: float) -> None:
+        """Tell of a wait, unless another thread's, that was told of, is not over yet."""
+        with self._saying:
+            now = time.monotonic()
+            if self.on_wait is None or now < self._quiet_until:
+                return
+            self._quiet_until = now + seconds
+            self.on_wait(sentence)
 
     def published_sha256(self, file: str) -> str | None:
         """The LFS hash of the repository; None for a file that is not in LFS."""

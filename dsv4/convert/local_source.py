@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dsv4.convert.download_marks import unfinished
 from dsv4.convert.index import is_shard_name, numbered_siblings
@@ -20,7 +19,6 @@ from dsv4.convert.source import (
     MAX_AUX_BYTES,
     ByteStream,
     Source,
-    describe_files,
 )
 from dsv4.convert.source_contents import read_contents
 from dsv4.convert.source_files import SourceFiles, is_read
@@ -97,13 +95,6 @@ class LocalSource(Source):
                     file.seek(at)
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
-
-    def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """`{"kind": "local", "files": [{"name", "bytes", "sha256"}]}`."""
-        return {
-            "kind": "local",
-            "files": describe_files(self.sizes, sha256, self.aux_files()),
-        }
 
     def aux_files(self) -> Mapping[str, bytes]:
         """Tokenizer, configs and licences that are present, by name; a fixed list of names."""

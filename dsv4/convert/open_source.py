@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,16 @@ _HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 _OTHER_REPOSITORIES = frozenset({"datasets", "spaces", "collections", "papers", "api"})
 
 
-def open_source(src: str | Path, revision: str | None = None) -> Source:
+def open_source(
+    src: str | Path,
+    revision: str | None = None,
+    *,
+    on_wait: Callable[[str], None] | None = None,
+) -> Source:
     """The checkpoint `src`: a directory, else a hub id `org/name` at `revision`, or its address.
 
     A directory of that name wins. An address may name the revision: `.../tree/REV`.
+    on_wait: of the source, from its opening on.
     Raises SourceError, also for a revision of a directory.
     """
     hub = check_name(src, revision)
@@ -36,7 +43,7 @@ def open_source(src: str | Path, revision: str | None = None) -> Source:
     # huggingface_hub takes half a second to import and is of use here only.
     from dsv4.convert.hub_source import HubSource
 
-    return HubSource(*hub)
+    return HubSource(*hub, on_wait=on_wait)
 
 
 def check_name(src: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:

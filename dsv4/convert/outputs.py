@@ -13,15 +13,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dsv4.convert.results import Figures, Result
 from dsv4.convert.source import Reader
 from dsv4.formats.source_tensor import SourceTensor
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.schema import ArraySpec, FileSpec
 
-Result = dict[str, Any]
-"""What a unit measured (JSON types only); kept in the journal until the metadata is written."""
-
-Losses = dict[str, dict[str, float | None]]
+Losses = dict[str, Figures]
 """Name of a rounded tensor, or template of a stack -> its loss (of a stack's worst expert)."""
 
 TILE_BYTES = 32 << 20  # rows are streamed in tiles of about this many source bytes
@@ -101,6 +99,15 @@ class Output(abc.ABC):
     def rounded(self) -> bool:
         """Whether the plan rounds this node (as opposed to carrying it exactly)."""
 
+    def rounds(self, tensor: SourceTensor) -> bool:
+        """Whether the plan rounds `tensor`, one of this node's."""
+        return self.rounded
+
+
+def is_weight(name: str) -> bool:
+    """Whether a tensor of zeros under this name is worth a word: biases and tables may be zero."""
+    return name.endswith(".weight")
+
 
 FileIndex = dict[str, int]
 """Source file name -> its index in the manifest's list."""
@@ -111,6 +118,13 @@ def lineage(tensor: SourceTensor, files: FileIndex) -> dict[str, list[int]]:
     return {
         role: [files[entry.file], entry.begin, entry.end] for role, entry in tensor.entries.items()
     }
+
+
+def of_one(tensor: SourceTensor, results: Sequence[Result]) -> dict[str, Any]:
+    """Attributes of a node that is one tensor of one unit: what it is and what became of it."""
+    ((outcome,),) = (result.outcomes for result in results)
+    zero = {"zero": True} if outcome.zero and is_weight(tensor.name) else {}
+    return {"names": [tensor.name], "exact": outcome.exact, **zero}
 
 
 def tile_rows(rows: int, row_bytes: int, multiple: int = 1, tile_bytes: int = TILE_BYTES) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsv4.convert.carried import checked, widened
@@ -14,13 +15,14 @@ from dsv4.convert.outputs import (
     TILE_BYTES,
     FileIndex,
     Output,
-    Result,
     Target,
     Unit,
     lineage,
+    of_one,
     tile_rows,
 )
 from dsv4.convert.partition import cut_by_columns, fp8_slabs, row_units
+from dsv4.convert.results import Outcome, Result
 from dsv4.convert.source import Reader
 from dsv4.formats.layouts import to_slabs
 from dsv4.formats.matrices import FP8_BLOCK
@@ -35,6 +37,7 @@ from dsv4.formats.store.schema import (
     group_of,
     path_of,
 )
+from dsv4.formats.zeros import Zeros, is_zero
 
 ELEMENT_OF = {
     "BF16": "bfloat16",
@@ -74,15 +77,15 @@ class PlainOutput(Output):
         return (Unit(self.path, self, (self.tensor,), targets),)
 
     def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
-        sink.write(unit.targets[0].file, row_tiles(source, self.tensor, self.below))
-        return {}
+        zeros = Zeros()
+        sink.write(unit.targets[0].file, map(zeros.see, row_tiles(source, self.tensor, self.below)))
+        return Result((Outcome(zero=zeros.all_zero),))
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         return {
             "format": "plain",
             "layout": PLAIN_LAYOUT,
-            "names": [self.tensor.name],
-            "exact": True,
+            **of_one(self.tensor, results),
             "sources": lineage(self.tensor, files),
         }
 
@@ -135,17 +138,19 @@ class Fp8Output(Output):
     def produce(self, unit: Unit, source: Reader, sink: Sink) -> Result:
         assert self.tensor.scale is not None
         codes, scales = (target.file for target in unit.targets)
+        zeros = Zeros()
+        tiles = map(zeros.see, row_tiles(source, self.tensor))
         if self.slabs == 1:
-            sink.write(codes, row_tiles(source, self.tensor))
+            sink.write(codes, tiles)
         else:
             rows = self.tensor.shape[0]
             begin = 0
-            for tile in row_tiles(source, self.tensor):
+            for tile in tiles:
                 write_slabs(sink, codes, to_slabs(tile, self.slabs), begin, rows)
                 begin += tile.shape[0]
-        scale = self.tensor.scale
-        sink.write(scales, [checked(source.read(scale), scale.name)])
-        return {}
+        scale = checked(source.read(self.tensor.scale), self.tensor.scale.name)
+        sink.write(scales, [scale])
+        return Result((Outcome(zero=zeros.all_zero or fp8_scales_are_zero(scale)),))
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
         return {
@@ -153,8 +158,7 @@ class Fp8Output(Output):
             "layout": FP8_LAYOUT,
             "parameters": {"slabs": self.slabs, "interleave": 0},
             "shape": list(self.tensor.shape),
-            "names": [self.tensor.name],
-            "exact": True,
+            **of_one(self.tensor, results),
             "sources": lineage(self.tensor, files),
         }
 
@@ -164,6 +168,11 @@ class Fp8Output(Output):
     @property
     def rounded(self) -> bool:
         return False
+
+
+def fp8_scales_are_zero(scales: Tensor) -> bool:
+    """Whether block scales make a matrix zero, whatever its codes; E8M0 ones cannot."""
+    return scales.dtype is not torch.float8_e8m0fnu and is_zero(scales)
 
 
 def row_tiles(source: Reader, tensor: SourceTensor, below: int | None = None) -> Iterator[Tensor]:

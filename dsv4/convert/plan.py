@@ -13,7 +13,7 @@ from dsv4.convert.experts import ExpertsOutput
 from dsv4.convert.few_bytes import check_global_scales
 from dsv4.convert.outputs import Output, Unit
 from dsv4.convert.plain import Fp8Output, PlainOutput
-from dsv4.convert.recipes import Recipe, Role, role_of
+from dsv4.convert.recipes import KEEP_GATES, Recipe, Role, role_of
 from dsv4.convert.source import Source
 from dsv4.convert.values import ValuesOutput
 from dsv4.formats.config import ModelConfig
@@ -65,10 +65,9 @@ class Plan:
         tensors = [tensor for unit in self.units for tensor in unit.inputs]
         rounded = [
             tensor.name
-            for output in self.outputs
-            if output.rounded
-            for unit in output.units()
+            for unit in self.units
             for tensor in unit.inputs
+            if unit.output.rounded and unit.output.rounds(tensor)
         ]
         encodings = {
             str(encoding): sum(tensor.encoding is encoding for tensor in tensors)
@@ -87,8 +86,28 @@ class Plan:
             "skipped_tensors": len(self.inventory.vision),
             "ignored_input_scales": self.inventory.input_scales,
             "ignored_draft_copies": [tensor.name for tensor, _ in self.inventory.copies],
+            "router_gates": self.rounded_gates,
             "notices": list(self.notices),
         }
+
+    @property
+    def rounded_gates(self) -> dict[str, Any] | None:
+        """What keeping the router gates would buy: `{"rounded", "keep", "more_bytes"}`.
+
+        None where none is rounded.
+        """
+        gates = [
+            output
+            for output in self.outputs
+            if isinstance(output, Nvfp4Output)
+            and output.rounded
+            and role_of(output.tensor.name) is Role.ROUTER_GATE
+        ]
+        if not gates:
+            return None
+        kept = sum(output.tensor.weight.nbytes for output in gates)
+        packed = sum(file.nbytes for o in gates for array in o.arrays() for file in array.files())
+        return {"rounded": len(gates), "keep": KEEP_GATES, "more_bytes": kept - packed}
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

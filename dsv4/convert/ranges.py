@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import httpx2
-from huggingface_hub import get_session
 
-from dsv4.convert.hub_answers import BrokenError, Patience, broken, check_status
+from dsv4.convert.hub_answers import BrokenError, Patience, check_status
+from dsv4.convert.hub_client import client, lost, send
+from dsv4.convert.hub_login import Login
 from dsv4.formats.errors import SourceError
 
 RANGE_BYTES = 1 << 28  # long enough for few requests (Pro: 3,200), short enough for one address
 MAX_REDIRECTS = 5
 _MAX_REDIRECT_BODY = 1 << 16
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's name of a file, or its SHA-256
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 
@@ -41,12 +43,13 @@ class RemoteFile:
 class RangeReader:
     """Reads remote files. One may serve many threads: nothing but remembered tags is shared.
 
-    headers: sent with every request; Authorization only to the host of the file's own address.
+    login: sent with every request; its token only to the host of the file's own address.
     """
 
-    def __init__(self, headers: Mapping[str, str], patience: Patience) -> None:
+    def __init__(self, login: Login, patience: Patience) -> None:
         self.patience = patience
-        self._headers = {**headers, "Accept-Encoding": "identity"}
+        self._login = login
+        self._headers = {**login.headers, "Accept-Encoding": "identity"}
         self._tags: dict[tuple[str, bytes, str], str] = {}
 
     def read_into(self, file: RemoteFile, position: int, view: memoryview, what: str) -> None:
@@ -63,26 +66,26 @@ class RangeReader:
     def open(self, file: RemoteFile, begin: int, end: int) -> httpx2.Response:
         """The open answer whose body is bytes `[begin, end)` of `file`; the caller closes it.
 
-        Raises SourceError; BrokenError or httpx2.RequestError when another attempt may succeed.
+        Raises SourceError; BrokenError when another attempt may succeed.
         """
-        client = get_session()
-        request: httpx2.Request | None = client.build_request(
+        request: httpx2.Request | None = client().build_request(
             "GET",
             file.url,
             headers={**self._headers, "Range": f"bytes={begin}-{end - 1}"},
             timeout=self.patience.timeout,
         )
-        secure = False
+        secure, home = False, httpx2.URL(file.url).netloc
         for _ in range(MAX_REDIRECTS + 1):
             assert request is not None
             secure = _check_scheme(file, request.url, secure)
-            response = client.send(request, stream=True, follow_redirects=False)
+            response = send(request, stream=True, follow_redirects=False)
             with contextlib.ExitStack() as undo:
                 undo.callback(response.close)
                 self._check_tag(file, response)
                 request = response.next_request  # httpx2 drops Authorization for another host
                 if request is None:
-                    check_status(response, file.repo, str(file))
+                    elsewhere = response.request.url.netloc != home
+                    check_status(response, file.repo, str(file), self._login, elsewhere=elsewhere)
                     _check_range(file, response, begin, end)
                     undo.pop_all()
                     return response
@@ -92,14 +95,21 @@ class RangeReader:
         )
 
     def _check_tag(self, file: RemoteFile, response: httpx2.Response) -> None:
-        """The hub's tag is the published hash; each host's tag stays what it was."""
+        """What the hub says the content is, is the published hash, or stays what it was.
+
+        X-Linked-Etag is the hub's own word. An ETag may be of a server's own making (a clock, an
+        upload in parts) and differ between servers of one name: it counts only where no hash was
+        published, and only if it is a hash. What arrives is compared with a published one later.
+        """
         header = "X-Linked-Etag" if "X-Linked-Etag" in response.headers else "ETag"
-        if header == "ETag" and not response.is_success:
-            return  # the tag of an error's page
         tag = response.headers.get(header, "").removeprefix("W/").strip('"')
+        if header == "ETag" and not (
+            response.is_success and file.sha256 is None and _HASH.fullmatch(tag)
+        ):
+            return
         if not tag:
             return
-        published = file.sha256 if header == "X-Linked-Etag" and file.sha256 else tag
+        published = file.sha256 or tag
         key = (file.name, response.request.url.netloc, header)
         if tag != published or self._tags.setdefault(key, tag) != tag:
             raise SourceError(
@@ -149,7 +159,7 @@ class _Cursor:
             chunk = next(self._chunks, b"")
         except httpx2.RequestError as error:
             self.close()
-            raise broken(error) from None
+            raise lost(error) from None
         if not chunk:
             self.close()
             raise BrokenError(f"the answer ended {self._end - self._arrived} bytes early")

@@ -12,7 +12,8 @@ import abc
 import contextlib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -95,8 +96,10 @@ class Source(Reader):
 
     config: the parsed config.json. entries: every tensor of every file, by name. sizes: bytes of
     every safetensors file, by name, sorted. commit: what a repository's revision is pinned to.
+    origin: where the files come from, as the manifest records it beside their hashes.
     notices: sentences about files that are there and are not used. here: whether its files lie on
-    this machine, so that thousands of small reads cost nothing.
+    this machine, so that thousands of small reads cost nothing. on_wait: told, in a sentence, when
+    the network is waited for; from any thread, one at a time.
     Reads may come from several threads at once.
     """
 
@@ -104,8 +107,10 @@ class Source(Reader):
     entries: Mapping[str, TensorEntry]
     sizes: Mapping[str, int]
     commit: str | None = None
+    origin: Mapping[str, str] = MappingProxyType({"kind": "local"})
     notices: tuple[str, ...] = ()
     here: bool = False
+    on_wait: Callable[[str], None] | None = None
 
     def fill(self, entry: TensorEntry, position: int, view: memoryview) -> None:
         """Fill `view` with bytes of the tensor's file from `position` on. Raises SourceError."""
@@ -127,12 +132,13 @@ class Source(Reader):
     def fingerprint(self) -> str:
         """A cheap identity (no weights are read) that tells whether a resume is the same."""
 
-    @abc.abstractmethod
     def description(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        """Provenance for the manifest, the same on every machine.
+        """The manifest's section `source`, the same wherever the same files come from.
 
-        sha256: of every safetensors file, in hex, as measured while it was read.
+        `{"files": [{"name", "bytes", "sha256"}]}`. sha256: of every safetensors file, in hex, as
+        measured while it was read.
         """
+        return {"files": describe_files(self.sizes, sha256, self.aux_files())}
 
     def published_sha256(self, file: str) -> str | None:
         """What the repository says the file's SHA-256 is; None where nobody says."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dsv4.convert.carried import checked
-from dsv4.convert.outputs import FileIndex, Losses, Result, Unit, tile_rows
+from dsv4.convert.outputs import FileIndex, Losses, Unit, tile_rows
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.read import read_value_rows
+from dsv4.convert.results import Outcome, Result
 from dsv4.convert.source import Reader
 from dsv4.formats.matrices import SF_ROWS
 from dsv4.formats.metrics import Loss
@@ -39,7 +40,8 @@ class ValuesOutput(PlainOutput):
         loss = Loss()
         sink.write(unit.targets[0].file, self._tiles(source, loss))
         exact = loss.errors == 0.0 and not loss.sign_flips
-        return {"loss": loss.to_dict(), "exact": exact}
+        figures = None if exact else loss.to_dict()
+        return Result((Outcome(exact, zero=loss.amax == 0.0, loss=figures),))
 
     def _tiles(self, source: Reader, loss: Loss) -> Iterator[Tensor]:
         rows, cols = self.tensor.shape
@@ -51,11 +53,12 @@ class ValuesOutput(PlainOutput):
             yield checked(nearest, self.tensor.name, start)
 
     def attributes(self, results: Sequence[Result], files: FileIndex) -> dict[str, Any]:
-        own = super().attributes(results, files) | {"exact": results[0]["exact"]}
-        return own if own["exact"] else own | {"loss": results[0]["loss"]}
+        own = super().attributes(results, files)
+        return own if own["exact"] else own | {"loss": results[0].outcomes[0].loss}
 
     def losses(self, results: Sequence[Result]) -> Losses:
-        return {} if results[0]["exact"] else {self.tensor.name: results[0]["loss"]}
+        (outcome,) = results[0].outcomes
+        return {} if outcome.loss is None else {self.tensor.name: outcome.loss}
 
     def peak_bytes(self) -> int:
         return PEAK_BYTES
@@ -64,6 +67,10 @@ class ValuesOutput(PlainOutput):
     def rounded(self) -> bool:
         """False where the headers tell that BF16 holds every value: FP8 with E8M0 scales."""
         return not fits_bf16(self.tensor)
+
+    def rounds(self, tensor: SourceTensor) -> bool:
+        """True: where BF16 is too short, the nearest value is what was planned."""
+        return True
 
 
 def fits_bf16(tensor: SourceTensor) -> bool:

@@ -29,7 +29,8 @@ from dsv4.convert.file_pass import (
     entries_of,
     is_inline,
 )
-from dsv4.convert.outputs import Result, Unit
+from dsv4.convert.outputs import Unit
+from dsv4.convert.results import Result
 from dsv4.convert.source import Source
 from dsv4.formats.errors import Dsv4Error, SourceError
 from dsv4.formats.safetensors_header import TensorEntry
@@ -38,7 +39,7 @@ from dsv4.formats.store.schema import FileSpec
 
 COMMIT_BYTES = 128 << 20
 
-Finished = Callable[[Unit], None]
+Finished = Callable[[Unit, Result], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Workshop:
             before, self._committing = self._committing, self._committer.submit(self._commit)
             if before is not None:  # the disk may lag behind by one commit, not more
                 before.result()
-        self._finished(unit)
+        self._finished(unit, result)
 
     def _commit(self) -> None:
         """On one thread: what was written becomes durable, covered files become whole."""
@@ -213,7 +214,7 @@ class _Ledger:
 
     def finished(self, key: str, result: Result, read: Evidence) -> bool:
         """A unit has written all its targets; whether it is time to commit."""
-        self.note(key, {"result": result, "read": read})
+        self.note(key, {"result": result.to_json(), "read": read})
         return self.sink.unsynced_bytes >= COMMIT_BYTES
 
     def note(self, key: str, value: Any) -> None:

@@ -29,6 +29,7 @@ Stored = NVFP4Tensor | Fp8Matrix | Tensor
 """A logical tensor as it is stored, its layout undone."""
 
 SUGGESTIONS = 3
+_OF_A_NODE = ("names", "sources", "inexact", "zero")  # not of one tensor alone
 _E4M3_MAGNITUDE = 0x7F
 _E4M3_SUBNORMAL_MAX = 7  # magnitudes 1..7 have a zero exponent
 
@@ -293,7 +294,7 @@ def _source_range(files: list[Any], index: int, begin: int, end: int) -> dict[st
 
 
 def _free_fields(own: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in own.items() if key not in ("names", "sources")}
+    return {key: value for key, value in own.items() if key not in _OF_A_NODE}
 
 
 def _natural(name: str) -> tuple[tuple[int, int | str], ...]:

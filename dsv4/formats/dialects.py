@@ -56,7 +56,6 @@ TRANSFORMERS_BLOCK = {
     "self_attn.compressor.kv_norm": "attn.compressor.norm",
     "self_attn.compressor.indexer.q_b_proj": "attn.indexer.wq_b",
     "self_attn.compressor.indexer.scorer.weights_proj": "attn.indexer.weights_proj",
-    "self_attn.compressor.indexer.weights_proj": "attn.indexer.weights_proj",  # 5.8 and 5.9
     "self_attn.compressor.indexer.position_bias": "attn.indexer.compressor.ape",
     "self_attn.compressor.indexer.kv_proj": "attn.indexer.compressor.wkv",
     "self_attn.compressor.indexer.gate_proj": "attn.indexer.compressor.wgate",
@@ -76,7 +75,10 @@ TRANSFORMERS_EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 # `save_pretrained` undoes its own renaming with a lossy pattern.
 _HYBRID_BLOCK = {"attn.norm": "attn.kv_norm"}
 
-_TO_HUB = TRANSFORMERS_BLOCK | _HYBRID_BLOCK
+# The names of releases 5.8 and 5.9 that later ones changed.
+_FORMER_BLOCK = {"self_attn.compressor.indexer.weights_proj": "attn.indexer.weights_proj"}
+
+_TO_HUB = TRANSFORMERS_BLOCK | _HYBRID_BLOCK | _FORMER_BLOCK
 _BLOCK = re.compile(r"((?:layers|mtp)\.\d+\.)(.+)")
 _EXPERT = re.compile(r"(?:ffn|mlp)\.experts\.(\d+)\.(\w+)")
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class Dsv4Error(Exception):
     """Base of all errors of dsv4. The command line prints the message without a traceback."""
@@ -38,12 +41,32 @@ class FormatError(Dsv4Error):
     """Values cannot be represented as asked: non-finite input, wrong dtype, wrong shape."""
 
 
+class ExactnessError(Dsv4Error):
+    """A tensor that the recipe carries exactly cannot be, and nobody accepted that."""
+
+
 class StoreError(Dsv4Error):
     """A packed store is unfinished, damaged, or of another format version."""
 
 
+class NoStoreError(StoreError):
+    """What was given is not a packed store at all: no directory, a file, or a checkpoint."""
+
+
 class ConflictError(Dsv4Error):
     """The output directory belongs to another conversion, or another process holds it."""
+
+
+class OtherConversionError(ConflictError):
+    """The directory holds an unfinished conversion of another source, recipe or tool.
+
+    begun, now: the identity in its journal and the one that was asked for, JSON objects.
+    """
+
+    def __init__(self, message: str, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.begun = begun
+        self.now = now
 
 
 class RuntimeRefusal(Dsv4Error):

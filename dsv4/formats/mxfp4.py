@@ -37,6 +37,7 @@ from dsv4.formats.scale_search import ONE_BYTE, BlockEncoder
 _E8M0_BIAS = 127
 _MAX_SCALE_EXPONENT = 8  # 2^8 is the largest power of two in E4M3
 _MIN_SCALE_EXPONENT = -9  # 2^-9 the smallest (subnormal, byte 0x01)
+MAX_OCTAVES = _MAX_SCALE_EXPONENT - _MIN_SCALE_EXPONENT  # of block scales, always exact
 _MIN_NORMAL = -6
 _E4M3_BIAS = 7
 _TWO_NORMALS = 0x0808  # times a biased exponent: that power of two as two E4M3 bytes
@@ -50,13 +51,14 @@ class CastReport:
     """What became of a tensor's 16-wide blocks.
 
     `recoded_blocks` have other codes but equal values, `rounded_blocks` have other values;
-    `rel_mse` is sum((w' - w)^2) / sum(w^2) over the tensor.
+    `rel_mse` is sum((w' - w)^2) / sum(w^2) over the tensor, `max_abs_error` the largest |w' - w|.
     """
 
     blocks: int
     recoded_blocks: int
     rounded_blocks: int
     rel_mse: float
+    max_abs_error: float = 0.0
 
     @property
     def exact(self) -> bool:
@@ -76,7 +78,7 @@ def cast_mxfp4_to_nvfp4(
     top = _largest_exponent(codes, scales)
     shift = min(max(top - _MAX_SCALE_EXPONENT, MIN_GLOBAL_EXPONENT), MAX_GLOBAL_EXPONENT)
     out_scales = _scale_bytes(scales, shift, low, high)
-    out_codes, recoded, rounded, lost = codes, 0, 0, 0.0
+    out_codes, recoded, rounded, lost, worst = codes, 0, 0, 0.0, 0.0
     unit = shift + _E8M0_BIAS
     if low < unit + _MIN_SCALE_EXPONENT or high > unit + _MAX_SCALE_EXPONENT:
         halves = _as_halves(codes)
@@ -89,6 +91,7 @@ def cast_mxfp4_to_nvfp4(
             _as_halves(out_codes).view(-1)[index] = fit.codes
             out_scales.view(-1)[index] = fit.scales
             recoded, rounded, lost = recoded + fit.recoded, rounded + fit.rounded, lost + fit.lost
+            worst = max(worst, fit.worst)
         if lost:
             lost /= _energy(codes, exponents - shift)
     tensor = NVFP4Tensor(
@@ -97,7 +100,8 @@ def cast_mxfp4_to_nvfp4(
         global_scale=torch.tensor(2.0**shift, dtype=torch.float32, device=codes.device),
         shape=(codes.shape[0], codes.shape[1] * 2),
     )
-    return tensor, CastReport(out_scales.numel(), recoded, rounded, lost)
+    worst = math.ldexp(worst, shift)
+    return tensor, CastReport(out_scales.numel(), recoded, rounded, lost, worst)
 
 
 def _check(codes: Tensor, scales: Tensor, name: str) -> tuple[int, int]:
@@ -179,13 +183,17 @@ def _where_largest(x: Tensor) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Fit:
-    """Blocks whose scale E4M3 cannot hold, expressed otherwise; `lost` is the squared error."""
+    """Blocks whose scale E4M3 cannot hold, expressed otherwise.
+
+    `lost` is the squared error, `worst` the largest one of an element, in units of 2^shift.
+    """
 
     codes: Tensor  # int64 [blocks]
     scales: Tensor  # uint8 [blocks]
     recoded: int
     rounded: int
     lost: float
+    worst: float
 
 
 def _fit(halves: Tensor, scale: Tensor) -> _Fit:
@@ -199,14 +207,15 @@ def _fit(halves: Tensor, scale: Tensor) -> _Fit:
     same = (_values(shifted, torch.full_like(scale, smallest)) == before).all(dim=1)
     codes = torch.where(same & ~zero, shifted, halves)
     scales = torch.ones_like(zero, dtype=torch.uint8).masked_fill_(zero, ONE_BYTE)
-    rounded, lost = ~(same | zero), 0.0
+    rounded, lost, worst = ~(same | zero), 0.0, 0.0
     if bool(rounded.any()):
         lanes = before[rounded].float().t().contiguous()
         packed, scales[rounded] = BlockEncoder(lanes.shape[1], lanes.device).encode(lanes)
-        codes[rounded] = packed.view(torch.int64).flatten()
+        codes[rounded] = packed.reshape(-1).view(torch.int64)  # one block has odd strides
         after = _values(codes[rounded], e4m3_decode(scales[rounded]).double())
-        lost = float((after - before[rounded]).square_().sum())
-    return _Fit(codes, scales, int((same & ~zero).sum()), int(rounded.sum()), lost)
+        error = after.sub_(before[rounded])
+        lost, worst = float(error.square().sum()), float(error.abs().amax())
+    return _Fit(codes, scales, int((same & ~zero).sum()), int(rounded.sum()), lost, worst)
 
 
 def _values(halves: Tensor, scale: Tensor) -> Tensor:

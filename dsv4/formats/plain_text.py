@@ -1,6 +1,10 @@
-"""Text for people: a stranger's made safe to show; sizes, counts and times, written one way."""
+"""Text for people: a stranger's made safe to show; sizes, counts, times, lists, each one way."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHOWN = 3  # of many names, those that a sentence lists
 
 
 def printable(text: str, limit: int | None = None) -> str:
@@ -50,3 +54,8 @@ def duration(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} days {whole % 86400 // 3600} h"
+
+
+def first(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

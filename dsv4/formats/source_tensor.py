@@ -166,7 +166,7 @@ def _form(name: str, members: Mapping[str, TensorEntry]) -> _Form:
     roles = [role for role in ("weight", "weight_packed", ITSELF) if role in members]
     if not roles:
         raise _refusal(name, members, "its weight is missing")
-    problem = f"{roles[0] or 'a tensor'} of dtype {members[roles[0]].dtype} is not known"
+    problem = "such a weight is not known"
     raise _refusal(name, members, problem, *(form for form in _FORMS if form.weight == roles[0]))
 
 
@@ -215,10 +215,10 @@ def _check_scales(tensor: SourceTensor) -> None:
     else:
         expected = (rows, cols // block)
     if tensor.scale.shape not in (expected, *others):
-        shapes = " or ".join(str(list(shape)) for shape in (expected, *others))
+        more = ", or one a row or one for the matrix" if others else ""
         raise SourceError(
             f"{tensor.scale.file}: {tensor.scale.name} has shape {list(tensor.scale.shape)}, "
-            f"expected {shapes} for {tensor.encoding} of shape {list(tensor.shape)}"
+            f"expected {list(expected)} for {tensor.encoding} of shape {list(tensor.shape)}{more}"
         )
     scale = tensor.global_scale
     if scale is not None and (scale.dtype != "F32" or scale.shape not in ((), (1,))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from dsv4.formats.errors import StoreError
+from dsv4.formats.errors import NoStoreError
 
 NODE_DOCUMENT = "zarr.json"
 MARKER = "dsv4.complete"
@@ -13,16 +13,16 @@ JOURNAL = "journal.jsonl"
 
 
 def refuse_no_store(root: Path) -> None:
-    """Raise StoreError for what nobody would take for a store."""
+    """Raise NoStoreError for what nobody would take for a store."""
     if not root.is_dir():
         if root.exists():
-            raise StoreError(f"{root} is a file; give the directory of a packed checkpoint")
-        raise StoreError(f"there is no directory {root}")
+            raise NoStoreError(f"{root} is a file; give the directory of a packed checkpoint")
+        raise NoStoreError(f"there is no directory {root}")
     if any((root / name).exists() for name in (MARKER, JOURNAL, NODE_DOCUMENT)):
         return
     if (root / "config.json").exists() or any(root.glob("*.safetensors")):
-        raise StoreError(
+        raise NoStoreError(
             f"{root} is a checkpoint that is not packed; pack it first: "
             f"dsv4 convert --hf {shlex.quote(str(root))} --out ./packed"
         )
-    raise StoreError(f"{root} is not a packed checkpoint: it has no {MARKER}")
+    raise NoStoreError(f"{root} is not a packed checkpoint: it has no {MARKER}")

@@ -48,7 +48,7 @@ class Text:
                 "copy it there from the source"
             )
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_buffer(Path(path).read_bytes()))
         except Exception as error:  # the library raises bare Exception
             raise StoreError(
                 f"{path}: not a tokenizer.json that the tokenizers library can read ({error}); "

@@ -6,11 +6,11 @@ made from, what travelled along, the recipe, and of each tensor where it lay and
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
+from dsv4.convert.exactness import Inexact
 from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe
 from dsv4.convert.source import Source
@@ -19,41 +19,40 @@ from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.metrics import Loss
 from dsv4.formats.source_tensor import SourceTensor
 from dsv4.formats.store.contents import QuantizedGroup
-from dsv4.validate.report import Report
+from dsv4.validate.made_from import file_fault, listed_files, sha256_of
+from dsv4.validate.report import Report, TensorVerdict
 
 SLACK = 1e-6  # float64 sums over tiles of different sizes
-HASH_BLOCK = 8 << 20
 
 
-def check_claims(packed: PackedCheckpoint, source: Source, report: Report) -> None:
-    """Source files, files that travelled along, and the recipe."""
-    _check_source_files(packed, source, report)
+def check_claims(packed: PackedCheckpoint, source: Source, report: Report) -> set[str]:
+    """Source files, files that travelled along, and the recipe; -> as `check_source_files`."""
+    others = check_source_files(packed, source, report)
     _check_assets(packed, source, report)
     _check_recipe(packed, source, report)
+    return others
 
 
-def _check_source_files(packed: PackedCheckpoint, source: Source, report: Report) -> None:
-    """The manifest's listing is that of the source: names, sizes, SHA-256."""
-    sha256 = {file: source.published_sha256(file) or _sha256(source, file) for file in source.sizes}
-    listed = packed.store.manifest["source"].get("files")
+def check_source_files(packed: PackedCheckpoint, source: Source, report: Report) -> set[str]:
+    """The manifest's list is that of the source: names, sizes, SHA-256, order.
+
+    -> names of the source's files that the store was not made from.
+    """
+    sha256 = {file: sha256_of(source, file) for file in source.sizes}
     expected = source.description(sha256)["files"]
-    if listed != expected:
-        listed = listed if isinstance(listed, list) else []
-        wrong = next((e["name"] for e in expected if e not in listed), "another file")
-        report.add("source", str(wrong), "is not the file that the manifest lists")
     report.count("source files hashed", len(expected))
-
-
-def _sha256(source: Source, file: str) -> str:
-    digest, left = hashlib.sha256(), source.sizes[file]
-    buffer = memoryview(bytearray(min(HASH_BLOCK, left)))
-    with source.stream(file) as stream:
-        while left:
-            piece = buffer[: min(len(buffer), left)]
-            stream.readinto(piece)
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()
+    if packed.store.manifest["source"].get("files") == expected:
+        return set()
+    listed, found = listed_files(packed.store), {entry["name"]: entry for entry in expected}
+    faults: dict[str, str] = {}
+    for name in sorted(listed.keys() | found.keys()):
+        entry = found.get(name, {})
+        if fault := file_fault(listed.get(name), entry.get("bytes"), entry.get("sha256")):
+            faults[name] = fault
+    name, fault = next(iter(faults.items()), ("manifest", "the list of source files is malformed"))
+    more = f"; {len(faults) - 1} more files differ" if len(faults) > 1 else ""
+    report.add("source", name, f"this is not what the store was made from: {fault}{more}")
+    return set(faults)
 
 
 def _check_assets(packed: PackedCheckpoint, source: Source, report: Report) -> None:
@@ -84,10 +83,17 @@ def _check_recipe(packed: PackedCheckpoint, source: Source, report: Report) -> N
             report.add("recipe", path, what)
 
 
-def check_origin(tensor: SourceTensor, provenance: Mapping[str, Any], report: Report) -> None:
-    """The recorded ranges are those where the source has the tensor."""
+def check_origin(
+    tensor: SourceTensor, provenance: Mapping[str, Any], others: Set[str], report: Report
+) -> None:
+    """The recorded ranges are those where the source has the tensor.
+
+    others: files that the store was not made from, of which it cannot know ranges.
+    """
     found = provenance["sources"]
     for role, entry in tensor.entries.items():
+        if entry.file in others:
+            continue
         if role not in ("weight", "scale") and "expert" in provenance:
             continue  # lineage has no column for it
         expected = {"file": entry.file, "begin": entry.begin, "end": entry.end}
@@ -117,6 +123,30 @@ def check_loss(
         said = recorded.get(figure) if isinstance(recorded, dict) else None
         if not _close(said, value):
             report.add("loss", tensor.name, f"{figure} is {value}, but {said} was recorded")
+
+
+def check_admission(verdict: TensorVerdict, said: Inexact | None, report: Report) -> None:
+    """What a store admits of an expert that was to be carried is what was measured."""
+    measured = not verdict.exact and verdict.carried and verdict.loss is not None
+    if measured and said is None:
+        report.add("loss", verdict.name, "was to be carried and is not equal, but is not listed so")
+    elif said is not None and not measured:
+        report.add("loss", verdict.name, "is said to be rounded where it was to be carried")
+    elif said is not None and verdict.loss is not None:
+        for figure in ("rel_mse", "max_abs_error"):
+            if not _close(recorded := getattr(said, figure), value := verdict.loss[figure]):
+                what = f"{figure} is {value}, but {recorded} was recorded"
+                report.add("loss", verdict.name, what)
+
+
+def check_blocks(
+    tensor: SourceTensor, provenance: Mapping[str, Any], blocks: int, report: Report
+) -> None:
+    """The recorded number of rounded blocks of an expert is the measured one."""
+    said = provenance.get("rounded_blocks", blocks)
+    if said != blocks:
+        what = f"{blocks} blocks have other values than the source's, but {said} were recorded"
+        report.add("loss", tensor.name, what)
 
 
 def check_stack_loss(group: QuantizedGroup, rel_mse: float, report: Report) -> None:

@@ -10,7 +10,7 @@ from dsv4.formats.layouts import LAYOUTS, pack_nvfp4, unpack_nvfp4
 from dsv4.formats.matrices import NVFP4_BLOCK, NVFP4_K_ALIGN, SF_ROWS, Matrix, Nvfp4Matrix
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
-from dsv4.validate.provenance import quantized_groups
+from dsv4.validate.provenance import admitted, quantized_groups
 from dsv4.validate.report import Report
 
 
@@ -36,6 +36,11 @@ def check_counts(store: PackedStore, group: QuantizedGroup, report: Report) -> N
         "rounded_blocks": rounded,
         "exact": rounded == 0,
     }
+    for name, (expert, projection), figures in admitted(group):
+        value = int(lineage[expert, projection, 7])
+        if (said := figures["rounded_blocks"]) != value:
+            what = f"rounded_blocks is said to be {said}, its lineage: {value}"
+            report.add("counts", name, what)
     report.count("stacks whose counts add up")
     for what, value in expected.items():
         if (said := group.attributes.get(what)) != value:

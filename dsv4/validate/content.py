@@ -107,6 +107,7 @@ def check_content(
         report.count("file hashes", len(files))
     rules = {(judge.owner, rule) for judge in judged.values() for rule in judge.rules}
     report.count("value ranges", len(rules))
+    report.damaged |= damaged
     if not damaged:
         report.said_exact = said_exact(store)
         tallies = {f.key: s.tally for f, s in zip(files, scans, strict=True) if s.tally is not None}

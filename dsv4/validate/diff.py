@@ -15,9 +15,10 @@ import numpy as np
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.store.contents import QuantizedGroup
 from dsv4.formats.store.hierarchy import descriptions
+from dsv4.formats.store.manifest import origin_of
 from dsv4.formats.store.reader import PackedStore
 
-_BOOKKEEPING = ("files", "root")  # follow from the rest
+_NOT_CONTENT = ("files", "root", "origin")  # follow from the rest, or are no part of the root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Difference:
 
 
 def diff(a: PackedCheckpoint, b: PackedCheckpoint) -> list[Difference]:
-    """What differs between two stores; nothing exactly when their contents have one root."""
+    """What differs between two stores; nothing exactly when their contents have one root.
+
+    Where the files of the source came from is no difference.
+    """
     one, other = a.store, b.store
     found = [
         Difference("section", name, (), what)
@@ -54,7 +58,11 @@ def diff(a: PackedCheckpoint, b: PackedCheckpoint) -> list[Difference]:
 
 
 def _sections(store: PackedStore) -> dict[str, Any]:
-    return {name: value for name, value in store.manifest.items() if name not in _BOOKKEEPING}
+    """What the root commits to, version 2's origin left out as well."""
+    sections = {name: value for name, value in store.manifest.items() if name not in _NOT_CONTENT}
+    origin = origin_of(store.manifest)
+    source = {name: value for name, value in sections["source"].items() if name not in origin}
+    return sections | {"source": source}
 
 
 def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -45,8 +45,10 @@ ADVICE = {
     "this one again.",
     "layouts": "The metadata is not what was packed. Convert the source again.",
     "counts": "The metadata is not what was packed. Convert the source again.",
-    "source": "The store does not come from this source, or says so wrongly. Convert it again.",
+    "source": "Give the source that was packed; if it is this one, convert it again.",
     "assets": "The file is not the source's. Convert the source again.",
+    "exact": "The source has experts that NVFP4 cannot hold. Convert it again with "
+    "`--accept-rounding` if these errors do no harm, or choose another source.",
     "text": "`dsv4 run` refuses the file. Correct it in the source and convert again, or, if "
     "its checksum does not match either, repair the store.",
     "recipe": "The recipe is not the one that was packed by. Convert the source again.",
@@ -99,6 +101,7 @@ def render_html(report: Report) -> str:
         advice={check: _advice(check, report) for check in ADVICE},
         findings=_by_check(report.findings),
         widths=WIDTHS,
+        MAX_ROWS=MAX_ROWS,
         more=max(len(report.findings) - MAX_FINDINGS, 0),
         plots=plots,
         **_losses(report),
@@ -110,6 +113,8 @@ def render_html(report: Report) -> str:
 
 def _sentence(report: Report) -> str:
     """What was looked at, or what failed, in one sentence."""
+    if report.wrong_source:
+        return "The source is another checkpoint, so nothing was compared with it."
     if report.findings:
         return _FAILED.get(report.findings[0].check, _DIFFERS)
     if not report.checks:

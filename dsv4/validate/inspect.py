@@ -15,6 +15,7 @@ from dsv4.formats.errors import StoreError
 from dsv4.formats.layouts import unpack_fp8
 from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
 from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.store.manifest import origin_of
 
 _NUMBERED = ("layers", "mtp")
 _SHOWN = 16
@@ -26,7 +27,6 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
     parts: part -> `{"tensors", "bytes", "formats"}`; tensors: name -> format.
     """
     manifest = packed.store.manifest
-    source = manifest["source"]
     sizes: Counter[str] = Counter()
     for file in packed.store.files_under(None):
         sizes[_part(file.key.split("/"))] += file.nbytes
@@ -40,7 +40,7 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
         "root": manifest["root"],
         "tool": manifest["tool"],
         "recipe": manifest["recipe"],
-        "source": {key: source[key] for key in ("kind", "repo", "commit") if key in source},
+        "source": origin_of(manifest),
         "bytes": sum(sizes.values()),
         "parts": {
             part: {
@@ -81,11 +81,11 @@ def tensor(packed: PackedCheckpoint, name: str) -> dict[str, Any]:
     JSON types. Raises StoreError for an unknown name.
     """
     facts = packed.provenance(name)
-    source = packed.store.manifest["source"]
-    digests = {file["name"]: file["sha256"] for file in source.get("files", [])}
+    manifest = packed.store.manifest
+    digests = {file["name"]: file["sha256"] for file in manifest["source"].get("files", [])}
     for place in facts["sources"].values():
         place["sha256"] = digests.get(place["file"])
-    facts["source"] = {key: source[key] for key in ("kind", "repo", "commit") if key in source}
+    facts["source"] = origin_of(manifest)
     facts["transforms"] = _transforms(facts)
     facts["first_block"] = _first_block(packed.stored(name)) | _first_bytes(packed, facts)
     return facts

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Set
 
 import torch
 from torch import Tensor
 
 from dsv4.convert.carried import widened
-from dsv4.convert.outputs import tile_rows
+from dsv4.convert.outputs import is_weight, tile_rows
 from dsv4.convert.read import read_nvfp4
 from dsv4.convert.source import Source
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored, values_of
@@ -28,7 +29,8 @@ from dsv4.formats.safetensors_header import TensorEntry
 from dsv4.formats.source_inventory import check_inventory
 from dsv4.formats.source_tensor import Encoding, SourceTensor
 from dsv4.formats.threads import one_torch_thread
-from dsv4.validate.claims import check_claims, check_origin, check_stack_loss
+from dsv4.formats.zeros import nvfp4_is_zero
+from dsv4.validate.claims import check_admission, check_claims, check_origin, check_stack_loss
 from dsv4.validate.content import in_parallel
 from dsv4.validate.report import Report, TensorVerdict
 from dsv4.validate.rounding import Optimum, SourceValues, judge_rounding, stored_tiles
@@ -37,6 +39,8 @@ from dsv4.validate.watch import Watch
 
 TILE_BYTES = 4 << 20  # of float32; the largest thing of which a thread holds about ten
 BATCH = 1024
+SAMPLED = 24  # tensors that tell another checkpoint
+_WRONG_BYTES = ("inversion", "bound", "optimum")
 
 
 def invert(
@@ -54,22 +58,24 @@ def invert(
     """
     watch = watch or Watch()
     config = ModelConfig.from_hf(source.config)
+    others = check_claims(packed, source, report)
     if config != packed.config:
         report.add("config", "manifest", "the model config is not the source's")
     inventory = check_inventory(source.entries, config)
     tensors = inventory.by_name
     names = set(packed.names())
     for name in sorted(tensors.keys() - names):
-        report.add("inventory", name, "in the source, but not in the store: convert again")
+        report.add("inventory", name, "in the source, but not in the store")
     for name in sorted(names - tensors.keys()):
-        report.add("inventory", name, "in the store, but not in the source: the wrong source?")
+        report.add("inventory", name, "in the store, but not in the source")
 
     def compare(tensor: SourceTensor) -> Report:
         part = Report(report.path)
-        part.tensors.append(_compare(packed, source, tensor, part, optimum))
+        part.tensors.append(_compare(packed, source, tensor, part, optimum, others))
         packed.store.forget()
         return part
 
+    admissions = {tensor.name: tensor for tensor in report.inexact}
     losses: dict[str, float] = {}
     common = [tensor for name, tensor in tensors.items() if name in names]
     with one_torch_thread():
@@ -81,7 +87,12 @@ def invert(
                 watch.read("comparing", tensor.nbytes)
                 (verdict,) = part.tensors
                 losses[verdict.name] = (verdict.loss or {}).get("rel_mse") or 0.0
+                check_admission(verdict, admissions.get(verdict.name), report)
         compare_gates(packed, source, tensors, report)
+    zero = [verdict.name for verdict in report.tensors if verdict.zero]
+    for name in sorted(set(report.zero) - set(zero)):
+        report.add("loss", name, "is said to be zero throughout, but is not")
+    report.zero = zero
     report.count("tensors compared with the source", len(report.tensors))
     for copy, original in inventory.copies:
         report.count("draft copies compared with what they copy")
@@ -93,7 +104,23 @@ def invert(
             worst[stack.path] = max(worst.get(stack.path, 0.0), losses[name])
     for path, rel_mse in worst.items():
         check_stack_loss(packed.store.contents.stacks[path], rel_mse, report)
-    check_claims(packed, source, report)
+
+
+def is_another(packed: PackedCheckpoint, source: Source) -> bool:
+    """Whether most tensors of a sample are not what `packed` was made from.
+
+    Tells another checkpoint from the same one in other files, or with some of it damaged.
+    """
+    tensors = check_inventory(source.entries, ModelConfig.from_hf(source.config)).by_name
+    names = [name for name in packed.names() if name in tensors]
+    sample = names[:: max(len(names) // SAMPLED, 1)]
+    different = 0
+    for name in sample:
+        part = Report(packed.store.root)
+        _compare(packed, source, tensors[name], part, "sample", set(source.sizes))
+        different += any(finding.check in _WRONG_BYTES for finding in part.findings)
+        packed.store.forget()
+    return 2 * different >= len(sample)
 
 
 def _equal(source: Source, copy: SourceTensor, original: SourceTensor) -> bool:
@@ -113,6 +140,7 @@ def _compare(
     tensor: SourceTensor,
     report: Report,
     optimum: Optimum,
+    others: Set[str],
 ) -> TensorVerdict:
     begin = time.perf_counter()
     name, kind = tensor.name, packed.format_of(tensor.name)
@@ -125,21 +153,35 @@ def _compare(
     same = _same_bytes if own_format else _same_values
     exact = same(packed, source, tensor, spans)
     facts = packed.provenance(name, statistics=False)
-    check_origin(tensor, facts, report)
+    check_origin(tensor, facts, others, report)
     # What kept its own format was never rounded, whatever the store claims.
     if not exact and (own_format or facts["exact"]):
         report.add(
             "inversion",
             name,
-            "carried as it was, but the emitted bytes do not invert to the source's; "
-            "convert the source again",
+            "carried as it was, but the emitted bytes do not invert to the source's",
         )
     elif exact and not facts["exact"]:
         report.add("loss", name, "equals the source, but is said to be rounded")
-    verdict = TensorVerdict(name, kind, exact)
+    carried = own_format or tensor.encoding is Encoding.MXFP4
+    zero = is_weight(name) and _is_zero(packed, name, tensor.shape[0])
+    verdict = TensorVerdict(name, kind, exact, carried=carried, zero=zero)
     if not own_format:
         verdict = judge_rounding(packed, source, tensor, spans, verdict, facts, optimum, report)
     return dataclasses.replace(verdict, seconds=time.perf_counter() - begin)
+
+
+def _is_zero(packed: PackedCheckpoint, name: str, rows: int) -> bool:
+    """Whether all emitted values are zero: as a rule the first rows tell."""
+    for start in range(0, rows, SF_ROWS):
+        stored = packed.stored_rows(name, start, min(start + SF_ROWS, rows))
+        if isinstance(stored, NVFP4Tensor):
+            zero = nvfp4_is_zero(stored)
+        else:
+            zero = not bool(values_of(stored).any())
+        if not zero:
+            return False
+    return True
 
 
 def _spans(shape: tuple[int, ...]) -> list[tuple[int, int]]:

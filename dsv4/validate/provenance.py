@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from dsv4.formats.matrices import NVFP4_BLOCK
 from dsv4.formats.store.contents import EXPERT, QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.validate.report import SCALE_OCTAVES, Report
+
+ADMITTED = ("rounded_blocks", "rel_mse", "max_abs_error")
+"""What a stack says of each expert that was to be carried and is not exact."""
 
 _ROUNDED_BLOCKS = 7  # column of a stack's lineage
 
@@ -41,6 +45,27 @@ def describe(packed: PackedCheckpoint, report: Report) -> None:
         rel_mse = loss.get("rel_mse") if isinstance(loss, dict) else None
         if isinstance(rel_mse, float) and 0.0 < rel_mse < math.inf:
             report.recorded |= dict.fromkeys(group.names, rel_mse)
+
+
+def admitted(
+    group: QuantizedGroup,
+) -> Iterator[tuple[str, tuple[int, int], Mapping[str, Any]]]:
+    """-> (name, (expert, projection), figures `ADMITTED`) of each expert that the stack says was to
+    be carried and is not exact; what cannot be understood is left out.
+    """
+    listed = group.attributes.get("inexact")
+    if not isinstance(listed, dict):
+        return
+    places = {
+        template.replace(EXPERT, str(expert)): (expert, projection)
+        for projection, template in enumerate(group.names)
+        for expert in range(group.experts or 0)
+    }
+    for name, figures in listed.items():
+        if name not in places or not isinstance(figures, dict):
+            continue
+        if all(type(figures.get(key)) in (int, float) for key in ADMITTED):
+            yield name, places[name], figures
 
 
 def said_exact(store: PackedStore) -> int:

@@ -10,21 +10,18 @@ A file is never written in place, so a repair that is killed leaves the store no
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from dsv4.convert.open_source import open_source
 from dsv4.convert.outputs import Output
-from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
+from dsv4.convert.plan import Plan
 from dsv4.convert.source import Source
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.errors import ConfigError, SourceError, StoreError
+from dsv4.formats.errors import SourceError, StoreError
 from dsv4.formats.store import digest, integrity
 from dsv4.formats.store.durable import (
     PIECE_BYTES,
@@ -47,17 +44,19 @@ from dsv4.formats.store.schema import (
 )
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.formats.version import TOOL
-from dsv4.validate.examine import FileDamage, measure, open_regular, survey
+from dsv4.validate.examine import FileDamage, examine, measure, open_regular, survey
+from dsv4.validate.made_from import WRONG_SOURCE, plan_of, source_of
 from dsv4.validate.repair_report import FileRepair, RepairReport
 from dsv4.validate.watch import Progress
-
-WRONG_SOURCE = "the source is not the one this store was made from"
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 _ASSETS = f"{ASSET_DIRECTORY}/"
 
 Make = Callable[[Sink], object]
 """Writes the lost bytes of some files into a sink."""
+
+OpenedSource = Callable[[], tuple[Source, str]]
+"""-> (the source, its name), opened when something has to be made again."""
 
 
 def repair(
@@ -66,12 +65,14 @@ def repair(
     *,
     dry_run: bool = False,
     progress: Progress | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> RepairReport:
     """Make the damaged files of the complete store `packed` again, from `source` where needed.
 
     source: what the store was made from; None: the repository and commit its manifest names.
     dry_run: say what would be rewritten, write nothing and read no source. progress: told of what
-    is examined, every file once.
+    is examined, every file once. A whole store is only read: nothing is locked before something
+    has to be written. on_wait: told, in a sentence, when the network is waited for.
     Whatever could not be repaired is in the report. Raises StoreError when the root's metadata is
     damaged (it cannot be made from itself), SourceError when the source is needed and is another,
     ConflictError when another process writes there, OutOfSpaceError.
@@ -80,29 +81,40 @@ def repair(
     root = Path(packed)
     store, published = _open(root)
     report = RepairReport(root, published, dry_run=dry_run)
-    if dry_run or not os.access(root, os.W_OK):
-        # Reading needs no lock, and a store that cannot be written to may well be whole.
-        report.files += _to_rewrite(store, survey(store, progress))
+    suspects = survey(store, progress)
+    if dry_run:
+        report.files += _to_rewrite(store, suspects)
         report.seconds = time.perf_counter() - begin
-        if dry_run or not report.files:
-            return report
-        report.files.clear()  # of what is made again below, the outcome
-    lock = DirectoryLock(root)
-    try:
-        with storage_errors(root, "repairing the store"):
-            for key in _leftovers(store):
-                (root / key).unlink()
-            damage = survey(store, progress)
-            report.files += _make_lost(store, [d for d in damage if d.chunks], source, report)
-            for found in damage:
-                if not found.chunks:
-                    report.files += _replace(store, [found], lambda sink: None)
-            report.files += _rewrite_documents(store)
-            report.files += _strangers(store)
-    finally:
-        lock.release(remove=True)
+        return report
+    if suspects or _leftovers(store) or any(integrity.node_faults(store)):
+        lock = DirectoryLock(root)
+        try:
+            with storage_errors(root, "repairing the store"):
+                opened = functools.partial(source_of, store, source, on_wait)
+                _mend(store, [found.file for found in suspects], opened, report)
+        finally:
+            lock.release(remove=True)
+    report.files += _strangers(store)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _mend(
+    store: PackedStore,
+    files: Sequence[FileSpec],
+    opened: OpenedSource,
+    report: RepairReport,
+) -> None:
+    """Make those of `files` whole that still are not, under the lock; and the documents."""
+    for key in _leftovers(store):
+        (store.root / key).unlink()
+    # Another repair may have been here before the lock was ours.
+    damage = [found for file in files if (found := examine(store, file)) is not None]
+    report.files += _make_lost(store, [d for d in damage if d.chunks], opened, report)
+    for found in damage:
+        if not found.chunks:
+            report.files += _replace(store, [found], lambda sink: None)
+    report.files += _rewrite_documents(store)
 
 
 def _to_rewrite(store: PackedStore, damage: Sequence[FileDamage]) -> Iterator[FileRepair]:
@@ -149,14 +161,14 @@ def _documents(store: PackedStore) -> Iterator[str]:
 
 
 def _make_lost(
-    store: PackedStore, damage: Sequence[FileDamage], src: str | Path | None, report: RepairReport
+    store: PackedStore, damage: Sequence[FileDamage], opened: OpenedSource, report: RepairReport
 ) -> list[FileRepair]:
     """Make what is lost again. Raises SourceError when the source gives nothing of it."""
     if not damage:
         return []
-    source, report.source = _open_source(store, src)
+    source, report.source = opened()
     repairs: list[FileRepair] = []
-    for group, make in _work(_plan(store, source), source, damage):
+    for group, make in _work(plan_of(store, source), source, damage):
         repairs += _replace(store, group, make)
     failures = [made.failure for made in repairs if made.failure is not None]
     if len(failures) == len(repairs) and all(WRONG_SOURCE in why for why in failures):
@@ -325,50 +337,3 @@ def _rewrite_documents(store: PackedStore) -> list[FileRepair]:
         size = 0 if failure else len(documents[fault.key])
         repairs.append(FileRepair(fault.key, fault.problem, size, failure))
     return repairs
-
-
-def _open_source(store: PackedStore, src: str | Path | None) -> tuple[Source, str]:
-    """-> (the source, its name); the manifest's repository at its commit when none is given."""
-    if src is not None:
-        return open_source(src), str(src)
-    said = store.manifest["source"]
-    if said.get("kind") != "hub":
-        raise SourceError(
-            f"{store.root}: bytes are lost, and it was made from a local directory; give it with "
-            "--source"
-        )
-    # huggingface_hub takes half a second to import.
-    from dsv4.convert.hub_source import HubSource
-
-    return HubSource(said["repo"], said["commit"]), f"{said['repo']}@{said['commit']}"
-
-
-def _plan(store: PackedStore, source: Source) -> Plan:
-    """The plan this store was made by. Raises SourceError for what is visibly another source."""
-    listed = store.manifest["source"].get("files")
-    said = {entry["name"]: entry for entry in listed} if _is_listing(listed) else {}
-    shards = {name for name in said if name.endswith(".safetensors")}
-    for name in sorted(shards | source.sizes.keys()):
-        entry = said.get(name, {})
-        found = source.sizes.get(name)
-        if entry.get("bytes") != found:
-            raise SourceError(
-                f"{name} has {found} bytes, the store was made from one of {entry.get('bytes')}: "
-                f"{WRONG_SOURCE}"
-            )
-        published = source.published_sha256(name)
-        if published is not None and published != entry.get("sha256"):
-            raise SourceError(f"{name} has another SHA-256: {WRONG_SOURCE}")
-    if ModelConfig.from_hf(source.config) != store.config:
-        raise SourceError(f"config.json is of another model: {WRONG_SOURCE}")
-    recipe = store.manifest["recipe"]
-    try:
-        return make_plan(source, make_recipe(recipe["name"], recipe["keep"]))
-    except (LookupError, TypeError) as error:
-        raise ConfigError(f"manifest: recipe {recipe!r:.200} is malformed") from error
-
-
-def _is_listing(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in value
-    )

@@ -6,7 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
+from dsv4.formats.store.integrity import repaired_by
 from dsv4.formats.version import TOOL
 
 SCALE_OCTAVES = ("zero", *range(-9, 9))
@@ -28,9 +30,10 @@ class TensorVerdict:
 
     exact: every value (sign of zero included) equals the source's. loss: None when exact.
     max_error: of a rounded tensor, the largest error of an element as a fraction of what its block
-    allows. optimum: the relative MSE that the format allows, recomputed from the source for
-    `optimum_share` of its rows and inferred for the others. seconds: what reading both and
-    comparing took.
+    allows. rounded_blocks: its blocks with other values. carried: whether it was to be exact.
+    zero: whether it is a weight that is zero throughout. optimum: the relative MSE that the format
+    allows, recomputed from the source for `optimum_share` of its rows and inferred for the others.
+    seconds: what reading both and comparing took.
     """
 
     name: str
@@ -41,6 +44,9 @@ class TensorVerdict:
     seconds: float = 0.0
     max_error: float | None = None
     optimum_share: float | None = None
+    rounded_blocks: int = 0
+    carried: bool = True
+    zero: bool = False
 
     @property
     def excess(self) -> float | None:
@@ -70,10 +76,15 @@ class Report:
     checksums: what the bytes were compared with: "blake3" (and XXH3) or "xxh3"; None: not read.
     tool, recipe: what packed the store, by its manifest. recorded: name of a rounded tensor, or
     template of a stack -> relative MSE noted at conversion (of a stack's worst expert).
+    notices: sentences about what is no fault. damaged: whether there is damage that `dsv4 repair`
+    mends. wrong_source: whether the source was refused as another checkpoint.
     said_exact: how many tensors the store says are the source's. scales: role -> count of NVFP4
     block scales per octave, `SCALE_OCTAVES`. Both come from the content, which `quick` leaves out.
     begun: when, ISO 8601 in UTC. nbytes: of all files of the store. gate_bytes: how much larger it
     would be with its router gates as they are in the source.
+    inexact: what the store says was to be carried and is not equal. accepted_rounding: whether it
+    says that this was accepted. zero: weights that are zero throughout, as compared with the
+    source, else as recorded.
     """
 
     path: Path
@@ -86,10 +97,16 @@ class Report:
     recorded: dict[str, float] = dataclasses.field(default_factory=dict)
     said_exact: int | None = None
     scales: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    notices: list[str] = dataclasses.field(default_factory=list)
     findings: list[Finding] = dataclasses.field(default_factory=list)
+    damaged: bool = False
+    wrong_source: bool = False
     tensors: list[TensorVerdict] = dataclasses.field(default_factory=list)
     gates: list[GateAgreement] = dataclasses.field(default_factory=list)
     gate_bytes: int = 0
+    inexact: list[Inexact] = dataclasses.field(default_factory=list)
+    accepted_rounding: bool = False
+    zero: list[str] = dataclasses.field(default_factory=list)
     checks: dict[str, int] = dataclasses.field(default_factory=dict)
     bytes_read: int = 0
     begun: str = ""
@@ -100,6 +117,11 @@ class Report:
     def ok(self) -> bool:
         """Whether every check held, and at least one was made."""
         return not self.findings and bool(self.checks)
+
+    @property
+    def remedy(self) -> str | None:
+        """What mends the damage that was found; None when there is none."""
+        return repaired_by(self.path) if self.damaged else None
 
     def gates_meaning(self) -> str:
         """What the agreement of the gates means for an answer, and what can be done about it."""
@@ -140,6 +162,8 @@ class Report:
             "tool": self.tool,
             "recipe": self.recipe,
             "validated_by": TOOL,
+            "notices": self.notices,
+            "remedy": self.remedy,
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "checks": self.checks,
             "said_exact": self.said_exact,
@@ -151,6 +175,9 @@ class Report:
             "gate_bytes": self.gate_bytes,
             "begun": self.begun,
             "bytes": self.nbytes,
+            "inexact_tensors": [dataclasses.asdict(tensor) for tensor in self.inexact],
+            "accepted_rounding": self.accepted_rounding,
+            "zero_tensors": self.zero,
             "bytes_read": self.bytes_read,
             "seconds": self.seconds,
         }

@@ -27,7 +27,7 @@ from dsv4.formats.metrics import Loss
 from dsv4.formats.mxfp4 import cast_mxfp4_to_nvfp4
 from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, global_scale_for, quantize_nvfp4
 from dsv4.formats.source_tensor import Encoding, SourceTensor
-from dsv4.validate.claims import check_loss
+from dsv4.validate.claims import check_blocks, check_loss
 from dsv4.validate.report import Report, TensorVerdict
 
 Optimum = Literal["full", "sample"]
@@ -107,15 +107,17 @@ def judge_rounding(
     facts: what the store says of the tensor. Findings go into `report`.
     """
     name, values = tensor.name, SourceValues(source, tensor)
-    loss, worst, nearest = Loss(), 0.0, True
+    loss, worst, blocks, nearest = Loss(), 0.0, 0, True
     if not verdict.exact:
         for span, stored in stored_tiles(packed, name, spans):
             original, emitted = values.rows(*span), values_of(stored)
             loss.add(original, emitted)
             if isinstance(stored, NVFP4Tensor):
                 worst = max(worst, largest_error(original, emitted, stored))
+                blocks += differing_blocks(original, emitted)
             elif isinstance(stored, Tensor):
                 nearest &= torch.equal(stored, original.to(stored.dtype))
+        check_blocks(tensor, facts, blocks, report)
     check_loss(tensor, facts, loss, report)
     if verdict.exact:
         return verdict
@@ -132,7 +134,9 @@ def judge_rounding(
             f"an element is {worst:.3g} times as far from its weight as half a step of its block "
             "allows; convert again",
         )
-    verdict = dataclasses.replace(verdict, loss=loss.to_dict(), max_error=worst)
+    verdict = dataclasses.replace(
+        verdict, loss=loss.to_dict(), max_error=worst, rounded_blocks=blocks
+    )
     if verdict.format != "nvfp4" or not loss.errors > 0.0:
         return verdict
     return _judge_optimum(packed, values, _sample(name, spans, tensor, optimum), verdict, report)
@@ -196,6 +200,12 @@ def largest_error(original: Tensor, emitted: Tensor, stored: NVFP4Tensor) -> flo
     bound = torch.maximum(step, torch.minimum(magnitude - E2M1_MAX * u, 4 * reference))
     ratio = torch.where(error > 0, error / bound, error)
     return float(ratio.amax()) if ratio.numel() else 0.0
+
+
+def differing_blocks(original: Tensor, emitted: Tensor) -> int:
+    """Blocks of 16 columns of `[N, K]` in which a value differs, be it the sign of a zero."""
+    other = _blocks(original).view(torch.int32) != _blocks(emitted).view(torch.int32)
+    return int(other.any(dim=-1).sum())
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
     ]
     for fault in faults:
         report.add("files", fault.key, fault.problem)
+        report.damaged |= fault.repairable
+    if foreign := integrity.foreign(store):
+        first = ", ".join(sorted(foreign)[:3]) + (", ..." if len(foreign) > 3 else "")
+        count = "1 file is" if len(foreign) == 1 else f"{len(foreign)} files are"
+        report.notices.append(f"{count} not the store's and no part of the verdict: {first}")
     report.count("files present at their size", len(store.files_under(None)))
     _check_inventory(packed, report)
     _check_text_files(packed, report)

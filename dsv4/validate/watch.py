@@ -86,6 +86,7 @@ class WatchedSource(Source):
         self._source, self._watch = source, watch
         self.config, self.entries, self.sizes = source.config, source.entries, source.sizes
         self.commit, self.notices = source.commit, source.notices
+        self.origin = source.origin
         watch.at_stop(source.give_up)
 
     def read_into(self, file: str, position: int, view: memoryview, what: str) -> None:

@@ -17,12 +17,12 @@ from dsv4.convert.experts import ExpertsOutput
 from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe
+from dsv4.convert.results import Outcome
 from dsv4.convert.source import Source
 from dsv4.convert.tiny import ODD, write_tiny
 from dsv4.convert.tiny_flavours import FLAVOURS
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import ConfigError, SourceError
-from dsv4.formats.mxfp4 import CastReport
 from dsv4.formats.source_tensor import SourceTensor
 from tests.dialects.conftest import SMALL, FlavourSource, FlavourStore
 from tests.dialects.dequantisers import Outside
@@ -188,12 +188,9 @@ def test_gate_and_up_swapped_while_packing_fail_validation(
     pack = ExpertsOutput._pack
 
     def swapped(
-        output: ExpertsOutput,
-        source: Source,
-        expert: tuple[SourceTensor, ...],
-        reports: list[CastReport],
-    ) -> tuple[torch.Tensor, ...]:
-        return pack(output, source, expert[::-1], reports)
+        output: ExpertsOutput, source: Source, expert: tuple[SourceTensor, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], list[Outcome]]:
+        return pack(output, source, expert[::-1])
 
     with monkeypatch.context() as patch:
         patch.setattr(ExpertsOutput, "_pack", swapped)

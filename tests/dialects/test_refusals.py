@@ -85,7 +85,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "FP8 scales of no known grain": (
         "base",
         _set(f"{WQ_A}.scale", "F32", 1024, 2),
-        r"has shape \[1024, 2\], expected \[8, 32\] or \[1024, 1\] or \[1024\] or \[1\] or \[\]",
+        r"has shape \[1024, 2\], expected \[8, 32\] for fp8 .*, or one a row or one",
     ),
     "both NVFP4 conventions": (
         "modelopt",
@@ -100,7 +100,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "unknown pair of dtypes": (
         "official",
         _set(f"{EXPERT}.weight", "F8_E5M2", 2048, 4096),
-        f"{EXPERT}.weight is stored as weight F8_E5M2 .*weight of dtype F8_E5M2 is not known",
+        f"{EXPERT}.weight is stored as weight F8_E5M2 .*such a weight is not known",
     ),
     "a scale beside BF16": (
         "official",
@@ -128,7 +128,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "a table of 64-bit unsigned integers": (
         "official",
         _set("layers.0.ffn.gate.tid2eid", "U64", 1024, 2),
-        r"a tensor of dtype U64 is not known \(expected tensor BF16/F32/I64/I32/I16/I8/U32",
+        r"U64 .*such a weight is not known \(expected tensor BF16/F32/I64/I32/I16/I8/U32",
     ),
     "the same tensor under two names": (
         "official",

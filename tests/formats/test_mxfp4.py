@@ -80,6 +80,7 @@ def check_cast(codes: Tensor, scales: Tensor) -> tuple[NVFP4Tensor, CastReport]:
     assert torch.equal(before.signbit()[kept], after.signbit()[kept])  # -0 stays -0
     lost = float((after - before).square().sum() / before.square().sum().clamp(min=1e-300))
     assert report.rel_mse == pytest.approx(lost, rel=1e-9, abs=0.0)
+    assert report.max_abs_error == float((after - before).abs().max())
     return cast, report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from dsv4.convert.plan import make_plan
 from dsv4.convert.recipes import make_recipe
 from dsv4.convert.tiny import TINY, write_tiny
 from dsv4.formats.errors import ChangedSourceError, ConflictError, SourceError
+from dsv4.validate.diff import diff
 from tests.hub.loopback import (
     COMMIT,
     FOREVER,
+    OLD_COMMIT,
     Loopback,
     cuts,
     isolate,
@@ -77,10 +80,27 @@ def test_bytes_are_those_of_the_directory(
     summary = dsv4.convert(hub.repo, tmp_path / "packed")
     assert contents(tmp_path / "packed") == expected
     assert dsv4.validate(tmp_path / "packed", source=directory).ok
-    source = dsv4.open(tmp_path / "packed").store.manifest["source"]
-    assert (source["kind"], source["repo"], source["commit"]) == ("hub", hub.repo, COMMIT)
+    origin = dsv4.open(tmp_path / "packed").store.manifest["origin"]
+    assert origin == {"kind": "hub", "repo": hub.repo, "commit": COMMIT}
     again = dsv4.convert(hub.repo, tmp_path / "again", revision=COMMIT, workers=1)
     assert again.root == summary.root
+
+
+def test_the_root_is_that_of_a_download(hub: Loopback, directory: Path, tmp_path: Path) -> None:
+    """Whoever downloaded first compares with whoever did not; what else lies there is no matter."""
+    local = Path(shutil.copytree(directory, tmp_path / "download"))
+    (local / "README.md").write_text("# a card\n")
+    (local / ".cache").mkdir()
+    from_hub = dsv4.convert(hub.repo, tmp_path / "hub")
+    from_folder = dsv4.convert(local, tmp_path / "folder")
+    assert from_hub.root == from_folder.root
+    documents = [json.loads((tmp_path / n / "zarr.json").read_text()) for n in ("hub", "folder")]
+    manifests = [document["attributes"]["dsv4"] for document in documents]
+    origins = [manifest.pop("origin") for manifest in manifests]
+    assert origins == [{"kind": "hub", "repo": hub.repo, "commit": COMMIT}, {"kind": "local"}]
+    assert manifests[0] == manifests[1]
+    stores = [dsv4.open(tmp_path / name) for name in ("hub", "folder")]
+    assert diff(*stores) == []
 
 
 def test_the_network_carries_what_the_plan_said(hub: Loopback, tmp_path: Path) -> None:
@@ -152,8 +172,26 @@ def test_another_commit_is_another_conversion(
     (changed / SHARD).write_bytes(raw)
     with serve(changed) as other:
         isolate(monkeypatch, tmp_path / "home", other.endpoint)
-        with pytest.raises(ConflictError, match="differs in source"):
+        with pytest.raises(ConflictError, match="files of the source are not those") as caught:
             dsv4.convert(other.repo, out)
+        assert not re.search("[0-9a-f]{64}", str(caught.value))
+
+
+def test_a_branch_that_moved_is_named_by_its_commits(hub: Loopback, tmp_path: Path) -> None:
+    """And the command in the refusal goes on with what is there."""
+    out, last = tmp_path / "packed", "model-00009-of-00009.safetensors"
+    hub.faults.plant(says(404), file=last, skip=1, times=FOREVER)
+    with pytest.raises(SourceError):
+        dsv4.convert(hub.repo, out, revision="v1", workers=1)
+    hub.faults._planted.clear()
+    with pytest.raises(ConflictError) as caught:
+        dsv4.convert(hub.repo, out)
+    assert f"begun from commit {OLD_COMMIT}, now it is {COMMIT}" in str(caught.value)
+    (command,) = re.findall("`(dsv4 convert [^`]*)`", str(caught.value))
+    expected = f"dsv4 convert --hf {hub.repo} --revision {OLD_COMMIT} --out {out}"
+    assert command == expected
+    summary = dsv4.convert(hub.repo, out, revision=OLD_COMMIT)
+    assert summary.resumed_units > 50
 
 
 def test_the_commands_read_a_hub(hub: Loopback, tmp_path: Path) -> None:

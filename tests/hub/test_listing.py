@@ -11,7 +11,7 @@ import pytest
 from dsv4.convert import hub_source
 from dsv4.convert.hub_answers import Patience
 from dsv4.convert.source import INDEX_FILE
-from dsv4.formats.errors import SourceError
+from dsv4.formats.errors import NetworkError, SourceError
 from tests.hub.conftest import Open, Waits
 from tests.hub.loopback import (
     FOREVER,
@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "a name that is a number": (_document(_sibling(rfilename=5)), NOT_A_HUB),
     "a size that is text": (_document(_sibling(size="5")), NOT_A_HUB),
     "a negative size": (_document(_sibling(size=-5)), NOT_A_HUB),
-    "no size": (_document(_sibling(size=None)), NOT_A_HUB),
+    "a blob id that is none": (_document(_sibling(blobId="x")), NOT_A_HUB),
     "a hash that is none": (
         _document(_sibling(lfs={"sha256": "x", "size": 5, "pointerSize": 1})),
         NOT_A_HUB,
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         lambda hub: hub.faults.plant(
             says(302, Location=f"{hub.endpoint}/api/models/{hub.repo}"), host="api", times=FOREVER
         ),
-        "is redirected without end; check HF_ENDPOINT",
+        r"^127\.0\.0\.1:\d+ redirects without end; check HF_ENDPOINT",
     ),
     "418": (_answers(says(418)), "some-org/some-model cannot be read: the answer was 418"),
 }
@@ -174,7 +174,7 @@ def test_a_gigantic_header_is_not_fetched(hub: Loopback, opened: Open) -> None:
 def test_too_many_files_are_refused(
     hub: Loopback, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4.convert.hub_repo.MAX_SHARDS", 5)
+    monkeypatch.setattr("dsv4.convert.hub_listing.MAX_SHARDS", 5)
     with pytest.raises(SourceError, match="it lists 8 files"):
         opened()
 
@@ -192,7 +192,8 @@ def test_a_listing_is_waited_for(hub: Loopback, opened: Open, waits: Waits, chan
 def test_a_hub_that_is_down_is_given_up(hub: Loopback, opened: Open, waits: Waits) -> None:
     hub.hub.stop()
     try:
-        with pytest.raises(SourceError, match=r"^some-org/some-model cannot be read: ConnectErr"):
+        sentence = r"^some-org/some-model cannot be read: no connection to 127\.0\.0\.1:\d+: "
+        with pytest.raises(NetworkError, match=sentence):
             opened()
         assert len(waits.seconds) == 5
     finally:

@@ -16,11 +16,20 @@ from dsv4.formats.errors import SourceError
 Asked = list[tuple[str, str | None]]
 
 
+def _heard(sentence: str) -> None:
+    raise AssertionError(sentence)
+
+
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     """Hub ids and revisions that would have been opened; the working directory is empty."""
     seen: Asked = []
-    monkeypatch.setattr(hub_source, "HubSource", lambda *given: seen.append(given))
+
+    def opened(repo: str, revision: str | None, on_wait: object) -> None:
+        assert on_wait in (None, _heard)
+        seen.append((repo, revision))
+
+    monkeypatch.setattr(hub_source, "HubSource", opened)
     monkeypatch.chdir(tmp_path)
     return seen
 

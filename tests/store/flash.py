@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dsv4.convert.outputs import Output
 from dsv4.convert.plain import PlainOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.recipes import make_recipe
+from dsv4.convert.results import Outcome, Result
 from dsv4.formats.inventory import DraftKind
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.schema import ArraySpec, FileSpec
@@ -20,14 +22,11 @@ from tests.convert.header_source import HeaderSource
 from tests.real_configs import FLASH
 from tests.store import packing
 
-_MEASURED = {
-    "blocks": 1 << 20,
-    "recoded_blocks": 12345,
-    "rounded_blocks": 0,
-    "rel_mse": 0.0,
-    "exact": False,
-    "loss": {"rel_mse": 0.0071234567891234, "cosine": 0.9964567891234567, "amax": 0.1328125},
-}
+_MEASURED = Outcome(
+    blocks=1 << 20,
+    recoded_blocks=12345,
+    loss={"rel_mse": 0.0071234567891234, "cosine": 0.9964567891234567, "amax": 0.1328125},
+)
 
 
 def plan() -> Plan:
@@ -53,13 +52,17 @@ def _nodes(flash: Plan) -> tuple[dict[str, dict[str, Any]], list[ArraySpec]]:
     groups: dict[str, dict[str, Any]] = {}
     arrays: list[ArraySpec] = []
     for output in flash.outputs:
-        own = {"dsv4": output.attributes([_MEASURED for _ in output.units()], sources)}
+        own = {"dsv4": output.attributes(_measured(output), sources)}
         if isinstance(output, PlainOutput):
             arrays += [dataclasses.replace(spec, attributes=own) for spec in output.arrays()]
         else:
             groups[output.path] = own
             arrays += output.arrays()
     return groups, arrays
+
+
+def _measured(output: Output) -> list[Result]:
+    return [Result((_MEASURED,) * len(unit.inputs)) for unit in output.units()]
 
 
 def _pretend_written(writer: StoreWriter, files: Iterable[FileSpec]) -> None:

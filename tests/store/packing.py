@@ -85,10 +85,8 @@ def manifest() -> dict[str, Any]:
         "tool": IDENTITY["tool"],
         "config": config().to_dict(),
         "recipe": "standard",
-        "source": {
-            "kind": "local",
-            "files": [{"name": f"{n}.safetensors", "bytes": 4096} for n in "ab"],
-        },
+        "source": {"files": [{"name": f"{n}.safetensors", "bytes": 4096} for n in "ab"]},
+        "origin": {"kind": "local"},
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.formats.errors import StoreError
+from dsv4.formats.errors import NoStoreError, StoreError
 from dsv4.formats.store.integrity import Damage, check_root, damage
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.schema import JOURNAL, LOCK, MARKER
@@ -64,15 +64,14 @@ REFUSED_AT_OPEN: dict[str, tuple[str, Callable[[Path], object]]] = {
         lambda s: (s / CODES).write_bytes((s / CODES).read_bytes() + b"\0"),
     ),
     "empty file": (f"{CODES}: .*0 bytes", lambda s: (s / CODES).write_bytes(b"")),
-    "file became a directory": ("no regular file", lambda s: _replace_by_directory(s / CODES)),
-    "file became a link": ("no regular file", lambda s: _replace_by_link(s / CODES)),
+    "file became a directory": ("not a regular file", lambda s: _replace_by_directory(s / CODES)),
+    "file became a link": ("is a link.*cp -rL", lambda s: _replace_by_link(s / CODES)),
     "missing asset": ("assets/LICENSE: .*missing", lambda s: (s / "assets/LICENSE").unlink()),
-    "missing marker": ("no packed checkpoint", lambda s: (s / MARKER).unlink()),
+    "missing marker": ("complete is missing.*again", lambda s: (s / MARKER).unlink()),
     "unfinished": ("unfinished.*again", _unfinish),
     "missing metadata": (r"zarr\.json cannot be read", lambda s: (s / "zarr.json").unlink()),
     "altered metadata": ("altered", lambda s: _flip(s / "zarr.json", 500)),
-    "metadata is a link": ("no regular file", lambda s: _replace_by_link(s / "zarr.json")),
-    "no such directory": ("no packed checkpoint", lambda s: shutil.rmtree(s)),
+    "metadata is a link": ("is a link.*cp -rL", lambda s: _replace_by_link(s / "zarr.json")),
 }
 
 
@@ -86,14 +85,38 @@ def test_refused_at_open(store: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_store_at_all_is_told_apart(store: Path, tmp_path: Path) -> None:
+    """Each answer says what was given, so that the next command can be right."""
+    (tmp_path / "file").write_text("x")
+    for name in ("empty", "one shard", "whole"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one shard/model.safetensors").write_bytes(b"")
+    (tmp_path / "whole/config.json").write_text("{}")
+    answers = {
+        "nosuch": f"there is no directory {tmp_path}/nosuch",
+        "file": f"{tmp_path}/file is a file; give the directory",
+        "empty": f"{tmp_path}/empty is not a packed checkpoint",
+        "one shard": f"not packed; pack it first: dsv4 convert --hf '{tmp_path}/one shard' --out",
+        "whole": f"not packed; pack it first: dsv4 convert --hf {tmp_path}/whole --out",
+    }
+    for name, answer in answers.items():
+        with pytest.raises(NoStoreError, match=re.escape(answer)):
+            PackedStore.open(tmp_path / name)
+    (store / MARKER).unlink()
+    with pytest.raises(StoreError) as caught:
+        PackedStore.open(store)
+    assert not isinstance(caught.value, NoStoreError)  # damage, which a report is made of
+
+
 MARKERS = {
     "other root": {"root": "0" * 64},
     "no root": {"root": None},
     "short root": {"root": "ab"},
     "shouted root": {"root": "A" * 64},
-    "later version": {"format_version": 3},
+    "later version": {"format_version": 4},
+    "earlier version": {"format_version": 2},
     "true version": {"format_version": True},
-    "text version": {"format_version": "2"},
+    "text version": {"format_version": "3"},
     "other metadata": {"metadata_sha256": "0" * 64},
 }
 
@@ -102,7 +125,7 @@ MARKERS = {
 def test_an_edited_marker_is_refused(store: Path, case: str) -> None:
     marker = json.loads((store / MARKER).read_text())
     (store / MARKER).write_text(json.dumps(marker | MARKERS[case]))
-    with pytest.raises(StoreError, match=r"altered|malformed|format version"):
+    with pytest.raises(StoreError, match=r"altered|malformed|format version|two format"):
         PackedStore.open(store)
 
 
@@ -113,8 +136,8 @@ def test_an_older_store_is_refused_with_what_to_do(store: Path) -> None:
     with pytest.raises(StoreError) as caught:
         PackedStore.open(store)
     assert str(caught.value) == (
-        f"{store}: the store has format version 1, this dsv4 reads version 2; convert the source "
-        "again or use the dsv4 that wrote it"
+        f"{store}: the store has format version 1, this dsv4 reads versions 2 and 3; convert the "
+        "source again or use the dsv4 that wrote it"
     )
 
 
@@ -188,7 +211,7 @@ def test_unlisted_files_and_altered_nodes_are_found(store: Path) -> None:
         "head/zarr.json",
         "norm/zarr.json",
     }
-    with pytest.raises(StoreError, match="convert the source again"):
+    with pytest.raises(StoreError, match=f"`dsv4 repair {store} --source SRC`"):
         opened.verify()
 
 

@@ -92,7 +92,7 @@ def test_resume_after_a_crash_at_any_step(
             break
         except _PowerLossError:
             crashes += 1
-            with pytest.raises(StoreError, match=r"unfinished|no packed checkpoint"):
+            with pytest.raises(StoreError, match=r"unfinished|not a packed|no directory"):
                 PackedStore.open(out)
     monkeypatch.undo()
     assert crashes >= 3
@@ -173,6 +173,9 @@ def test_ctrl_c_leaves_a_resumable_state(tmp_path: Path, reference: Reference) -
         (errno.ENOSPC, OutOfSpaceError, "run the same command again"),
         (errno.EDQUOT, OutOfSpaceError, "run the same command again"),
         (errno.EIO, StoreError, "run the same command again"),
+        (errno.EFBIG, StoreError, "lift the limit on the size of a file"),
+        (errno.EACCES, StoreError, "permission to write there, or choose another directory$"),
+        (errno.EROFS, StoreError, "permission to write there, or choose another directory$"),
     ],
 )
 def test_a_failing_disk(
@@ -219,8 +222,19 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, packing.IDENTITY) as writer:
         writer.require_space(1)
-        with pytest.raises(OutOfSpaceError, match="GB are free"):
+        with pytest.raises(OutOfSpaceError, match=r"1152921\.50 TB are still .* are free"):
             writer.require_space(1 << 60)
+
+
+def test_a_small_want_of_space_is_said_in_small_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StoreWriter(tmp_path, packing.IDENTITY) as writer:
+        nothing = list(os.statvfs(tmp_path))
+        nothing[0], nothing[1], nothing[4] = 4096, 4096, 75  # f_bsize, f_frsize, f_bavail
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(nothing))
+        with pytest.raises(OutOfSpaceError, match=r"1\.4 MB are still .*, 307\.2 kB are free"):
+            writer.require_space(1_400_000)
 
 
 def test_errors_of_the_source_are_not_blamed_on_the_disk(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.formats.errors import ConflictError, SourceError, StoreError
+from dsv4.formats.errors import ConflictError, OtherConversionError, SourceError, StoreError
 from dsv4.formats.store import durable
 from dsv4.formats.store.integrity import check_root
 from dsv4.formats.store.reader import PackedStore
@@ -106,7 +106,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_foreign_journal_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text('{"diary": "monday"}\n')
-    with pytest.raises(ConflictError, match="no journal of this dsv4"):
+    with pytest.raises(ConflictError, match="is not a journal of dsv4"):
         StoreWriter(tmp_path, packing.IDENTITY)
     assert (tmp_path / JOURNAL).read_text() == '{"diary": "monday"}\n'
 
@@ -136,9 +136,18 @@ def test_a_complete_store_is_left_alone(tmp_path: Path) -> None:
 def test_another_conversion_is_left_alone(tmp_path: Path, field: str) -> None:
     StoreWriter(tmp_path, packing.IDENTITY).close()
     other = packing.IDENTITY | {field: "something else"}
-    with pytest.raises(ConflictError, match=f"differs in {field} .*something else") as caught:
+    with pytest.raises(OtherConversionError, match=f"differs in {field};") as caught:
         StoreWriter(tmp_path, other)
-    assert all(f"{f} (" not in str(caught.value) for f in packing.IDENTITY if f != field)
+    assert (caught.value.begun, caught.value.now) == (packing.IDENTITY, other)
+
+
+@pytest.mark.parametrize("version", [1, 3, 99])
+def test_a_journal_of_another_version_is_left_alone(tmp_path: Path, version: int) -> None:
+    journal = f'{{"dsv4_journal": {version}, "identity": {{"source": "{"0" * 64}"}}}}\n'
+    (tmp_path / JOURNAL).write_text(journal)
+    with pytest.raises(ConflictError, match="of another version of dsv4; go on with that version"):
+        StoreWriter(tmp_path, packing.IDENTITY)
+    assert (tmp_path / JOURNAL).read_text() == journal
 
 
 def test_directories_behind_symlinks_are_refused(tmp_path: Path) -> None:

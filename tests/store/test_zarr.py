@@ -49,7 +49,7 @@ def test_group_attributes_are_kept(store: Path) -> None:
     group = zarr.open_group(store, mode="r")
     for path, attributes in packing.sample().groups.items():
         assert dict(group[path].attrs) == attributes
-    assert _own(group)["format_version"] == 2
+    assert _own(group)["format_version"] == 3
     assert len(_own(group)["root"]) == 64
 
 

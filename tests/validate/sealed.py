@@ -160,6 +160,7 @@ def _claims(scratch: Scratch) -> Iterator[Mutation]:
     edits: dict[str, tuple[str, str, Callable[[Json], object]]] = {
         "origin": (path, "origin", lambda own: own["sources"]["scale"].__setitem__(1, 8)),
         "no origin": (NORM, "origin", lambda own: own.pop("sources")),
+        "zero": (path, "loss", lambda own: own.update(zero=True)),
         "exactness denied": (path, "loss", lambda own: own.update(exact=False)),
         "loss of a stack": (W2, "loss", lambda own: own.update(rel_mse=1e-9)),
     }
@@ -237,6 +238,16 @@ def _seen_without_the_source(scratch: Scratch) -> Iterator[Mutation]:
     yield seen("infinite norm", "ffn_norm", lambda s: s.poke(norm, 0, b"\x80\x7f"))
     yield seen("no such expert", "tid2eid", lambda s: s.poke(table, 0, b"\x63"))
     yield seen("counts", W13, edit=_of(W13, lambda own: own.update(blocks=5)), check="counts")
+    accepted = _section(lambda m: m["recipe"].update(accepted_rounding=True))
+    yield seen("rounding accepted for nothing", "manifest", edit=accepted, check="exact")
+    zero = {"rounded_blocks": 0, "rel_mse": 0.0, "max_abs_error": 0.0}
+    admitted = {E1: zero | {"rounded_blocks": 3}}
+    yield seen(
+        "rounding that did not happen", E1, edit=_of(W13, lambda o: o.update(inexact=admitted))
+    )
+    nobody = _of(W13, lambda own: own.update(inexact={"layers.0.ffn.experts.9.w1.weight": zero}))
+    yield seen("rounding of nobody", W13, edit=nobody)
+    yield seen("malformed admission", W13, edit=_of(W13, lambda own: own.update(inexact=[E1])))
     yield seen("recoded", W13, edit=_of(W13, lambda own: own.update(recoded_blocks=999)))
     yield seen("BLAKE3", codes, edit=file(blake3="0" * 64), check="hashes")
     yield seen("XXH3", codes, edit=file(xxh3=digests), check="checksums")

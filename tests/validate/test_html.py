@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 import dsv4
 from dsv4.cli import cli
+from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
 from dsv4.validate import plots
 from dsv4.validate.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
@@ -54,6 +55,8 @@ def hostile(compared: Report) -> Report:
     loss = compared.tensors[-1].loss or {"rel_mse": 9.0, "sqnr_db": None, "amax": 0.0}
     report.tensors.append(TensorVerdict(HOSTILE, HOSTILE, False, loss | {"rel_mse": 9.0}, 1.0, 9e9))
     report.checks[HOSTILE] = 3
+    report.inexact.append(Inexact(HOSTILE, 8, 1, 1e-9, 1e-9))
+    report.zero.append(HOSTILE)
     report.scales[HOSTILE] = [1] * len(SCALE_OCTAVES)
     return report
 
@@ -175,6 +178,7 @@ def test_every_check_has_its_advice() -> None:
 
 
 def test_a_store_that_cannot_be_opened_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text("{}")
     report = dsv4.validate(tmp_path)
     page = Page(render_html(report))
     assert page.errors == []
@@ -293,6 +297,7 @@ def test_the_command_writes_the_page(standard_store: Path, tmp_path: Path) -> No
     assert Page(page.read_text(encoding="utf-8")).text("verdict") == "OK"
     for field in ("recorded_rel_mse", "scales", "said_exact", "validated_by", "recipe"):
         assert f'"{field}"' in data.read_text()
+    (tmp_path / "zarr.json").write_text("{}")  # what is left of a store
     done = CliRunner().invoke(cli, ["validate", str(tmp_path), "--html", str(page)])
     assert done.exit_code == 1
     assert Page(page.read_text(encoding="utf-8")).text("verdict") == "1 finding"

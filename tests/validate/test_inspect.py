@@ -68,7 +68,7 @@ def test_every_format_has_a_first_block(standard_store: Path, name: str) -> None
 def test_a_source_on_the_hub_is_named_with_its_commit(standard_store: Path) -> None:
     packed = dsv4.open(standard_store)
     commit = "0123456789abcdef0123456789abcdef01234567"
-    packed.store.manifest["source"].update(kind="hub", repo="org/name", commit=commit)
+    packed.store.manifest["origin"].update(kind="hub", repo="org/name", commit=commit)
     expected = {"kind": "hub", "repo": "org/name", "commit": commit}
     assert tensor(packed, "norm.weight")["source"] == tree(packed)["source"] == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -119,7 +120,7 @@ def test_what_is_known_needs_no_source(small_standard: Path, small_copy: Path, c
 def test_every_dialect_and_recipe(tmp_path: Path, flavour: str, recipe: str) -> None:
     hub, packed = tmp_path / "hub", tmp_path / "packed"
     write_tiny(hub, SMALL, draft=DraftKind.NONE, flavour=flavour)
-    convert(hub, packed, recipe=recipe, keep=["layers.0.attn.*"])
+    convert(hub, packed, recipe=recipe, keep=["layers.0.attn.*"] if recipe == "nvfp4" else [])
     published = tree(packed)
     for file in dsv4.open(packed).store.files_under(None):
         _flip(packed / file.key, file.nbytes // 3)
@@ -161,7 +162,12 @@ def test_another_source_is_refused(small_copy: Path, tmp_path: Path) -> None:
     _grow(small_copy / "norm/weight/c/0")
     match = f"{CODES}: .*the source is not the one this store was made from"
     _unchanged(small_copy, tmp_path / "seed", SourceError, match)
-    _unchanged(small_copy, tmp_path / "model", SourceError, "bytes, the store was made from one of")
+    _unchanged(
+        small_copy,
+        tmp_path / "model",
+        SourceError,
+        "the source does not have it",
+    )
     _unchanged(small_copy, tmp_path / "nowhere", SourceError, "there is no directory")
     _unchanged(small_copy, None, SourceError, "local directory; give it with --source")
 
@@ -187,8 +193,8 @@ PINS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "root document": ("cannot be repaired: convert", lambda s: _flip(s / "zarr.json", 500)),
     "marker": ("cannot be repaired: convert", lambda s: _flip(s / "dsv4.complete", 60)),
     "no root document": ("cannot be repaired", lambda s: (s / "zarr.json").unlink()),
-    "no marker": ("no packed checkpoint", lambda s: (s / "dsv4.complete").unlink()),
-    "no store": ("no packed checkpoint", lambda s: shutil.rmtree(s)),
+    "no marker": ("complete is missing", lambda s: (s / "dsv4.complete").unlink()),
+    "no store": ("there is no directory", lambda s: shutil.rmtree(s)),
 }
 
 
@@ -205,7 +211,7 @@ def test_strangers_are_named_and_left(small_source: Path, small_copy: Path) -> N
     (small_copy / "head/extra.partial").write_bytes(b"mine")
     report = dsv4.repair(small_copy, source=small_source)
     assert [file.key for file in report.files] == ["head/extra.partial"]
-    assert "move it away" in str(report.files[0].failure)
+    assert "move it away" in report.files[0].problem
     assert (small_copy / "head/extra.partial").read_bytes() == b"mine"
 
 
@@ -227,9 +233,30 @@ def test_what_lies_in_the_way_is_named(
 
 def test_two_at_once_are_refused(small_copy: Path) -> None:
     lock = DirectoryLock(small_copy)
+    assert dsv4.repair(small_copy).ok  # a whole store is only read
+    _flip(small_copy / CODES, 5)
     with pytest.raises(ConflictError, match="another process is writing"):
         dsv4.repair(small_copy)
     lock.release(remove=True)
+
+
+def test_a_whole_store_needs_no_permission_to_write(
+    small_source: Path, small_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a read-only file system does, to whom permissions do not matter as well."""
+
+    def read_only(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return opened(path, flags, *args, **kwargs)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", read_only)
+    report = dsv4.repair(small_copy)
+    assert (report.ok, report.files) == (True, [])
+    _flip(small_copy / CODES, 5)
+    with pytest.raises(StoreError, match="Read-only file system; give yourself the permission"):
+        dsv4.repair(small_copy, source=small_source)
 
 
 KILLED = """

@@ -24,6 +24,7 @@ from dsv4.formats.store.schema import LOCK, PARTIAL_SUFFIX, FileSpec
 
 PIECE_BYTES = 8 << 20  # written and hashed at a time, while it is in cache
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -38,9 +39,34 @@ def storage_errors(root: Path, action: str) -> Iterator[None]:
                 f"{root}: the disk is full ({action}); finished files are kept: free some space "
                 "and run the same command again to continue"
             ) from error
+        why = error.strerror or str(error)
+        if error.errno in _NOT_ALLOWED:
+            raise StoreError(
+                f"{root}: {action} failed: {why}; give yourself the permission to write there, or "
+                "choose another directory"
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise StoreError(
+                f"{root}: {action} failed: {why}; finished files are kept: lift the limit on the "
+                "size of a file (`ulimit -f`), or choose a directory on a file system without one"
+            ) from error
         raise StoreError(
-            f"{root}: {action} failed: {error.strerror or error}; finished files are kept, run "
-            "the same command again to continue"
+            f"{root}: {action} failed: {why}; finished files are kept, run the same command again "
+            "to continue"
+        ) from error
+
+
+def create_directory(root: Path) -> None:
+    """Make `root` and its parents exist. Raises StoreError saying why it cannot be a directory."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        what = "a link to nothing" if root.is_symlink() else "not a directory"
+        raise StoreError(f"{root} is {what}; choose another place") from error
+    except OSError as error:
+        kind = OutOfSpaceError if error.errno in _NO_SPACE else StoreError
+        raise kind(
+            f"{root} cannot be created: {error.strerror or error}; choose another place"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,13 +31,28 @@ if TYPE_CHECKING:
     from dsv4.formats.store.reader import PackedStore
 
 
+LINK_ADVICE = (
+    "it is a link, as in a download's cache; copy the store with `cp -rL`, or download it into a "
+    "directory of its own (`hf download ORG/NAME --local-dir DIR`)"
+)
+
+
+def repaired_by(root: Path) -> str:
+    """What to do about a damaged file of the store in `root`, as the end of a sentence."""
+    return f"`dsv4 repair {shlex.quote(str(root))} --source SRC` makes it whole from its source"
+
+
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """One fault of a file. chunk: its index, or None when the whole file is concerned."""
+    """One fault of a file. chunk: its index, or None when the whole file is concerned.
+
+    repairable: whether `dsv4 repair` can make it whole; it leaves alone what is not the store's.
+    """
 
     key: str
     chunk: int | None
     problem: str
+    repairable: bool = True
 
     def __str__(self) -> str:
         where = self.key if self.chunk is None else f"{self.key}, chunk {self.chunk}"
@@ -55,8 +71,10 @@ def sizes(root: Path, files: Iterable[FileSpec]) -> Iterator[Damage]:
         regular = stat.S_ISREG(status.st_mode)
         if regular and status.st_size == file.nbytes:
             continue
-        if not regular:
-            yield Damage(file.key, None, "it is no regular file")
+        if stat.S_ISLNK(status.st_mode):
+            yield Damage(file.key, None, LINK_ADVICE, repairable=False)
+        elif not regular:
+            yield Damage(file.key, None, "it is not a regular file")
         else:
             found = f"the file has {status.st_size} bytes, expected {file.nbytes}"
             yield Damage(file.key, None, found)
@@ -128,14 +146,38 @@ def _read_node(path: Path, key: str) -> object:
 
 
 def unlisted(store: PackedStore) -> Iterator[Damage]:
-    """Files in the directory that no manifest entry explains."""
+    """Files in the directory that no manifest entry explains, but for the foreign ones."""
+    for key in _unexplained(store):
+        if not is_foreign(key):
+            problem = "the file belongs to nothing in the store: move it away"
+            yield Damage(key, None, problem, repairable=False)
+
+
+def foreign(store: PackedStore) -> list[str]:
+    """Keys of files in the directory that are not the store's and cannot be taken for it."""
+    return [key for key in _unexplained(store) if is_foreign(key)]
+
+
+def is_foreign(key: str) -> bool:
+    """Whether a file that is not the store's may lie there: a hub, git or a desktop put it there.
+
+    At the root these are names that begin with '.' (and all in such folders), `README*` and
+    `LICENSE*`; a `.DS_Store` anywhere. No node and no asset can have such a path.
+    """
+    top, _, below = key.partition("/")
+    if top.startswith(".") or key.rpartition("/")[2] == ".DS_Store":
+        return True
+    return not below and top.startswith(("README", "LICENSE"))
+
+
+def _unexplained(store: PackedStore) -> Iterator[str]:
     nodes = (*store.hierarchy.arrays, *store.hierarchy.groups)
     expected = {file.key for file in store.files_under(None)}
     expected |= {f"{path}/{NODE_DOCUMENT}" for path in nodes}
     expected |= {NODE_DOCUMENT, MARKER, JOURNAL, LOCK}
     for key in walk(store.root):
         if key not in expected:
-            yield Damage(key, None, "the file belongs to nothing in the store")
+            yield key
 
 
 def walk(root: Path) -> Iterator[str]:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.formats.errors import ConflictError, StoreError
+from dsv4.formats.errors import ConflictError, OtherConversionError, StoreError
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import storage_errors, sync_directory, write_all
 from dsv4.formats.store.extents import Extent
 from dsv4.formats.store.hierarchy import parse_json
 from dsv4.formats.store.manifest import FileRecord
 
-_VERSION = 3
+_VERSION = 4
 _IDENTITY_KEY = "dsv4_journal"
 
 
@@ -157,27 +157,26 @@ def _check_identity(path: Path, line: bytes, identity: Mapping[str, Any]) -> Non
         head = None
     if (
         not isinstance(head, dict)
-        or head.get(_IDENTITY_KEY) != _VERSION
+        or type(head.get(_IDENTITY_KEY)) is not int
         or not isinstance(head.get("identity"), dict)
     ):
         raise ConflictError(
-            f"{path.parent}: {path.name} is no journal of this dsv4; choose an empty directory"
+            f"{path.parent}: {path.name} is not a journal of dsv4; choose an empty directory"
         )
-    found, expected = head["identity"], json.loads(canonical_json(identity))
-    keys = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-    if keys:
-        differences = ", ".join(
-            f"{k} (there {_short(found.get(k))}, now {_short(expected.get(k))})" for k in keys
-        )
+    if head[_IDENTITY_KEY] != _VERSION:
         raise ConflictError(
-            f"{path.parent}: it holds an unfinished conversion that differs in {differences}; "
-            "repeat that conversion, remove the directory, or choose another one"
+            f"{path.parent}: it holds an unfinished conversion of another version of dsv4; go on "
+            "with that version, remove the directory, or choose another one"
         )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    begun, now = head["identity"], json.loads(canonical_json(identity))
+    if begun != now:
+        keys = sorted(k for k in begun.keys() | now.keys() if begun.get(k) != now.get(k))
+        raise OtherConversionError(
+            f"{path.parent}: it holds an unfinished conversion that differs in {', '.join(keys)}; "
+            "repeat that conversion, remove the directory, or choose another one",
+            begun,
+            now,
+        )
 
 
 def _to_json(extents: Sequence[Extent]) -> list[list[int]]:

@@ -1,11 +1,21 @@
 """The manifest: the root group's `dsv4` attribute, which says what the store is and pins it.
 
-    {"format_version": 2, "tool": …, "config": {…}, "recipe": …, "source": {…},
+    {"format_version": 3, "tool": …, "config": {…}, "recipe": {"name", "keep": [glob, …]},
+     "source": {"files": [{"name", "bytes", "sha256"}, …]},
+     "origin": {"kind": "local"} | {"kind": "hub", "repo", "commit"} | {"kind": "synthetic"},
      "layouts": {layout id: {parameters}}, …any further section…,
      "files": {key: {"bytes", "blake3", "chunk_bytes", "xxh3"}}, "root": hex}
 
-The root covers one leaf per section (without `files` and `root`), per node and per file, so it is
-one name for every byte that matters; it depends on nothing but the content.
+The root covers one leaf per section (without `files`, `root` and `origin`), per node and per file,
+so it is one name for every byte that matters; it depends on nothing but the content. Whoever packs
+the same files of a source by the same recipe and tool gets the same root, from the hub or from a
+folder. The files count by name, size and SHA-256, the recipe's globs as they were given, sorted and
+without repetition.
+
+The origin says where those files came from. Its form is checked when a store is opened, and the
+marker's hash notices a change that leaves the marker alone; beyond that nobody vouches for it, and
+nothing depends on it: `dsv4 repair` looks there for a source, and takes of it only what gives the
+bytes that the root pins. In version 2 the origin stood in `source`, and the root covered it.
 """
 
 from __future__ import annotations
@@ -18,15 +28,17 @@ from dsv4.formats.errors import Dsv4Error, StoreError
 from dsv4.formats.store import digest
 from dsv4.formats.store.schema import (
     ASSET_DIRECTORY,
-    FORMAT_VERSION,
     KNOWN_LAYOUTS,
+    READ_VERSIONS,
     ArraySpec,
     FileSpec,
     asset_key,
 )
 
 REQUIRED_SECTIONS = ("config", "layouts", "recipe", "source", "tool")
-_UNPINNED = ("files", "root")  # what the root is computed from in another form, and itself
+_UNPINNED = ("files", "root", "origin")
+"""What the root is computed from in another form, the root itself, and what it leaves open."""
+_ORIGIN_KEYS = {"local": (), "synthetic": (), "hub": ("repo", "commit")}
 _HEX_HASH = re.compile(r"[0-9a-f]{64}")
 _HEX_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
@@ -82,11 +94,13 @@ def content_root(
     """The Merkle root (hex) of a store: manifest sections, node descriptions, files.
 
     nodes: path -> description (see `hierarchy.descriptions`). Keys `files` and `root` of
-    `manifest` are ignored. A leaf is canonical JSON of [kind, name, content], sorted by kind, name.
+    `manifest` are ignored, and so is `origin` from version 3 on. A leaf is canonical JSON of
+    [kind, name, content], sorted by kind, name.
     """
+    unpinned = _UNPINNED if manifest.get("format_version") != 2 else _UNPINNED[:2]
     leaves = [["file", key, record.to_json()] for key, record in files.items()]
     leaves += [["node", path, dict(description)] for path, description in nodes.items()]
-    leaves += [["section", k, value] for k, value in manifest.items() if k not in _UNPINNED]
+    leaves += [["section", k, value] for k, value in manifest.items() if k not in unpinned]
     leaves.sort(key=lambda leaf: (leaf[0], leaf[1]))
     return digest.merkle_root([digest.canonical_json(leaf) for leaf in leaves]).hex()
 
@@ -95,18 +109,13 @@ def check_manifest(manifest: Any) -> None:
     """Raise StoreError unless the sections other than `files` and `root` can be understood."""
     if not isinstance(manifest, dict):
         raise StoreError("the root group has no dsv4 manifest; this is not a packed checkpoint")
-    version = manifest.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise StoreError(
-            f"the store has format version {version!r}, this dsv4 reads version "
-            f"{FORMAT_VERSION}; convert the source again or use the dsv4 that wrote it"
-        )
+    version = check_version(manifest.get("format_version"))
     if missing := [name for name in REQUIRED_SECTIONS if name not in manifest]:
         raise StoreError(f"manifest: sections {missing} are missing")
     for name in ("config", "layouts", "source"):
         if not isinstance(manifest[name], dict):
-            raise StoreError(f"manifest: {name} is no JSON object")
-    check_source(manifest["source"])
+            raise StoreError(f"manifest: {name} is not a JSON object")
+    _check_origin(manifest, version)
     if unknown := sorted(set(manifest["layouts"]) - KNOWN_LAYOUTS):
         raise StoreError(
             f"the store uses layouts {unknown}, this dsv4 knows {sorted(KNOWN_LAYOUTS)}; "
@@ -114,18 +123,44 @@ def check_manifest(manifest: Any) -> None:
         )
 
 
-def check_source(source: Mapping[str, Any]) -> None:
-    """Raise StoreError unless a source on the hub is `{"kind": "hub", "repo", "commit", …}`.
+def check_version(version: object) -> int:
+    """-> `version`. Raises StoreError unless it is one that this dsv4 reads."""
+    if type(version) is not int or version not in READ_VERSIONS:
+        raise StoreError(
+            f"the store has format version {version!r}, this dsv4 reads versions "
+            f"{' and '.join(map(str, READ_VERSIONS))}; convert the source again or use the dsv4 "
+            "that wrote it"
+        )
+    return version
 
-    repo: `org/name`. commit: 40 hex digits, so that the bytes can be found again.
+
+def origin_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the source's files came from: `kind`, and of the hub `repo` and `commit`."""
+    if manifest.get("format_version") != 2:
+        return dict(manifest["origin"])
+    source = manifest["source"]
+    return {key: source[key] for key in ("kind", *_ORIGIN_KEYS["hub"]) if key in source}
+
+
+def _check_origin(manifest: Mapping[str, Any], version: int) -> None:
+    """Raise StoreError unless the origin is one of the three that the module names.
+
+    repo: `org/name`. commit: 40 hex digits, so that the bytes can be found again. The source of
+    version 3 must not hold one as well: the root would depend on it again.
     """
-    if source.get("kind") != "hub":
-        return
-    for key, pattern in (("repo", _HUB_ID), ("commit", _HEX_COMMIT)):
-        if not isinstance(value := source.get(key), str) or not pattern.fullmatch(value):
+    found = origin_of(manifest) if version == 2 else manifest.get("origin")
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(kind, str) or kind not in _ORIGIN_KEYS:
+        raise StoreError(f"manifest: origin is {found!r:.80}, expected a kind such as local or hub")
+    if version > 2 and manifest["source"].keys() != {"files"}:
+        raise StoreError("manifest: source has other members than files")
+    for key, pattern in (("repo", _HUB_ID), ("commit", _HEX_COMMIT)) if kind == "hub" else ():
+        if not isinstance(value := found.get(key), str) or not pattern.fullmatch(value):
             raise StoreError(
-                f"manifest: source has the {key} {value!r:.80}, which is none of a hub"
+                f"manifest: origin has the {key} {value!r:.80}, which is none of a hub"
             )
+    if version > 2 and found.keys() != {"kind", *_ORIGIN_KEYS[kind]}:
+        raise StoreError(f"manifest: origin has members {sorted(found)} of kind {kind}")
 
 
 def expected_files(arrays: Mapping[str, ArraySpec], manifest: Mapping[str, Any]) -> list[FileSpec]:

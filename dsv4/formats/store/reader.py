@@ -26,6 +26,7 @@ from dsv4.formats.store.hierarchy import MAX_DOCUMENT_BYTES, Hierarchy, parse_js
 from dsv4.formats.store.manifest import (
     FileRecord,
     check_manifest,
+    check_version,
     expected_files,
     is_hash,
     parse_records,
@@ -33,7 +34,6 @@ from dsv4.formats.store.manifest import (
 from dsv4.formats.store.mapped import MappedFile, StoredArray
 from dsv4.formats.store.schema import (
     ASSET_DIRECTORY,
-    FORMAT_VERSION,
     JOURNAL,
     MARKER,
     NODE_DOCUMENT,
@@ -76,8 +76,8 @@ class PackedStore(StoredWeights):
 
         verify: compare every chunk with its checksum the first time it is used.
         check_files: refuse missing files and wrong sizes now (one lstat a file).
-        Raises StoreError when the store is unfinished, damaged, of another format version, or its
-        metadata is malformed.
+        Raises NoStoreError when there is no store at all, StoreError when it is unfinished,
+        damaged, of another format version, or its metadata is malformed.
         """
         root = Path(path)
         refuse_no_store(root)
@@ -94,13 +94,15 @@ class PackedStore(StoredWeights):
         if hashlib.sha256(raw).hexdigest() != marker["metadata_sha256"]:
             raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
         store = cls(root, parse_root(raw), verify=verify)
+        if store.manifest["format_version"] != marker["format_version"]:
+            raise StoreError(f"{MARKER} and {NODE_DOCUMENT} are of two format versions")
         if store.manifest.get("root") != marker["root"]:
             raise StoreError(
                 f"{MARKER} claims root {marker['root']}, the manifest "
                 f"{store.manifest.get('root')!r}; the store was altered"
             )
         if check_files:
-            _refuse_damage(integrity.sizes(root, store._files.values()))
+            _refuse_damage(root, integrity.sizes(root, store._files.values()))
         return store
 
     @property
@@ -131,7 +133,7 @@ class PackedStore(StoredWeights):
         nothing and altered node documents are refused as well. `integrity.damage` lists all.
         """
         try:
-            _refuse_damage(integrity.damage(self, path))
+            _refuse_damage(self.root, integrity.damage(self, path))
         except StoreError as error:
             raise StoreError(f"{self.root}: {error}") from None
 
@@ -191,30 +193,28 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _refuse_damage(faults: Iterable[integrity.Damage]) -> None:
+def _refuse_damage(root: Path, faults: Iterable[integrity.Damage]) -> None:
     first = next(iter(faults), None)
     if first is not None:
-        raise StoreError(f"{first}; convert the source again")
+        advice = f"; {integrity.repaired_by(root)}" if first.repairable else ""
+        raise StoreError(f"{first}{advice}")
 
 
-def _read_marker(root: Path) -> dict[str, str]:
-    """-> `root` and `metadata_sha256` of the marker file, both SHA-256 in hex."""
+def _read_marker(root: Path) -> dict[str, Any]:
+    """-> the marker: `format_version`, and `root` and `metadata_sha256`, both SHA-256 in hex."""
     if not (root / MARKER).exists():
         if (root / JOURNAL).exists():
             raise StoreError(
                 f"the conversion is unfinished ({MARKER} is missing); run the same "
                 "`dsv4 convert` again to finish it"
             )
-        raise StoreError(f"this is no packed checkpoint ({MARKER} is missing)")
+        raise StoreError(
+            f"{MARKER} is missing, so not all of it is here; copy or download the store again"
+        )
     marker = parse_json(_read_document(root / MARKER, _MAX_MARKER_BYTES), MARKER)
     if not isinstance(marker, dict):
         raise StoreError(f"{MARKER} is malformed")
-    version = marker.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise StoreError(
-            f"the store has format version {version!r}, this dsv4 reads version {FORMAT_VERSION}; "
-            "convert the source again or use the dsv4 that wrote it"
-        )
+    check_version(marker.get("format_version"))
     if not is_hash(marker.get("root")) or not is_hash(marker.get("metadata_sha256")):
         raise StoreError(f"{MARKER} is malformed")
     return marker
@@ -224,7 +224,9 @@ def _read_document(path: Path, limit: int) -> bytes:
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise StoreError(f"{path.name} is no regular file of at most {limit} bytes")
+            link = stat.S_ISLNK(status.st_mode)
+            what = integrity.LINK_ADVICE if link else f"it is not a file of at most {limit} bytes"
+            raise StoreError(f"{path.name}: {what}")
         return path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path.name} cannot be read: {error.strerror}") from error

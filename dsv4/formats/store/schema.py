@@ -26,9 +26,10 @@ import torch
 from dsv4.formats.errors import Dsv4Error, SourceError, StoreError
 from dsv4.formats.store_place import JOURNAL as JOURNAL
 from dsv4.formats.store_place import MARKER as MARKER
-from dsv4.formats.store_place import NODE_DOCUMENT
+from dsv4.formats.store_place import NODE_DOCUMENT as NODE_DOCUMENT
 
-FORMAT_VERSION = 2  # 1 had SHA-256 where files have BLAKE3
+FORMAT_VERSION = 3  # 2 had the origin inside of the source section, and so of the root
+READ_VERSIONS = (2, 3)  # 1 had SHA-256 where files have BLAKE3
 ATTRIBUTE = "dsv4"  # the one key under which every node keeps what is ours
 ASSET_DIRECTORY = "assets"
 LOCK = ".lock"

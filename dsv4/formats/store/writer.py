@@ -31,6 +31,7 @@ from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import (
     Directories,
     DirectoryLock,
+    create_directory,
     storage_errors,
     sync_directory,
     sync_file,
@@ -49,7 +50,7 @@ from dsv4.formats.store.extents import (
 )
 from dsv4.formats.store.file_digest import blake3_hex
 from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
-from dsv4.formats.store.integrity import sizes, walk
+from dsv4.formats.store.integrity import is_foreign, sizes, walk
 from dsv4.formats.store.journal import Journal
 from dsv4.formats.store.manifest import (
     FileRecord,
@@ -88,8 +89,8 @@ class StoreWriter:
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.out = Path(out)
-        with storage_errors(self.out, "creating the directory"):
-            self.out.mkdir(parents=True, exist_ok=True)
+        create_directory(self.out)
+        with storage_errors(self.out, "examining the directory"):
             _refuse_foreign(self.out)
         self._lock = DirectoryLock(self.out)
         self._journal: Journal | None = None
@@ -316,7 +317,8 @@ class StoreWriter:
 
     def _refuse_strangers(self, expected: Iterable[str]) -> None:
         known = {*expected, JOURNAL, LOCK}
-        if stranger := next((key for key in walk(self.out) if key not in known), None):
+        keys = (key for key in walk(self.out) if key not in known and not is_foreign(key))
+        if stranger := next(keys, None):
             raise StoreError(
                 f"{self.out}: {stranger} belongs to nothing in the store; move it away and run "
                 "the same command again"
