@@ -76,7 +76,13 @@ class SequenceBase(abc.ABC):
             )
         if position == 0:
             return self.reset()
-        if self._interrupted or self._written - position > self.slack:
+        beyond = self._interrupted or self._written - position > self.slack
+        if position < self._unknown or (beyond and self._unknown):
+            raise RuntimeRefusal(
+                f"the sequence cannot go back to position {position}: the ids of its first "
+                f"{self._unknown} tokens are not known; call reset() and feed it again"
+            )
+        if beyond:
             return self._feed_again(position)
         self._forget(position)
         self._position = position
@@ -166,17 +172,12 @@ class SequenceBase(abc.ABC):
 
     def _feed_again(self, position: int) -> None:
         """From the first token on, in chunks where they were computed so: for the same bytes."""
-        if self._unknown:
-            raise RuntimeRefusal(
-                f"the sequence cannot go back to position {position}: the ids of its first "
-                f"{self._unknown} tokens are not known; call reset() and feed it again"
-            )
-        ids, parts = self._ids[:position].clone(), self._computed
+        ids, parts = self._ids[:position].clone(), list(self._computed)
         nothing = torch.empty((0, self._config.vocab_size), device=ids.device)
-        ends = [start for start, _ in parts[1:]]
+        ends = [*(start for start, _ in parts[1:]), position]
         self.reset()
         with self._changing():
-            for (_, chunk), end in zip(parts, [*ends, position], strict=True):
+            for (_, chunk), end in zip(parts, ends, strict=True):
                 while self._position < min(end, position):
                     last = min(end, position, self._position + self._most_rows(chunk))
                     self._take(ids[self._position : last], nothing, chunk=chunk)
