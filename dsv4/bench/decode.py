@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.bench.transformers_peer import Rivals, rivals
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.numerics import Numerics
@@ -30,7 +30,7 @@ from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.model import load
-from dsv4.runtime.sampling import Sampler
+from dsv4.runtime.text.sampling import Sampler
 
 ROW_BYTES = 576 + 8  # of a key/value row and its scales
 PROMPT = 41  # tokens of the comparison, read eight at once, and

@@ -16,7 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.reference.compressor import compress
 
 SLACK = 64

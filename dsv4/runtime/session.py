@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.cache import SLACK, allocate
-from dsv4.runtime.generate import generate
-from dsv4.runtime.sampling import Sampler
-from dsv4.runtime.step import RopeTables, Step
+from dsv4.runtime.positions import RopeTables, Step
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 if TYPE_CHECKING:
     from dsv4.runtime.model import Model

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.ops.attention import contract as attention
 from dsv4.kernels.ops.experts.contract import COUNTERS
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS

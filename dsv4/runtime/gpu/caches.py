@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.ops.kv_cache.contract import KV_SCALES, Layer
 from dsv4.runtime.gpu.operands import operand
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.activations import (
@@ -30,7 +30,7 @@ from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import ChunkPass, chunk_rows
 from dsv4.runtime.gpu.program import Launch, Program
 from dsv4.runtime.load.arena import require_memory
-from dsv4.runtime.step import RopeTables
+from dsv4.runtime.positions import RopeTables
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.runtime.gpu.engine import Engine
 from dsv4.runtime.gpu.operands import read_model

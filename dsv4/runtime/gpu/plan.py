@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.attention import contract as attention
 from dsv4.kernels.ops.attention.reference import Shape
@@ -51,7 +51,7 @@ from dsv4.runtime.gpu.operands import (
     Model,
 )
 from dsv4.runtime.gpu.program import Launch
-from dsv4.runtime.step import RopeTable, RopeTables
+from dsv4.runtime.positions import RopeTable, RopeTables
 
 Product = tuple[MatrixOperand, Tensor]
 """A matrix, and where its product with x goes."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.experts import contract as experts
 from dsv4.kernels.ops.gemv.contract import Weight

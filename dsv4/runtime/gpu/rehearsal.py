@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu import plan, prefill_plan
@@ -22,8 +22,8 @@ from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import SIZES, ChunkPass
 from dsv4.runtime.gpu.program import arguments
 from dsv4.runtime.gpu.standard import standard_model
-from dsv4.runtime.sampling import Sampler
-from dsv4.runtime.step import RopeTable, RopeTables
+from dsv4.runtime.positions import RopeTable, RopeTables
+from dsv4.runtime.text.sampling import Sampler
 
 
 def all_kernels(config: ModelConfig) -> Iterator[Kernel]:

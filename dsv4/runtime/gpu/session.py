@@ -13,8 +13,8 @@ from dsv4.runtime.gpu.activations import Tokens
 from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS
 from dsv4.runtime.gpu.program import Program
-from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.session import SequenceBase, check_room
+from dsv4.runtime.text.sampling import Sampler
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.engine import Engine

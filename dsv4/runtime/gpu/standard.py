@@ -11,9 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind, Kind, parameters
-from dsv4.formats.matrices import Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind, Kind, parameters
+from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.kernels.ops.experts.contract import Shape
 from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
 from dsv4.kernels.ops.gemv.contract import Weight

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.runtime.gpu.operands import Model, parts
 from dsv4.runtime.gpu.program import arguments

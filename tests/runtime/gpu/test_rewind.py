@@ -16,12 +16,12 @@ from torch import Tensor
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.kernels.core.contract import Buffers
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
-from dsv4.runtime.sampling import Sampler
-from tests.runtime.gpu.emulator import Emulator
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
+from tests.support.emulator import Emulator
 
 FEW = dataclasses.replace(
     SMALL, num_hidden_layers=3, compress_ratios=(0, 4, 8), num_hash_layers=0, n_routed_experts=4
