@@ -21,13 +21,18 @@ from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.numerics import Numerics
+from dsv4.runtime.gpu import plan
+from dsv4.runtime.gpu.activations import Tokens
 from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.operands import Stack, parts
+from dsv4.runtime.gpu.plan import StepPass
+from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.model import load
+from dsv4.runtime.text.sampling import Sampler
 
 ROW_BYTES = 576 + 8  # of a key/value row and its scales
-NOT_READ_WHOLE = ("embed", "tid2eid", "experts", ".cos", ".sin")
 PROMPT = 41  # tokens of the comparison, read eight at once, and
 MORE = 7  # one by one
 
@@ -118,22 +123,63 @@ def decode(
     return Report(machine, model, config.num_hidden_layers, context, steps, agreement, others)
 
 
+class MeasuredStep:
+    """A step of `rows` tokens from `position` on, and the same of layers alone.
+
+    whole draws as well, but elsewhere than into its own input: repeated, its rows would soon be
+    the same token, which reads the same experts, and leave the caches at their end. body: without
+    the head. Nothing of the sequence is kept: `reset` afterwards.
+    """
+
+    def __init__(self, session: GpuSession, position: int, rows: int) -> None:
+        engine, config, device = session.engine, session.model.config, session.model.device
+        self.tokens = Tokens.allocate(rows, device)
+        torch.arange(position, position + rows, out=self.tokens.position)
+        rng = torch.Generator().manual_seed(rows)
+        self.tokens.ids.copy_(torch.randint(config.vocab_size, (rows,), generator=rng))
+        self.tokens.slot.fill_(session.slot)
+        drawn = Tokens.allocate(rows, device)
+        drawn.position.copy_(self.tokens.position)
+        parameters = Sampler().parameters(rows, device)
+
+        def step_and_draw(run: StepPass) -> None:
+            plan.draw(run, engine.put_step(run), parameters, drawn)
+
+        def layers(run: StepPass) -> None:
+            plan.layers(run, session.model.operands, engine.buffers.caches)
+
+        self._chosen = engine.buffers.activations.topk_idx[:rows]
+        self.whole: Program = engine.program(self.tokens, step_and_draw)
+        self.body: Program = engine.program(self.tokens, layers)
+        for program in (self.whole, self.body):
+            program.launch()  # loads the kernels' code
+
+    def choices(self) -> list[Tensor]:
+        """What the step chooses, int32 `[T, k]` for each layer."""
+        found = []
+        for call in self.body.calls:
+            call()
+            if call.kernel.operation == "router":
+                found.append(self._chosen.clone())
+        return found
+
+
 def time_steps(
     session: GpuSession, context: int, rows: Sequence[int], machine: Machine
 ) -> Iterator[Step]:
     """Graph replays, the caches as they are: their content does not change what is read."""
     config = session.model.config
     for count in rows:
-        whole, body = session.programs_at(context, count)
-        seconds = graph_seconds([whole.launch])
-        layers = graph_seconds([body.launch]) / config.num_hidden_layers
-        chosen = [len(set(one.flatten().tolist())) for one in session.choices(count)]
+        step = MeasuredStep(session, context, count)
+        seconds = graph_seconds([step.whole.launch])
+        layers = graph_seconds([step.body.launch]) / config.num_hidden_layers
+        chosen = [len(set(one.flatten().tolist())) for one in step.choices()]
         nbytes, head = step_bytes(session, context, count, chosen)
         bound = nbytes / machine.bandwidth
         layer_bound = (nbytes - head) / machine.bandwidth / config.num_hidden_layers
         experts = sum(chosen) / len(chosen)
         timed = (seconds, layers, layer_bound, nbytes, bound / seconds)
-        yield Step(count, *timed, experts, len(whole))
+        yield Step(count, *timed, experts, len(step.whole))
 
 
 def step_bytes(
@@ -141,22 +187,18 @@ def step_bytes(
 ) -> tuple[int, int]:
     """Weights, the experts that were chosen (how many, by layer), and caches of one sequence.
 
-    -> bytes of the step; those of them that the head takes.
+    -> bytes of the step; those of them that the head takes. Of embeddings and of the tables that
+    choose experts a step reads a few rows, which are not counted.
     """
-    config, operands = session.model.config, session.model.operands
-    read: dict[int, tuple[str, int]] = {
-        id(tensor): (name, tensor.nbytes)
-        for name, tensor in operands.buffers.items()
-        if isinstance(tensor, Tensor)
-        and name not in operands.stacks
-        and not any(part in name for part in NOT_READ_WHOLE)
-    }
-    for name in operands.stacks:
-        stack = operands.buffers[name]
-        layer = int(name.split(".")[1])
-        read[id(stack)] = (name, stack.nbytes // config.n_routed_experts * chosen[layer])
-    head = sum(size for name, size in read.values() if name.startswith("head"))
-    whole = sum(size for _, size in read.values())
+    config, model = session.model.config, session.model.operands
+    whole = head = sum(one.nbytes for one in parts((model.before_head, model.head), Tensor))
+    for layer, count in zip(model.layers, chosen, strict=True):
+        whole += sum(one.nbytes for one in parts(layer, Tensor))
+        if layer.gate.tid2eid is not None:
+            whole -= layer.gate.tid2eid.nbytes
+        for stack in parts(layer, Stack):
+            for one in (stack.codes, stack.scales):
+                whole -= one.nbytes // config.n_routed_experts * (config.n_routed_experts - count)
     return whole + _cache_bytes(config, context, rows), head
 
 

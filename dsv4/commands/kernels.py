@@ -40,7 +40,7 @@ def build_kernels(
     from dsv4.kernels.core.build import Built, build
     from dsv4.kernels.core.library import default_location
     from dsv4.kernels.ops import cases, checks
-    from dsv4.runtime.gpu import plan, prefill_plan
+    from dsv4.runtime.gpu.rehearsal import all_kernels
 
     wanted = [
         kernel
@@ -54,8 +54,7 @@ def build_kernels(
     wanted += [
         kernel
         for model in models
-        for planned in (plan.kernels, prefill_plan.kernels)
-        for kernel in planned(MODELS[model])
+        for kernel in all_kernels(MODELS[model])
         if kernel.operation.startswith(operations)  # "attention_join" is of "attention"
     ]
     target = location or default_location()

@@ -1,11 +1,12 @@
 """What a sequence remembers, layer by layer. All of it is allocated when the session opens.
 
-window      ring of the last `sliding_window` key/value vectors, slot = position mod window
+window      ring of key/value vectors, slot = position mod its length
 compressed  one key/value entry per completed block, and the block in progress
 index keys  (CSA) one indexer key per completed block, and the block in progress
 
 Appending writes in place and never moves what is there; nothing depends on how long the sequence
-already is.
+already is. Rings hold SLACK tokens more than are needed to go on, so that a sequence may go on from
+that many tokens before its last one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig
+from dsv4.kernels.reference.compressor import compress
+
+SLACK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowCache:
-    """The sliding window. ring: `[window, head_dim]` in the model's dtype."""
+    """The sliding window of `window` tokens. ring: `[window + SLACK - 1, head_dim]` in the model's
+    dtype.
+    """
 
     ring: Tensor
+    window: int
 
     def extend(self, kv: Tensor, position: int) -> Tensor:
         """Append `kv [T, head_dim]` at `position`; return the window before it and itself.
@@ -30,27 +37,53 @@ class WindowCache:
         The result `[min(position, window - 1) + T, head_dim]` is in order of position and holds
         every vector that any of the `T` tokens sees.
         """
-        window = self.ring.shape[0]
-        first = max(position - window + 1, 0)
-        place = torch.arange(first, position + kv.shape[0], device=kv.device) % window
+        length = self.ring.shape[0]
+        first = max(position - self.window + 1, 0)
+        place = torch.arange(first, position + kv.shape[0], device=kv.device) % length
         visible = torch.cat((self.ring[place[: position - first]], kv))
-        newest = min(window, kv.shape[0])
+        newest = min(length, kv.shape[0])
         self.ring[place[-newest:]] = kv[-newest:]
         return visible
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressedCache:
-    """Entries `[capacity, d]` in the model's dtype; the token ring of `compress` in float32."""
+    """Entries `[capacity, d]` in the model's dtype; rings of tokens in float32.
+
+    ring_kv, ring_gate: `[state + SLACK - 1, c·d]`, where `state` tokens are what `compress` needs.
+    """
 
     entries: Tensor
     ring_kv: Tensor
     ring_gate: Tensor
+    state: int
 
     def clear(self) -> None:
         """Forget the block in progress: gates of -inf weigh nothing."""
         self.ring_kv.zero_()
         self.ring_gate.fill_(float("-inf"))
+
+    def compress(self, kv: Tensor, gate: Tensor, ape: Tensor, position: int) -> Tensor:
+        """Append a chunk of tokens; return the entries of the blocks it completes.
+
+        See `kernels.reference.compressor.compress`, whose rings are the last `state` tokens before
+        `position`: positions below 0 weigh nothing, whatever a ring holds in their place.
+        """
+        last = torch.arange(position - self.state, position, device=kv.device)
+        recent, place = last % self.ring_kv.shape[0], last % self.state
+        absent = (last < 0)[:, None]
+        ring_kv = torch.empty_like(self.ring_kv[: self.state])
+        ring_gate = torch.empty_like(self.ring_gate[: self.state])
+        ring_kv[place] = self.ring_kv[recent].masked_fill(absent, 0.0)
+        ring_gate[place] = self.ring_gate[recent].masked_fill(absent, float("-inf"))
+        entries = compress(kv, gate, ape, ring_kv, ring_gate, position)
+        newest = min(kv.shape[0], self.ring_kv.shape[0])
+        end = position + kv.shape[0]
+        appended = torch.arange(end - newest, end, device=kv.device)
+        self.ring_kv[appended % self.ring_kv.shape[0]] = kv[-newest:]
+        gates = gate[-newest:] + ape[appended % ape.shape[0]]
+        self.ring_gate[appended % self.ring_gate.shape[0]] = gates
+        return entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +106,13 @@ def allocate(
     """Empty caches of every layer for up to `max_seq_len` tokens."""
 
     def compressed(width: int, ratio: int, blocks_per_entry: int) -> CompressedCache:
-        ring = (blocks_per_entry * ratio, blocks_per_entry * width)
+        state = blocks_per_entry * ratio
+        ring = (state + SLACK - 1, blocks_per_entry * width)
         cache = CompressedCache(
             entries=torch.empty((max_seq_len // ratio, width), dtype=dtype, device=device),
             ring_kv=torch.empty(ring, dtype=torch.float32, device=device),
             ring_gate=torch.empty(ring, dtype=torch.float32, device=device),
+            state=state,
         )
         cache.clear()
         return cache
@@ -86,10 +121,11 @@ def allocate(
     for layer in range(config.num_hidden_layers):
         kind, ratio = config.attention_kind(layer), config.compress_ratio(layer)
         csa = kind is AttentionKind.CSA
-        ring = torch.empty((config.sliding_window, config.head_dim), dtype=dtype, device=device)
+        window = config.sliding_window
+        ring = (window + SLACK - 1, config.head_dim)
         layers.append(
             LayerCache(
-                window=WindowCache(ring),
+                window=WindowCache(torch.empty(ring, dtype=dtype, device=device), window),
                 compressed=compressed(config.head_dim, ratio, 2 if csa else 1) if ratio else None,
                 index_keys=compressed(config.index_head_dim, ratio, 2) if csa else None,
             )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsv4.kernels.reference.compressor import compress
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.norm import rms_norm
 from dsv4.kernels.reference.rope import apply_rope
@@ -48,7 +47,7 @@ class Compressor:
         """Append the tokens `x [T, D]`; write the entries of the blocks they complete."""
         kv = linear(x, self.wkv, dtype=torch.float32)
         gate = linear(x, self.wgate, dtype=torch.float32)
-        pooled = compress(kv, gate, self.ape, cache.ring_kv, cache.ring_gate, step.position)
+        pooled = cache.compress(kv, gate, self.ape, step.position)
         count = pooled.shape[0]
         if count == 0:
             return

@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv4.bench import decode
 from dsv4.bench.kernels import Machine
 from dsv4.bench.random_weights import RandomWeights
+from dsv4.runtime.gpu.operands import parts
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
@@ -42,19 +44,19 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_choose_about_as_differently_as_chance(session: GpuSession) -> None:
-    session.programs_at(40, 8)
-    distinct = [len(set(one.flatten().tolist())) for one in session.choices(8)]
+    chosen = decode.MeasuredStep(session, 40, 8).choices()
+    distinct = [len(set(one.flatten().tolist())) for one in chosen]
     chance = MANY.n_routed_experts * (1 - (1 - 4 / 64) ** 8)
     assert all(0.8 * chance <= count <= 32 for count in distinct)
 
 
 def test_a_measured_step_keeps_its_tokens(session: GpuSession) -> None:
-    whole, _ = session.programs_at(40, 4)
-    before = {name: session._inputs[name].clone() for name in ("ids", "position")}
-    chosen = session.choices(4)
-    whole.launch()
-    assert all(torch.equal(session._inputs[name], value) for name, value in before.items())
-    assert all(torch.equal(a, b) for a, b in zip(session.choices(4), chosen, strict=True))
+    step = decode.MeasuredStep(session, 40, 4)
+    before = [one.clone() for one in parts(step.tokens, Tensor)]
+    chosen = step.choices()
+    step.whole.launch()
+    assert all(torch.equal(*pair) for pair in zip(parts(step.tokens, Tensor), before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(step.choices(), chosen, strict=True))
 
 
 def test_bytes_are_those_of_the_experts_that_were_chosen(session: GpuSession) -> None:

@@ -13,9 +13,8 @@ from dsv4.bench.parity_logits import Distance, Proof, after_long_context, distan
 from dsv4.bench.parity_text import greedy_text
 from dsv4.bench.parity_weights import TellingWeights
 from dsv4.formats.model.config import ModelConfig
-from dsv4.kernels.core.contract import Buffers
-from dsv4.runtime.gpu import session
-from dsv4.runtime.gpu.buffers import caches, clear
+from dsv4.runtime.gpu import engine
+from dsv4.runtime.gpu.caches import LayerCaches
 from dsv4.runtime.gpu.program import Program
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
 from tests.support.emulator import Emulator
@@ -107,16 +106,15 @@ def test_sessions_that_share_a_cache_are_noticed(
     monkeypatch.setattr(parity_sessions, "PROMPTS", (1, 2))
     monkeypatch.setattr(parity_sessions, "CUT", 5)
     assert wrong(list(parity_sessions.sessions(gpu, 2))) == []
-    shared: dict[int, Buffers] = {}
+    right, shared = engine.allocate_caches, dict[int, tuple[LayerCaches, ...]]()
 
-    def one_for_all(config: ModelConfig, capacity: int, rows: int, device: torch.device) -> Buffers:
-        if device.type == "meta":
-            return caches(config, capacity, rows, device)
-        found = shared.setdefault(capacity, caches(config, capacity, rows, device))
-        clear(found)
-        return found
+    def one_for_all(
+        config: ModelConfig, slots: int, capacity: int, rows: int, device: torch.device
+    ) -> tuple[LayerCaches, ...]:
+        made = right(config, slots, capacity, rows, device)
+        return made if device.type == "meta" else shared.setdefault(capacity, made)
 
-    monkeypatch.setattr(session, "caches", one_for_all)
+    monkeypatch.setattr(engine, "allocate_caches", one_for_all)
     found = wrong(list(parity_sessions.sessions(gpu, 2)))
     assert found == ["a session among two others, in turns"]
 

@@ -32,7 +32,7 @@ from dsv4.kernels.ops.prefill import experts_reference as prefill_reference
 from dsv4.kernels.ops.prefill import gemm_contract, swiglu_contract
 from dsv4.kernels.ops.router import contract as router
 from dsv4.kernels.reference.sampling import Parameters, sample
-from dsv4.runtime.gpu.attention_plan import attention_shape
+from dsv4.runtime.gpu.plan import attention_shape
 
 
 class Emulator(Library):

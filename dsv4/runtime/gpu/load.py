@@ -8,7 +8,8 @@ from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.plan import different_layers, standard_weights, step_launches
+from dsv4.runtime.gpu.rehearsal import step_kernels
+from dsv4.runtime.gpu.standard import standard_model
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
 from dsv4.runtime.model import no_gpu
@@ -39,8 +40,7 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
 
 def require_kernels(config: ModelConfig, library: Library) -> None:
     """Find what a step needs whatever its weights' formats are. Raises KernelError."""
-    layers, head = standard_weights(config)
-    layers = different_layers(config, layers)
-    for launch in step_launches(config, layers, head, rows=1, capacity=1):
-        if launch.kernel.operation not in BY_FORMAT:
-            library.function(launch.kernel)
+    model = standard_model(config).different_layers()
+    for kernel in step_kernels(model, rows=1, capacity=1):
+        if kernel.operation not in BY_FORMAT:
+            library.function(kernel)

@@ -1,138 +1,441 @@
-"""Every launch of a step, in order: a list that needs no GPU, for the build and for the runtime.
+"""A step, top to bottom, as the kernels compute it.
 
-    embed -> [mHC, attention, mHC, router, experts] per layer -> mHC, head
+    ids -> [connect, attend, connect, route, mix experts] per layer -> connect -> head -> draw
 
 A sublayer reads x and leaves u; hyper-connections take u to the next x, and the residual streams
-from one set of buffers to the other.
+from one set of tensors to the other. `prefill_plan` is the same for a chunk of a prompt.
+
+Functions launch kernels through a `Pass`, and return the tensors that these write. Nothing here
+needs a GPU: tensors of the device "meta" tell what is launched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import abc
+import dataclasses
+import functools
+from collections.abc import Sequence
 
-from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.model.inventory import Kind, parameters
-from dsv4.kernels.core.contract import Launch
+from torch import Tensor
+
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.attention import contract as attention
+from dsv4.kernels.ops.attention.reference import Shape
 from dsv4.kernels.ops.experts import contract as experts
-from dsv4.kernels.ops.experts.reference import SLABS
-from dsv4.kernels.ops.gemv.contract import MAX_ROWS, Weight, gemv
+from dsv4.kernels.ops.gemv import contract as gemv
+from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.hyper_connections import contract as mhc
+from dsv4.kernels.ops.indexer import contract as indexer
+from dsv4.kernels.ops.kv_cache import contract as append
+from dsv4.kernels.ops.kv_cache import q_rope_contract
 from dsv4.kernels.ops.router import contract as router
 from dsv4.kernels.ops.sampling import contract as sampling
-from dsv4.runtime.gpu.attention_plan import CAPACITIES, LayerWeights, attention_launches
+from dsv4.kernels.reference.sampling import Parameters
+from dsv4.runtime.gpu.activations import (
+    Activations,
+    StepScratch,
+    Streams,
+    Tokens,
+    choice_entries,
+    shaped,
+)
+from dsv4.runtime.gpu.caches import LayerCaches
+from dsv4.runtime.gpu.operands import (
+    Attention,
+    Compressor,
+    Connection,
+    Experts,
+    Layer,
+    MatrixOperand,
+    Model,
+)
+from dsv4.runtime.gpu.program import Launch
+from dsv4.runtime.positions import RopeTable, RopeTables
 
-MATRIX = ("codes", "scales", "global_scale")
-SLABBED = ("attn.wo_b", "ffn.shared_experts.w2")  # matrices that are cut by columns
+Product = tuple[MatrixOperand, Tensor]
+"""A matrix, and where its product with x goes."""
 
 
-def step_launches(
-    config: ModelConfig,
-    layers: Mapping[int, LayerWeights],
-    head: Weight,
-    rows: int,
-    capacity: int,
-) -> Iterator[Launch]:
-    """A step of `rows` tokens: ids, position, slot int32 `[T]` -> logits float32 `[T, V]`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass(abc.ABC):
+    """Some tokens on their way through the layers.
 
-    layers: those to run, and the matrices of each, by projection. capacity: tokens that the caches
-    hold.
+    tokens, a: of as many rows as there are tokens. capacity: tokens that the caches hold.
     """
-    for layer in layers:
-        own = f"layers.{layer}."
-        yield connect(config, 2 * layer, f"{own}attn_")
-        yield from attention_launches(config, layer, layers[layer], rows, capacity)
-        yield connect(config, 2 * layer + 1, f"{own}ffn_")
-        yield route(config, layer, layers[layer])
-        yield mix_experts(config, own)
-    yield connect(config, 2 * config.num_hidden_layers, "head_")
-    yield head_launch(head)
+
+    config: ModelConfig
+    launch: Launch
+    tokens: Tokens
+    a: Activations
+    tables: RopeTables
+    capacity: int
+
+    @property
+    def rows(self) -> int:
+        """The number of tokens."""
+        return self.tokens.ids.shape[0]
+
+    @property
+    def tuned_rows(self) -> int:
+        """What kernels are chosen for."""
+        return self.rows
+
+    @abc.abstractmethod
+    def multiply(self, x: Tensor, products: Sequence[Product]) -> None:
+        """Every matrix times x bfloat16 `[T, ...]`."""
+
+    @abc.abstractmethod
+    def parts_scratch(self, splits: int) -> dict[str, Tensor]:
+        """What an attention kernel hands to the one that joins its `splits` parts."""
+
+    @abc.abstractmethod
+    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
+        """x and the router's choice -> u `[T, D]`, or two parts of it in float32."""
 
 
-def different_layers(
-    config: ModelConfig, layers: Mapping[int, LayerWeights]
-) -> dict[int, LayerWeights]:
-    """The first layer of every kind: together they launch each kernel that `layers` launch."""
-    found: dict[object, int] = {}
-    for layer, weights in layers.items():
-        attention = config.attention_kind(layer), config.compress_ratio(layer)
-        key = (layer == 0, attention, config.is_hash_layer(layer), frozenset(weights.items()))
-        found.setdefault(key, layer)
-    return {layer: layers[layer] for layer in found.values()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepPass(Pass):
+    """At most MAX_ROWS tokens. ctas: the device's multiprocessors."""
+
+    scratch: StepScratch
+    ctas: int
+
+    def multiply(self, x: Tensor, products: Sequence[Product]) -> None:
+        """One launch: `gemv` wants its weights numbered, and results of one dtype."""
+        weights = tuple(matrix.weight for matrix, _ in products)
+        given: dict[str, Tensor] = {}
+        for index, (matrix, y) in enumerate(products):
+            given |= matrix.arguments(str(index)) | {f"y{index}": y}
+        x = x.view(self.rows, weights[0].groups, weights[0].k)
+        self.launch(_gemv(weights, dtype_name(products[0][1])), x=x, **given)
+
+    def parts_scratch(self, splits: int) -> dict[str, Tensor]:
+        """See `Pass`."""
+        sizes = self.rows, splits, self.config.num_attention_heads
+        return {
+            "sums": shaped(self.scratch.sums, *sizes, self.config.head_dim),
+            "statistics": shaped(self.scratch.statistics, *sizes, 2),
+        }
+
+    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
+        """The chosen experts and the shared one, in one launch."""
+        shared: dict[str, Tensor] = {}
+        for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
+            found = matrix.arguments()
+            shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
+        self.launch(
+            _experts(self.config),
+            x=x,
+            topk_idx=self.a.topk_idx,
+            topk_weights=self.a.topk_weights,
+            **own.w13.arguments("13"),
+            **own.w2.arguments("2"),
+            **shared,
+            h=self.scratch.h,
+            counters=self.scratch.counters,
+            y=self.a.u,
+            ctas=self.ctas,
+        )
+        return (self.a.u,)
 
 
-def head_launch(head: Weight) -> Launch:
-    """x -> logits."""
-    matrix = {f"{part}0": f"head.{part}" for part in MATRIX}
-    return Launch(gemv([head]), matrix | {"y0": "logits"})
+def step(run: StepPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
+    """A step: `run.tokens` -> logits float32 `[T, V]` of all of them."""
+    streams, u = layers(run, model, caches)
+    _, x = connect(run, "last", model.before_head, streams, u)
+    return head(run, model.head, x)
 
 
-def connect(config: ModelConfig, sublayer: int, own: str, u: tuple[str, ...] = ("u",)) -> Launch:
-    """Hyper-connections before sublayer number `sublayer`, or before the head.
+def layers(
+    run: Pass, model: Model, caches: Sequence[LayerCaches]
+) -> tuple[Streams, tuple[Tensor, ...]]:
+    """Embedding and layers; -> the streams before the last sublayer's output, and that output.
 
-    u: what the sublayer before left, in bfloat16, or two parts of it in float32.
+    caches: by layer of the whole model, of which `model` may have some only.
     """
-    last = sublayer == 2 * config.num_hidden_layers
-    place = "first" if sublayer == 0 else "last" if last else "middle"
-    old, new = (sublayer + 1) % 2, sublayer % 2
-    binding = {name: own + name for name in ("fn", "base", "scale", "norm")}
-    binding |= {name: f"{name}{old}" for name in ("streams", "post", "comb")}
-    binding |= {f"new_{name}": f"{name}{new}" for name in ("streams", "post", "comb")}
-    binding["letters"] = "mhc_letters"
-    output = mhc.PLAIN if len(u) == 1 else mhc.Output("float32", len(u))
-    binding |= dict(zip(output.names, u, strict=True))
-    return Launch(mhc.mhc(mhc.Shape.of(config), place, output), binding)
+    streams, x = embed(run, model)
+    u: tuple[Tensor, ...] = ()
+    for layer in model.layers:
+        if u:
+            streams, x = connect(run, "middle", layer.before_attention, streams, u)
+        u = (attend(run, layer.attention, caches[layer.index], x),)
+        streams, x = connect(run, "middle", layer.before_experts, streams, u)
+        route(run, layer, x)
+        u = run.mix_experts(layer.experts, x)
+    return streams, u
 
 
-def route(config: ModelConfig, layer: int, weights: LayerWeights) -> Launch:
-    """Choose the experts of a layer."""
-    own = f"layers.{layer}.ffn.gate."
-    kind = weights["ffn.gate"].kind
-    shape = router.Shape.of(config, config.is_hash_layer(layer), kind)
-    binding = {name: own + name for name in (*MATRIX, "bias", "tid2eid")}
-    return Launch(router.router(shape), binding | {"letters": "router_letters"})
+def embed(run: Pass, model: Model) -> tuple[Streams, Tensor]:
+    """The tokens' embeddings in every stream; -> the streams, and x of the first sublayer."""
+    sources = {"ids": run.tokens.ids, "embed": model.embed}
+    return _mix(
+        run, _mhc(run.config, "first", mhc.PLAIN), model.layers[0].before_attention, 0, sources
+    )
 
 
-def mix_experts(config: ModelConfig, own: str) -> Launch:
-    """The chosen experts and the shared one."""
-    kernel = experts.experts(experts.Shape.of(config, shared=True), "bfloat16")
-    activations = ("x", "topk_idx", "topk_weights", "h", "counters", "y", "ctas")
-    binding = {
-        one.name: f"{own}ffn.{one.name}" for one in kernel.leaves() if one.name not in activations
-    }
-    return Launch(kernel, binding | {"y": "u"})
+def connect(
+    run: Pass, place: str, own: Connection, old: Streams, u: tuple[Tensor, ...]
+) -> tuple[Streams, Tensor]:
+    """Hyper-connections before a sublayer, or before the head at the place "last".
 
-
-def kernels(config: ModelConfig) -> Iterator[Kernel]:
-    """What a model of recipe `standard` needs, for every number of rows; some more than once."""
-    layers, head = standard_weights(config)
-    yield draw(config).kernel
-    for rows in range(1, MAX_ROWS + 1):
-        for capacity in CAPACITIES:
-            for launch in step_launches(config, layers, head, rows, capacity):
-                yield launch.kernel
-
-
-def draw(config: ModelConfig, prefix: str = "") -> Launch:
-    """Draw the next token of each row of logits, where the next step reads it, and move its
-    position on. prefix: of the two buffers' names.
+    u: what the sublayer before left. -> the next streams, and x bfloat16 `[T, D]`.
     """
-    binding = {"token": f"{prefix}ids", "position": f"{prefix}position"}
-    return Launch(sampling.sampling(config.vocab_size), binding)
+    output = mhc.Output(dtype_name(u[0]), len(u))
+    sources = {"streams": old.streams, "post": old.post, "comb": old.comb}
+    sources |= dict(zip(output.names, u, strict=True))
+    new = 1 - run.a.streams.index(old)
+    return _mix(run, _mhc(run.config, place, output), own, new, sources)
 
 
-def standard_weights(config: ModelConfig) -> tuple[dict[int, LayerWeights], Weight]:
-    """Shapes and formats of all matrices as recipe `standard` stores them."""
-    layers: dict[int, dict[str, Weight]] = {n: {} for n in range(config.num_hidden_layers)}
-    for one in parameters(config):
-        prefix, _, rest = one.name.partition(".")
-        matrix = one.kind in (Kind.LINEAR, Kind.PLAIN) and len(one.shape) == 2
-        if prefix != "layers" or not matrix:
-            continue
-        layer, _, name = rest.removesuffix(".weight").partition(".")
-        kind = "fp8" if one.kind is Kind.LINEAR else "nvfp4" if name == "ffn.gate" else "bf16"
-        slabs = SLABS if name in SLABBED else 1
-        groups = config.o_groups if name == "attn.wo_a" else 1
-        rows, cols = one.shape
-        layers[int(layer)][name] = Weight(kind, rows, cols, slabs, groups)
-    return dict(layers), Weight("nvfp4", config.vocab_size, config.hidden_size)
+def _mix(
+    run: Pass, kernel: Kernel, own: Connection, new: int, sources: dict[str, Tensor]
+) -> tuple[Streams, Tensor]:
+    """new: the set of streams that is written; the last place has no use for post and comb."""
+    streams, x = run.a.streams[new], run.a.x
+    mixing = {"new_post": streams.post, "new_comb": streams.comb}
+    run.launch(
+        kernel,
+        **sources,
+        fn=own.fn,
+        base=own.base,
+        scale=own.scale,
+        norm=own.norm,
+        new_streams=streams.streams,
+        x=x,
+        **({} if dict(kernel.config)["place"] == "last" else mixing),
+        letters=run.a.mhc_letters,
+    )
+    return streams, x
+
+
+def attend(run: Pass, own: Attention, cache: LayerCaches, x: Tensor) -> Tensor:
+    """An attention sublayer; the tokens are appended to its caches. -> u bfloat16 `[T, D]`."""
+    a, tokens = run.a, run.tokens
+    sliding = own.kind is AttentionKind.SLIDING
+    table = run.tables.sliding if sliding else run.tables.compressed
+
+    run.multiply(x, _products_of_x(a, own))
+    qr = append_tokens(run, own, cache, table)
+    run.multiply(qr, _products_of_qr(a, own))
+    run.launch(
+        _q_rope(run.config),
+        position=tokens.position,
+        cos=table.cos,
+        sin=table.sin,
+        q=a.q_raw,
+        out=a.q,
+    )
+    blocks = {"blocks": choose_blocks(run, cache, table)} if own.indexer else {}
+    o = attend_rows(run, own, cache, table, blocks)
+    run.multiply(o, [(own.wo_a, a.z)])
+    run.multiply(a.z, [(own.wo_b, a.u)])
+    return a.u
+
+
+def _products_of_x(a: Activations, own: Attention) -> list[Product]:
+    found = [(own.wq_a, a.latent), (own.wkv, a.kv)]
+    if own.compressor is not None:
+        to = a.csa if own.indexer else a.hca
+        found += [(own.compressor.wkv, to.kv), (own.compressor.wgate, to.gate)]
+    if own.indexer is not None:
+        keys = own.indexer.compressor
+        found += [(keys.wkv, a.index.kv), (keys.wgate, a.index.gate)]
+        found += [(own.indexer.weights_proj, a.index_weights)]
+    return found
+
+
+def _products_of_qr(a: Activations, own: Attention) -> list[Product]:
+    found = [(own.wq_b, a.q_raw)]
+    return [*found, (own.indexer.wq_b, a.index_query)] if own.indexer else found
+
+
+def append_tokens(run: Pass, own: Attention, cache: LayerCaches, table: RopeTable) -> Tensor:
+    """Write the tokens' rows, and the entries and keys of the blocks they complete.
+
+    -> qr, the normed low-rank query, bfloat16 `[T, q_lora_rank]`.
+    """
+    a = run.a
+    pooled: dict[str, Tensor] = {}
+    parts = (
+        ("c", own.compressor, cache.entries, a.csa if own.indexer else a.hca),
+        ("i", own.indexer.compressor if own.indexer else None, cache.keys, a.index),
+    )
+    for prefix, compressor, target, projected in parts:
+        if compressor is not None and target is not None:
+            pooled |= _norm_arguments(compressor, prefix) | target.arguments(prefix)
+            pooled |= {f"{prefix}_kv": projected.kv, f"{prefix}_gate": projected.gate}
+    run.launch(
+        _append(run.config, own.kind),
+        position=run.tokens.position,
+        slot=run.tokens.slot,
+        cos=table.cos,
+        sin=table.sin,
+        latent=a.latent,
+        q_norm=own.q_norm,
+        qr=a.qr,
+        kv=a.kv,
+        kv_norm=own.kv_norm,
+        window_kv=cache.window_kv,
+        window_scales=cache.window_scales,
+        **pooled,
+    )
+    return a.qr
+
+
+def _norm_arguments(own: Compressor, prefix: str) -> dict[str, Tensor]:
+    return {f"{prefix}_ape": own.ape, f"{prefix}_norm": own.norm}
+
+
+def choose_blocks(run: Pass, cache: LayerCaches, table: RopeTable) -> Tensor:
+    """The blocks that each token of a CSA layer attends to: int32 `[T, index_topk]`."""
+    a, tokens, keys = run.a, run.tokens, cache.keys
+    assert keys is not None
+    run.launch(
+        _index_scores(run.config),
+        position=tokens.position,
+        slot=tokens.slot,
+        cos=table.cos,
+        sin=table.sin,
+        q=a.index_query,
+        weights=a.index_weights,
+        keys=keys.entries,
+        key_scales=keys.scales,
+        scores=a.scores,
+    )
+    parts = {"part_scores": a.part_scores, "part_blocks": a.part_blocks}
+    every = {"position": tokens.position, "scores": a.scores, **parts, "blocks": a.blocks}
+    for kernel in _choice(run.config, choice_entries(run.config, run.capacity)):
+        run.launch(kernel, **{leaf.name: every[leaf.name] for leaf in kernel.leaves()})
+    return a.blocks
+
+
+def attend_rows(
+    run: Pass, own: Attention, cache: LayerCaches, table: RopeTable, blocks: dict[str, Tensor]
+) -> Tensor:
+    """q over the window and the entries that a token sees -> o bfloat16 `[T, H, head_dim]`."""
+    a, position = run.a, run.tokens.position
+    ratio = own.compressor.ape.shape[0] if own.compressor else 0
+    shape = _attention_shape(run.config, own.kind, ratio)
+    reads = {"q": a.q, "window_kv": cache.window_kv, "window_scales": cache.window_scales}
+    reads |= {"position": position, "slot": run.tokens.slot, **blocks}
+    if cache.entries is not None:
+        reads["compressed_kv"] = cache.entries.entries
+        reads["compressed_scales"] = cache.entries.scales
+    end = {"sinks": own.sinks, "cos": table.cos, "sin": table.sin, "o": a.o}
+    tuning = attention.tuned(shape, run.tuned_rows)
+    whole, *join = _attention(shape, tuple(tuning.items()))
+    if not join:
+        run.launch(whole, **reads, **end)
+        return a.o
+    parts = run.parts_scratch(attention.parts(shape, tuning["most_splits"]))
+    run.launch(whole, **reads, **parts)
+    run.launch(join[0], **parts, position=position, **end)
+    return a.o
+
+
+def route(run: Pass, layer: Layer, x: Tensor) -> None:
+    """x -> the experts of each token and their weights, in the activations topk_idx, -weights."""
+    gate, a = layer.gate, run.a
+    choice = {"bias": gate.bias} if gate.bias is not None else {}
+    if gate.tid2eid is not None:
+        choice = {"ids": run.tokens.ids, "tid2eid": gate.tid2eid}
+    run.launch(
+        _router(run.config, gate.tid2eid is not None, gate.matrix.weight.kind),
+        x=x,
+        **gate.matrix.arguments(),
+        **choice,
+        topk_idx=a.topk_idx,
+        topk_weights=a.topk_weights,
+        letters=a.router_letters,
+    )
+
+
+def head(run: StepPass, matrix: MatrixOperand, x: Tensor) -> Tensor:
+    """x -> logits float32 `[T, V]`."""
+    logits = run.scratch.logits[: x.shape[0]]
+    run.multiply(x, [(matrix, logits)])
+    return logits
+
+
+def draw(run: StepPass, logits: Tensor, parameters: Parameters, to: Tokens) -> None:
+    """Draw the next token of each row of logits into `to.ids`, and move `to.position` on."""
+    kernel = _sampling(run.config.vocab_size)
+    given = parameters._asdict()
+    run.launch(kernel, logits=logits, **given, position=to.position, token=to.ids)
+
+
+def attention_shape(config: ModelConfig, layer: int) -> Shape:
+    """What the attention kernel reads in `layer`."""
+    return _attention_shape(config, config.attention_kind(layer), config.compress_ratio(layer))
+
+
+@functools.cache
+def _attention_shape(config: ModelConfig, kind: AttentionKind, ratio: int) -> Shape:
+    c = config
+    common = c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window
+    match kind:
+        case AttentionKind.SLIDING:
+            return Shape("none", *common)
+        case AttentionKind.CSA:
+            return Shape("list", *common, ratio, c.index_topk)
+        case _:
+            return Shape("all", *common, ratio)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As kernels' configurations write it: "float32" or "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# Kernels are made once: a plan of many layers is then put together quickly.
+
+
+@functools.cache
+def _gemv(weights: tuple[Weight, ...], out: str) -> Kernel:
+    return gemv.gemv(weights, out)
+
+
+@functools.cache
+def _mhc(config: ModelConfig, place: str, output: mhc.Output) -> Kernel:
+    return mhc.mhc(mhc.Shape.of(config), place, output)
+
+
+@functools.cache
+def _append(config: ModelConfig, kind: AttentionKind) -> Kernel:
+    return append.append(append.Layer.of(config, kind))
+
+
+@functools.cache
+def _q_rope(config: ModelConfig) -> Kernel:
+    return q_rope_contract.q_rope(config)
+
+
+@functools.cache
+def _index_scores(config: ModelConfig) -> Kernel:
+    return indexer.index_scores(config)
+
+
+@functools.cache
+def _choice(config: ModelConfig, entries: int) -> tuple[Kernel, ...]:
+    return tuple(launch.kernel for launch in indexer.choice(config, entries))
+
+
+@functools.cache
+def _attention(shape: Shape, tuning: tuple[tuple[str, int | bool], ...]) -> tuple[Kernel, ...]:
+    return attention.attention(shape, 1, dict(tuning))
+
+
+@functools.cache
+def _router(config: ModelConfig, hashed: bool, kind: str) -> Kernel:
+    return router.router(router.Shape.of(config, hashed, kind))
+
+
+@functools.cache
+def _experts(config: ModelConfig) -> Kernel:
+    return experts.experts(experts.Shape.of(config, shared=True), "bfloat16")
+
+
+@functools.cache
+def _sampling(vocab: int) -> Kernel:
+    return sampling.sampling(vocab)

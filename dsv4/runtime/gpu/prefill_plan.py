@@ -1,4 +1,4 @@
-"""Every launch of a chunk of a prompt, in order: many tokens at once, by matrix products.
+"""A chunk of a prompt, top to bottom: many tokens at once, by matrix products.
 
 Caches, hyper-connections, router and attention are launched as in a step. A packed weight is
 multiplied in another order of columns: what several of them read is arranged once. The experts'
@@ -7,24 +7,27 @@ sum and the shared expert's stay two parts in float32, which hyper-connections a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
-from dsv4.kernels.core.contract import Launch
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.experts import contract as experts
-from dsv4.kernels.ops.prefill import experts_contract
-from dsv4.kernels.ops.prefill.gemm_contract import arrange, gemm, tuned
+from dsv4.kernels.ops.gemv.contract import Weight
+from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
 from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
-from dsv4.runtime.gpu.attention_plan import CAPACITIES, LayerWeights, attention_launches
-from dsv4.runtime.gpu.plan import MATRIX, connect, route, standard_weights
+from dsv4.runtime.gpu.activations import ChunkScratch, shaped
+from dsv4.runtime.gpu.caches import LayerCaches
+from dsv4.runtime.gpu.operands import Experts, MatrixOperand, Model
+from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
 LEAST_ROWS = 32  # below, steps of a few rows take less time
 SIZES = LEAST_ROWS, 2 * LEAST_ROWS, 1 << 20  # every cut of a kernel is that of one of these
 SCORE_BYTES = 256 << 20  # of the scores of a chunk's rows, whatever the caches hold
-PARTS = ("routed", "shared")  # of what the experts leave
 
 
 def chunk_rows(capacity: int) -> int:
@@ -32,75 +35,108 @@ def chunk_rows(capacity: int) -> int:
     return max(LEAST_ROWS, min(MOST_ROWS, capacity, SCORE_BYTES // capacity))
 
 
-def chunk_launches(
-    config: ModelConfig, layers: Mapping[int, LayerWeights], rows: int, capacity: int
-) -> Iterator[Launch]:
-    """A chunk of `rows` tokens, many: ids, position, slot int32 `[T]` -> x for the head.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChunkPass(Pass):
+    """Any number of tokens; what each of them gives is the same bytes, whatever their number."""
 
-    layers: those to run, and the matrices of each, by projection. rows: what kernels are chosen
-    for; any number gives the same bytes. capacity: tokens that the caches hold.
-    """
-    many = functools.partial(products, rows)
-    for layer, weights in layers.items():
-        own = f"layers.{layer}."
-        yield connect(config, 2 * layer, f"{own}attn_", PARTS if layer else ("u",))
-        yield from attention_launches(config, layer, weights, rows, capacity, many)
-        yield connect(config, 2 * layer + 1, f"{own}ffn_")
-        yield route(config, layer, weights)
-        yield from _experts(config, rows, own)
-        yield from _shared_expert(config, rows, own, weights)
-    yield connect(config, 2 * config.num_hidden_layers, "head_", PARTS)
+    scratch: ChunkScratch
+
+    @property
+    def tuned_rows(self) -> int:
+        """What kernels are chosen for: never for so few that they would be those of a step."""
+        return max(self.rows, LEAST_ROWS)
+
+    def multiply(self, x: Tensor, products: Sequence[Product]) -> None:
+        """A launch for each product, and one that arranges x for packed weights."""
+        packed = [matrix.weight for matrix, _ in products if matrix.weight.kind != "bf16"]
+        arranged = self.arrange(x, packed[0].groups, packed[0].k) if packed else x
+        for matrix, y in products:
+            self.multiply_one(x if matrix.weight.kind == "bf16" else arranged, matrix, y)
+
+    def arrange(self, x: Tensor, groups: int, k: int) -> Tensor:
+        """x bfloat16 in the order of columns that packed weights are multiplied in: `[T, G, K]`."""
+        shape = self.rows, groups, k
+        arranged = shaped(self.scratch.arranged, *shape)
+        self.launch(_arrange(groups, k), x=x.view(shape), arranged=arranged)
+        return arranged
+
+    def multiply_one(self, x: Tensor, matrix: MatrixOperand, y: Tensor) -> None:
+        """x: arranged already, unless the matrix is plain."""
+        weight = matrix.weight
+        x = x.view(self.rows, weight.groups, weight.k)
+        kernel = _gemm(weight, dtype_name(y), self.tuned_rows)
+        self.launch(kernel, x=x, **matrix.arguments(), y=y)
+
+    def parts_scratch(self, splits: int) -> dict[str, Tensor]:
+        """A chunk's attention is one kernel."""
+        raise TypeError(f"attention of {self.tuned_rows} tokens has {splits} parts, expected one")
+
+    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
+        """-> what the routed experts leave, and the shared one: float32 `[T, D]` each."""
+        s, a, shared = self.scratch, self.a, own.shared
+        shape = _experts_shape(self.config)
+        tuning = experts_contract.tuned(shape, self.tuned_rows)
+        routing, up, down, combine = _experts(self.config, tuple(tuning.items()))
+        listed = {"entries": s.entries, "offsets": s.offsets, "weights": s.weights}
+        self.launch(
+            routing, topk_idx=a.topk_idx, topk_weights=a.topk_weights, places=s.places, **listed
+        )
+        arranged = self.arrange(x, 1, shape.hidden)
+        self.launch(up, x=arranged, **listed, **own.w13.arguments("13"), h=s.h)
+        places = {"places": s.places, "offsets": s.offsets}
+        self.launch(down, h=s.h, **places, **own.w2.arguments("2"), partial=s.partial)
+        self.launch(combine, partial=s.partial, topk_idx=a.topk_idx, y=s.routed)
+
+        self.multiply_one(arranged, shared.w1, s.gate)
+        self.multiply_one(arranged, shared.w3, s.up)
+        self.launch(_swiglu(self.config), gate=s.gate, up=s.up, h=s.shared_h)
+        self.multiply(s.shared_h, [(shared.w2, s.shared)])
+        return s.routed, s.shared
 
 
-def products(
-    rows: int, own: str, weights: LayerWeights, x: str, outputs: Mapping[str, str], out: str
-) -> Iterator[Launch]:
-    """A launch for each projection that reads `x`, for many rows."""
-    packed = [weights[name] for name in outputs if weights[name].kind != "bf16"]
-    if packed:
-        arranged = {"x": x, "arranged": f"{x}_arranged"}
-        yield Launch(arrange(packed[0].groups, packed[0].k), arranged)
-    yield from _multiplied(rows, own, weights, x, outputs, out)
+def chunk(run: ChunkPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
+    """A chunk: `run.tokens` -> x bfloat16 `[T, D]` for the head, which is not part of it."""
+    streams, u = layers(run, model, caches)
+    _, x = connect(run, "last", model.before_head, streams, u)
+    return x
 
 
-def _multiplied(
-    rows: int, own: str, weights: LayerWeights, x: str, outputs: Mapping[str, str], out: str
-) -> Iterator[Launch]:
-    for projection, activation in outputs.items():
-        weight = weights[projection]
-        binding = {"x": x if weight.kind == "bf16" else f"{x}_arranged", "y": activation}
-        binding |= {part: f"{own}{projection}.{part}" for part in MATRIX}
-        yield Launch(gemm(weight, out, tuned(weight, rows)), binding)
+@functools.cache
+def _arrange(groups: int, k: int) -> Kernel:
+    return gemm_contract.arrange(groups, k)
 
 
-def _experts(config: ModelConfig, rows: int, own: str) -> Iterator[Launch]:
-    """x, and the router's choice -> routed. Scratch that steps have too has a name of its own."""
+def _gemm(weight: Weight, out: str, rows: int) -> Kernel:
+    return _gemm_cut(weight, out, tuple(_tuned(weight, rows).items()))
+
+
+@functools.lru_cache(4096)
+def _tuned(weight: Weight, rows: int) -> Mapping[str, int]:
+    return gemm_contract.tuned(weight, rows)
+
+
+@functools.cache
+def _gemm_cut(weight: Weight, out: str, tuning: tuple[tuple[str, int], ...]) -> Kernel:
+    return gemm_contract.gemm(weight, out, dict(tuning))
+
+
+@functools.cache
+def _experts_shape(config: ModelConfig) -> experts.Shape:
+    return experts.Shape.of(config)
+
+
+@functools.cache
+def _experts(config: ModelConfig, tuning: tuple[tuple[str, int], ...]) -> tuple[Kernel, ...]:
+    """The list of each expert's tokens; w13; w2; the sum."""
     shape = experts.Shape.of(config)
-    stacks = {one.name: f"{own}ffn.{one.name}" for name in ("13", "2") for one in shape.stack(name)}
-    scratch = {"weights": "choice_weights", "h": "choice_h", "arranged": "x_arranged"}
-    for launch in experts_contract.launches(shape, tuning=experts_contract.tuned(shape, rows)):
-        binding = {**stacks, **scratch, "y": "routed", **launch.binding}
-        if launch.binding.get("x") == "arranged":
-            binding["x"] = "x_arranged"
-        yield Launch(launch.kernel, binding)
+    return (
+        experts_contract.route(shape),
+        experts_contract.up(shape, dict(tuning)),
+        experts_contract.down(shape, dict(tuning)),
+        experts_contract.combine(shape, "float32"),
+    )
 
 
-def _shared_expert(
-    config: ModelConfig, rows: int, own: str, weights: LayerWeights
-) -> Iterator[Launch]:
-    """x, arranged already -> shared."""
-    prefix = "ffn.shared_experts."
-    up = {f"{prefix}w1": "shared_gate", f"{prefix}w3": "shared_up"}
-    yield from _multiplied(rows, own, weights, "x", up, "float32")
-    gated = {"gate": "shared_gate", "up": "shared_up", "h": "shared_h"}
-    yield Launch(swiglu(config), gated)
-    yield from products(rows, own, weights, "shared_h", {f"{prefix}w2": "shared"}, "float32")
-
-
-def kernels(config: ModelConfig) -> Iterator[Kernel]:
-    """What a model of recipe `standard` needs for its prompts; some more than once."""
-    layers, _ = standard_weights(config)
-    for rows in SIZES:
-        for capacity in CAPACITIES:
-            for launch in chunk_launches(config, layers, rows, capacity):
-                yield launch.kernel
+@functools.cache
+def _swiglu(config: ModelConfig) -> Kernel:
+    return swiglu(config)

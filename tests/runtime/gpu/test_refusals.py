@@ -14,7 +14,10 @@ from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.signature import Kernel
+from dsv4.runtime.gpu import engine
+from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches
 from dsv4.runtime.gpu.load import require_kernels
+from dsv4.runtime.gpu.operands import parts
 from dsv4.runtime.load import arena
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
@@ -37,29 +40,30 @@ def test_a_session_that_does_not_fit_is_refused_before_it_is_allocated(
         asked.append(nbytes)
         right(nbytes, device, what, instead)
 
-    monkeypatch.setattr("dsv4.runtime.gpu.session.require_memory", remembered)
+    monkeypatch.setattr(engine, "require_memory", remembered)
     session = model.session(5000)
-    own = [t for t in session._buffers.values() if isinstance(t, Tensor)]
-    weights = {t.data_ptr() for t in model.operands.buffers.values()}
-    used = sum(t.nbytes for t in own if t.data_ptr() not in weights)
+    own = session.engine.buffers, session.engine.tables, session._ids
+    used = sum(one.nbytes for one in parts(own, Tensor))
     assert used <= asked[0] <= 2 * used  # tables are computed in FP64
 
     free = asked[0] + arena.HEADROOM
     monkeypatch.setattr(arena, "free_memory", lambda device: (free, "the GPU"))
     model.session(5000)
-    monkeypatch.setattr("dsv4.runtime.gpu.session.caches", _only_sizes)
+    monkeypatch.setattr(engine, "allocate_caches", _only_sizes)
     sentence = (
         r"a session of 9000 tokens needs \d+\.\d MB, the GPU has \d+\.\d MB free; open it with a"
     )
     with pytest.raises(OutOfSpaceError, match=sentence):
         model.session(9000)
+    with pytest.raises(OutOfSpaceError, match=r"3 sessions of 5000 tokens need \d+"):
+        model.engine(5000, slots=3)
 
 
-def _only_sizes(config: ModelConfig, capacity: int, rows: int, device: torch.device) -> Any:
-    from dsv4.runtime.gpu.buffers import caches
-
+def _only_sizes(
+    config: ModelConfig, slots: int, capacity: int, rows: int, device: torch.device
+) -> tuple[LayerCaches, ...]:
     assert device.type == "meta"
-    return caches(config, capacity, rows, device)
+    return allocate_caches(config, slots, capacity, rows, device)
 
 
 def test_a_context_longer_than_the_model_or_the_session_is_refused(model: HostModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.releases import FLASH
-from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.reference.numerics import Numerics
-from dsv4.runtime.gpu.buffers import tables
+from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu.activations import Streams
 from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.operands import Connection
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.model import load
@@ -49,9 +51,9 @@ SMALL = dataclasses.replace(
 class HostModel(GpuModel):
     """On the CPU."""
 
-    def buffers(self, capacity: int) -> Buffers:
-        """Without asking a device how many multiprocessors it has."""
-        return self.operands.buffers | tables(self.config, capacity + 8, CPU) | {"ctas": 1}
+    def multiprocessors(self) -> int:
+        """Without asking a device."""
+        return 1
 
 
 @pytest.fixture(scope="module")
@@ -187,20 +189,25 @@ def test_another_turn_goes_on_where_the_last_one_ended(weights: RandomWeights) -
 
 
 @pytest.mark.parametrize("chunk", [0, 64])
-def test_a_launch_that_reads_another_buffer_is_noticed(
+def test_a_launch_that_reads_another_tensor_of_its_kind_is_noticed(
     weights: RandomWeights, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    from dsv4.runtime.gpu import plan, prefill_plan
+    """The streams of the other parity have the same shape: only numbers tell."""
+    right, calls = plan.connect, itertools.count()
 
-    right = plan.connect
+    def wrong(
+        run: plan.Pass, place: str, own: Connection, old: Streams, u: tuple[Tensor, ...]
+    ) -> Any:
+        if next(calls) % 8 == 2:
+            other = run.a.streams[1 - run.a.streams.index(old)]
+            swapped = dataclasses.replace(old, post=other.post)
+            pair = tuple(swapped if one is old else one for one in run.a.streams)
+            activations = dataclasses.replace(run.a, streams=pair)
+            return right(dataclasses.replace(run, a=activations), place, own, swapped, u)
+        return right(run, place, own, old, u)
 
-    def wrong(config: ModelConfig, sublayer: int, own: str, *u: Any) -> Any:
-        launch = right(config, sublayer, own, *u)
-        if sublayer != 3:
-            return launch
-        return dataclasses.replace(launch, binding={**launch.binding, "post": "post1"})
-
-    monkeypatch.setattr(prefill_plan if chunk else plan, "connect", wrong)
+    monkeypatch.setattr(plan, "connect", wrong)
+    monkeypatch.setattr(prefill_plan, "connect", wrong)
     found, wanted = session_of(weights, chunk=chunk).forward(IDS), reference(weights, IDS)
     error = (found - wanted).square().mean(1).sqrt() / wanted.std()
     assert float(error.median()) > 0.03

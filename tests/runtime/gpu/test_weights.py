@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ from dsv4.formats.model.releases import FLASH, MODELS
 from dsv4.formats.numeric.operands import Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.ops.gemv.contract import Weight, weights_of
-from dsv4.runtime.gpu import plan, prefill_plan
-from dsv4.runtime.gpu.attention_plan import LayerWeights
-from dsv4.runtime.gpu.weights import Loaded, Operands
+from dsv4.runtime.gpu import prefill_plan
+from dsv4.runtime.gpu.operands import MatrixOperand, parts, read_model
+from dsv4.runtime.gpu.rehearsal import all_kernels, chunk_kernels, step_kernels
+from dsv4.runtime.gpu.standard import standard_model
+from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
 
 
@@ -62,56 +64,45 @@ def test_matrices_are_views_of_the_arena(store: PackedStore, loaded: Loaded) -> 
 def test_a_stack_that_no_kernel_reads_is_refused(loaded: Loaded) -> None:
     """The tiny model's inner dimension is too small for eight slabs."""
     with pytest.raises(RuntimeRefusal, match=r"layers\.0\.ffn\.experts\.w2 has \d slabs"):
-        Operands(loaded)
+        read_model(loaded)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_plan_reads_what_recipe_standard_stores(model: str) -> None:
     config = MODELS[model]
-    layers, head = plan.standard_weights(config)
-    assert head == Weight("nvfp4", config.vocab_size, config.hidden_size)
+    operands = standard_model(config)
+    assert operands.head.weight == Weight("nvfp4", config.vocab_size, config.hidden_size)
     known = {weight for group in weights_of(config).values() for weight in group}
-    used = {weight for own in layers.values() for weight in own.values()} - {
-        own["ffn.gate"] for own in layers.values()
-    }
-    assert used | {head} == known
-    names = [kernel.name for kernel in plan.kernels(config)]
-    assert len(set(names)) < 60 < len(names)
+    used = {one.weight for one in parts(operands, MatrixOperand)}
+    assert used - {layer.gate.matrix.weight for layer in operands.layers} == known
+    names = [kernel.name for kernel in all_kernels(config)]
+    assert len(set(names)) < 100 < len(names)
 
 
 def test_a_step_is_thirteen_launches_a_layer() -> None:
-    layers, head = plan.standard_weights(FLASH)
-    launches = list(plan.step_launches(FLASH, layers, head, 1, 1 << 15))
-    by_layer = (len(launches) - 2) / FLASH.num_hidden_layers
-    assert 12 < by_layer < 14
+    kernels = step_kernels(standard_model(FLASH), 1, 1 << 15)
+    assert 12 < (len(kernels) - 2) / FLASH.num_hidden_layers < 14
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_layers_of_every_kind_launch_what_all_layers_do(model: str) -> None:
-    config = MODELS[model]
-    layers, head = plan.standard_weights(config)
-    some = plan.different_layers(config, layers)
-    assert len(some) < 8
-    for rows in (1, 32, 64):
-
-        def kernels(own: Mapping[int, LayerWeights], rows: int = rows) -> set[str]:
-            if rows == 1:
-                launches = plan.step_launches(config, own, head, rows, 1)
-            else:
-                launches = prefill_plan.chunk_launches(config, own, rows, 1)
-            return {launch.kernel.name for launch in launches}
-
-        assert kernels(some) == kernels(layers)
-        assert kernels({0: layers[0]}) != kernels(layers)
+    whole = standard_model(MODELS[model])
+    some = whole.different_layers()
+    first = dataclasses.replace(whole, layers=whole.layers[:1])
+    assert len(some.layers) < 8
+    for rows, kernels in ((1, step_kernels), (32, chunk_kernels), (64, chunk_kernels)):
+        wanted = {kernel.name for kernel in kernels(whole, rows, 1)}
+        assert {kernel.name for kernel in kernels(some, rows, 1)} == wanted
+        assert {kernel.name for kernel in kernels(first, rows, 1)} != wanted
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_whatever_a_chunk_holds_its_kernels_are_built(model: str) -> None:
     config = few_layers(MODELS[model], 4)  # every kind
-    layers, _ = plan.standard_weights(config)
-    built = {kernel.name for kernel in prefill_plan.kernels(config)}
+    operands = standard_model(config).different_layers()
+    built = {kernel.name for kernel in all_kernels(config)}
     least, most = prefill_plan.LEAST_ROWS, prefill_plan.MOST_ROWS
-    for rows in (*range(least, 5 * least), *range(5 * least, most, 61), most):
-        chunk = prefill_plan.chunk_launches(config, layers, rows, 1)
-        missing = {launch.kernel.name for launch in chunk} - built
+    for rows in (1, *range(least, 5 * least), *range(5 * least, most, 61), most):
+        chunk = chunk_kernels(operands, rows, 1)
+        missing = {kernel.name for kernel in chunk} - built
         assert not missing, f"{rows} rows"

@@ -1,0 +1,308 @@
+"""The weights of a model as its kernels read them: dataclasses of tensors, by what they are.
+
+`read_model` makes them of any `DeviceWeights`: of a loaded store, or of `StandardWeights`, which
+have shapes and formats alone. They are views: no byte is moved or changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import AttentionKind, ModelConfig
+from dsv4.formats.numeric.operands import Nvfp4Matrix
+from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
+from dsv4.kernels.ops.gemv.contract import Weight
+from dsv4.runtime.gpu.weights import DeviceWeights, Nvfp4Stack
+
+T = TypeVar("T")
+
+operand = dataclasses.dataclass(frozen=True, eq=False)
+"""A group of tensors; it is compared by identity."""
+
+
+@operand
+class MatrixOperand:
+    """A `[out, in]` matrix. scales: of NVFP4 and FP8; global_scale: float32 `[1]`, of NVFP4."""
+
+    weight: Weight
+    codes: Tensor
+    scales: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def arguments(self, suffix: str = "") -> dict[str, Tensor]:
+        """The tensors by the names of `Weight.operands(suffix)`."""
+        parts = {"codes": self.codes, "scales": self.scales, "global_scale": self.global_scale}
+        return {f"{name}{suffix}": part for name, part in parts.items() if part is not None}
+
+
+@operand
+class Connection:
+    """Hyper-connections before a sublayer or the head, and the norm of what they hand to it.
+
+    fn: float32 `[24, 4 D]`, before the head `[4, 4 D]`; base, scale; norm: float32 `[D]`.
+    """
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    norm: Tensor
+
+
+@operand
+class Compressor:
+    """wkv, wgate: `[c·d, D]`, c = 2 where blocks overlap; ape: `[ratio, c·d]`; norm: `[d]`."""
+
+    wkv: MatrixOperand
+    wgate: MatrixOperand
+    ape: Tensor
+    norm: Tensor
+
+
+@operand
+class Indexer:
+    """What a CSA layer chooses blocks by."""
+
+    wq_b: MatrixOperand
+    weights_proj: MatrixOperand
+    compressor: Compressor
+
+
+@operand
+class Attention:
+    """An attention sublayer of any kind. wo_a has as many groups of rows as the config's o_groups.
+
+    compressor: of CSA and HCA; indexer: of CSA.
+    """
+
+    kind: AttentionKind
+    wq_a: MatrixOperand
+    q_norm: Tensor
+    wq_b: MatrixOperand
+    wkv: MatrixOperand
+    kv_norm: Tensor
+    sinks: Tensor
+    wo_a: MatrixOperand
+    wo_b: MatrixOperand
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+
+@operand
+class Gate:
+    """bias: float32 `[E]`; tid2eid: int64 `[V, k]`, in its place where a table chooses."""
+
+    matrix: MatrixOperand
+    bias: Tensor | None
+    tid2eid: Tensor | None
+
+
+@operand
+class Stack:
+    """Of all experts' matrices: codes, scales uint8 `[E, ...]`; global_scale float32 `[E, P]`."""
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor
+
+    def arguments(self, suffix: str) -> dict[str, Tensor]:
+        """The tensors by the names of `experts.Shape.stack(suffix)`."""
+        return {
+            f"codes{suffix}": self.codes,
+            f"scales{suffix}": self.scales,
+            f"global_scale{suffix}": self.global_scale,
+        }
+
+
+@operand
+class SharedExpert:
+    """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in FP8."""
+
+    w1: MatrixOperand
+    w2: MatrixOperand
+    w3: MatrixOperand
+
+
+@operand
+class Experts:
+    """The routed experts and the shared one."""
+
+    w13: Stack
+    w2: Stack
+    shared: SharedExpert
+
+
+@operand
+class Layer:
+    """Layer `index` of the model."""
+
+    index: int
+    before_attention: Connection
+    attention: Attention
+    before_experts: Connection
+    gate: Gate
+    experts: Experts
+
+
+@operand
+class Model:
+    """All of it. embed: bfloat16 `[V, D]`."""
+
+    config: ModelConfig
+    embed: Tensor
+    layers: tuple[Layer, ...]
+    before_head: Connection
+    head: MatrixOperand
+
+    def different_layers(self) -> Model:
+        """With the first layer of every kind alone: they launch each kernel that all launch."""
+        found: dict[object, Layer] = {}
+        for layer in self.layers:
+            formats = tuple(one.weight for one in parts(layer, MatrixOperand))
+            kinds = self.config.compress_ratio(layer.index), self.config.is_hash_layer(layer.index)
+            found.setdefault((layer is self.layers[0], *kinds, formats), layer)
+        return dataclasses.replace(self, layers=tuple(found.values()))
+
+
+def parts(group: Any, kind: type[T]) -> Iterator[T]:
+    """Everything of type `kind` in a dataclass of dataclasses and tuples, in its order."""
+    if isinstance(group, kind):
+        yield group
+    elif isinstance(group, tuple):
+        for one in group:
+            yield from parts(one, kind)
+    elif dataclasses.is_dataclass(group):
+        for field in dataclasses.fields(group):
+            yield from parts(getattr(group, field.name), kind)
+
+
+def nbytes(*groups: Any) -> int:
+    """Of all tensors in dataclasses; none lies in two places."""
+    return sum(one.nbytes for group in groups for one in parts(group, Tensor))
+
+
+def read_model(weights: DeviceWeights) -> Model:
+    """The operands of all layers and of the head.
+
+    Raises RuntimeRefusal naming a tensor whose format no kernel reads.
+    """
+    read = _Reader(weights)
+    return Model(
+        weights.config,
+        read.plain("embed.weight", torch.bfloat16),
+        tuple(read.layer(index) for index in range(weights.config.num_hidden_layers)),
+        read.connection("hc_head", "norm.weight"),
+        read.matrix("head"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    weights: DeviceWeights
+
+    def layer(self, index: int) -> Layer:
+        own = f"layers.{index}."
+        return Layer(
+            index,
+            self.connection(f"{own}hc_attn", f"{own}attn_norm.weight"),
+            self.attention(f"{own}attn.", self.weights.config.attention_kind(index)),
+            self.connection(f"{own}hc_ffn", f"{own}ffn_norm.weight"),
+            self.gate(f"{own}ffn.gate", self.weights.config.is_hash_layer(index)),
+            self.experts(f"{own}ffn."),
+        )
+
+    def connection(self, prefix: str, norm: str) -> Connection:
+        mixing = (self.parameter(f"{prefix}_{name}") for name in ("fn", "base", "scale"))
+        return Connection(*mixing, norm=self.parameter(norm))
+
+    def attention(self, own: str, kind: AttentionKind) -> Attention:
+        wo_a = self.matrix(f"{own}wo_a")
+        grouped = wo_a.weight._replace(groups=self.weights.config.o_groups)
+        sliding, csa = kind is AttentionKind.SLIDING, kind is AttentionKind.CSA
+        return Attention(
+            kind,
+            wq_a=self.matrix(f"{own}wq_a"),
+            q_norm=self.parameter(f"{own}q_norm.weight"),
+            wq_b=self.matrix(f"{own}wq_b"),
+            wkv=self.matrix(f"{own}wkv"),
+            kv_norm=self.parameter(f"{own}kv_norm.weight"),
+            sinks=self.parameter(f"{own}attn_sink"),
+            wo_a=dataclasses.replace(wo_a, weight=grouped),
+            wo_b=self.matrix(f"{own}wo_b"),
+            compressor=None if sliding else self.compressor(f"{own}compressor."),
+            indexer=self.indexer(f"{own}indexer.") if csa else None,
+        )
+
+    def indexer(self, own: str) -> Indexer:
+        products = self.matrix(f"{own}wq_b"), self.matrix(f"{own}weights_proj")
+        return Indexer(*products, self.compressor(f"{own}compressor."))
+
+    def compressor(self, own: str) -> Compressor:
+        products = self.matrix(f"{own}wkv"), self.matrix(f"{own}wgate")
+        return Compressor(
+            *products, self.parameter(f"{own}ape"), self.parameter(f"{own}norm.weight")
+        )
+
+    def gate(self, own: str, hashed: bool) -> Gate:
+        matrix = self.matrix(own)
+        if hashed:
+            table = self.weights.tensor(f"{own}.tid2eid").to(torch.int64)
+            return Gate(matrix, None, table)
+        return Gate(matrix, self.parameter(f"{own}.bias"), None)
+
+    def experts(self, own: str) -> Experts:
+        w13, w2 = self.weights.stacks(f"{own}experts")
+        return Experts(
+            _stack(f"{own}experts.w13", w13, 1, INTERLEAVE),
+            _stack(f"{own}experts.w2", w2, SLABS, 0),
+            SharedExpert(*(self.fp8(f"{own}shared_experts.{name}") for name in ("w1", "w2", "w3"))),
+        )
+
+    def parameter(self, name: str) -> Tensor:
+        """A small parameter as float32, whatever it was stored in."""
+        return self.weights.tensor(name).to(torch.float32)
+
+    def plain(self, name: str, dtype: torch.dtype) -> Tensor:
+        tensor = self.weights.tensor(name)
+        if tensor.dtype != dtype:
+            raise RuntimeRefusal(f"{name} is {tensor.dtype}, kernels read {dtype}")
+        return tensor
+
+    def fp8(self, name: str) -> MatrixOperand:
+        found = self.matrix(name)
+        if found.weight.kind != "fp8":
+            raise RuntimeRefusal(f"{name}.weight is {found.weight.kind}, kernels read FP8 there")
+        return found
+
+    def matrix(self, name: str) -> MatrixOperand:
+        found = self.weights.matrix(f"{name}.weight")
+        if isinstance(found, Tensor):
+            if found.dtype != torch.bfloat16:
+                raise RuntimeRefusal(f"{name}.weight is {found.dtype}, kernels read bfloat16")
+            return MatrixOperand(Weight("bf16", *found.shape), found)
+        codes, slabs = found.codes.view(torch.uint8), found.codes.shape[0]
+        if isinstance(found, Nvfp4Matrix):
+            weight = Weight("nvfp4", found.rows, found.cols, slabs)
+            return MatrixOperand(weight, codes, found.scales, found.global_scales)
+        if found.scales.dtype != torch.float8_e8m0fnu:
+            raise RuntimeRefusal(
+                f"{name}.weight has {found.scales.dtype} scales, kernels read E8M0"
+            )
+        weight = Weight("fp8", found.rows, found.cols, slabs)
+        return MatrixOperand(weight, codes, found.scales.view(torch.uint8))
+
+
+def _stack(name: str, stack: Nvfp4Stack, slabs: int, interleave: int) -> Stack:
+    found = stack.codes.shape[1], stack.interleave
+    if found != (slabs, interleave):
+        raise RuntimeRefusal(
+            f"{name} has {found[0]} slabs and rows interleaved by {found[1]}, "
+            f"kernels read {slabs} and {interleave}"
+        )
+    # One slab is not a dimension to the kernel.
+    return Stack(stack.codes.squeeze(1), stack.scales.squeeze(1), stack.global_scales)

@@ -1,0 +1,105 @@
+"""What a model launches, found without a GPU: its plan is carried out on tensors without memory.
+
+So kernels are built for every model that recipe `standard` makes, and looked for before a store is
+loaded. Every launch is checked as if it happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv4.formats.model.config import ModelConfig
+from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu.activations import CAPACITIES, first
+from dsv4.runtime.gpu.engine import META, Buffers
+from dsv4.runtime.gpu.operands import Model
+from dsv4.runtime.gpu.plan import StepPass
+from dsv4.runtime.gpu.prefill_plan import SIZES, ChunkPass
+from dsv4.runtime.gpu.program import arguments
+from dsv4.runtime.gpu.standard import standard_model
+from dsv4.runtime.positions import RopeTable, RopeTables
+from dsv4.runtime.text.sampling import Sampler
+
+
+def all_kernels(config: ModelConfig) -> Iterator[Kernel]:
+    """What a model of recipe `standard` needs; some more than once."""
+    model = standard_model(config).different_layers()
+    yield draw_kernel(model)
+    for capacity in CAPACITIES:
+        for rows in range(1, MAX_ROWS + 1):
+            yield from step_kernels(model, rows, capacity)
+        for rows in SIZES:
+            yield from chunk_kernels(model, rows, capacity)
+
+
+def step_kernels(model: Model, rows: int, capacity: int) -> list[Kernel]:
+    """What a step of `rows` tokens launches with caches for `capacity`, in order; no draw."""
+    rehearsal = Rehearsal(model, rows, capacity, 0)
+    plan.step(rehearsal.step_pass(), model, rehearsal.own.caches)
+    return rehearsal.kernels
+
+
+def chunk_kernels(model: Model, rows: int, capacity: int) -> list[Kernel]:
+    """What a chunk of `rows` tokens launches with caches for `capacity`, in order."""
+    rehearsal = Rehearsal(model, rows, capacity, rows)
+    prefill_plan.chunk(rehearsal.chunk_pass(), model, rehearsal.own.caches)
+    return rehearsal.kernels
+
+
+def draw_kernel(model: Model) -> Kernel:
+    """The kernel that draws."""
+    rehearsal = Rehearsal(model, 1, 1, 0)
+    run = rehearsal.step_pass()
+    parameters = Sampler(seed=0).parameters(1, META)
+    plan.draw(run, rehearsal.own.step.logits[:1], parameters, run.tokens)
+    return rehearsal.kernels[0]
+
+
+class Rehearsal:
+    """A pass of `rows` tokens, and the kernels that it launched."""
+
+    def __init__(self, model: Model, rows: int, capacity: int, chunk: int) -> None:
+        self.config, self.rows, self.capacity = model.config, rows, capacity
+        self.own = Buffers.allocate(model.config, 1, capacity, chunk, META)
+        self.kernels: list[Kernel] = []
+
+    def note(self, kernel: Kernel, **given: Tensor | int) -> None:
+        """See `program.Launch`."""
+        arguments(kernel, given)
+        self.kernels.append(kernel)
+
+    def step_pass(self) -> StepPass:
+        """For a step."""
+        return StepPass(
+            self.config,
+            self.note,
+            first(self.own.tokens, self.rows),
+            first(self.own.activations, self.rows),
+            self._tables(),
+            self.capacity,
+            self.own.step,
+            ctas=1,
+        )
+
+    def chunk_pass(self) -> ChunkPass:
+        """For a chunk."""
+        assert self.own.chunk is not None
+        return ChunkPass(
+            self.config,
+            self.note,
+            first(self.own.tokens, self.rows),
+            first(self.own.activations, self.rows),
+            self._tables(),
+            self.capacity,
+            self.own.chunk.first(self.rows),
+        )
+
+    def _tables(self) -> RopeTables:
+        angles = torch.empty(self.capacity, self.config.qk_rope_head_dim // 2, device=META)
+        table = RopeTable(angles, angles)
+        return RopeTables(table, table)

@@ -1,0 +1,89 @@
+"""Weights as recipe `standard` stores them, without their bytes: tensors on the device "meta".
+
+From them come the kernels that have to be built, and those that are looked for before a store is
+loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind, Kind, parameters
+from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.kernels.ops.experts.contract import Shape
+from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
+from dsv4.kernels.ops.gemv.contract import Weight
+from dsv4.runtime.gpu.operands import Model, read_model
+from dsv4.runtime.gpu.weights import Nvfp4Stack
+
+META = torch.device("meta")
+SLABBED = ("attn.wo_b.weight", "ffn.shared_experts.w2.weight")  # matrices that are cut by columns
+
+
+def standard_model(config: ModelConfig) -> Model:
+    """The operands of a model of recipe `standard`: shapes and formats."""
+    return read_model(StandardWeights(config))
+
+
+class StandardWeights:
+    """See `DeviceWeights`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._parameters = {one.name: one for one in parameters(config, DraftKind.NONE, 0)}
+
+    def tensor(self, name: str) -> Tensor:
+        """Tables are int64, what is plain bfloat16."""
+        one = self._parameters[name]
+        plain = torch.float32 if one.kind is Kind.FLOAT32 else torch.bfloat16
+        dtype = torch.int64 if one.kind is Kind.TABLE else plain
+        return torch.empty(one.shape, dtype=dtype, device=META)
+
+    def matrix(self, name: str) -> Matrix:
+        """The head and the gates are NVFP4, compressors and the like plain, all others FP8."""
+        one = self._parameters[name]
+        rows, cols = one.shape
+        if name == "head.weight" or name.endswith("ffn.gate.weight"):
+            return Nvfp4Matrix(*_tensors(Weight("nvfp4", rows, cols)), rows, cols)
+        if one.kind is not Kind.LINEAR:
+            return self.tensor(name)
+        slabs = SLABS if name.endswith(SLABBED) else 1
+        codes, scales = _tensors(Weight("fp8", rows, cols, slabs))
+        fp8 = codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
+        return Fp8Matrix(*fp8, rows, cols)
+
+    def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
+        """w13 and w2 of all experts of a layer."""
+        shape = Shape.of(self.config)
+        up = _stack(shape, "13", 2 * shape.inter, shape.hidden, INTERLEAVE)
+        up = dataclasses.replace(up, codes=up.codes[:, None], scales=up.scales[:, None])
+        return up, _stack(shape, "2", shape.hidden, shape.inter, 0)
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors of a packed weight."""
+    return tuple(
+        torch.empty([int(n) for n in one.shape], dtype=_dtype(one.dtype), device=META)
+        for one in weight.operands()
+    )
+
+
+def _stack(shape: Shape, name: str, rows: int, cols: int, interleave: int) -> Nvfp4Stack:
+    codes, scales, global_scale = (
+        torch.empty(
+            [shape.experts if n == "experts" else int(n) for n in one.shape],
+            dtype=_dtype(one.dtype),
+            device=META,
+        )
+        for one in shape.stack(name)
+    )
+    return Nvfp4Stack(codes, scales, global_scale, rows, cols, interleave)
+
+
+def _dtype(found: object) -> torch.dtype:
+    assert isinstance(found, torch.dtype)
+    return found
