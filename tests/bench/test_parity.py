@@ -14,7 +14,7 @@ from dsv4.bench.parity_text import greedy_text
 from dsv4.bench.parity_weights import TellingWeights
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.gpu import engine
-from dsv4.runtime.gpu.caches import LayerCaches
+from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches
 from dsv4.runtime.gpu.program import Program
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
 from tests.support.emulator import Emulator
@@ -106,7 +106,7 @@ def test_sessions_that_share_a_cache_are_noticed(
     monkeypatch.setattr(parity_sessions, "PROMPTS", (1, 2))
     monkeypatch.setattr(parity_sessions, "CUT", 5)
     assert wrong(list(parity_sessions.sessions(gpu, 2))) == []
-    right, shared = engine.allocate_caches, dict[int, tuple[LayerCaches, ...]]()
+    right, shared = allocate_caches, dict[int, tuple[LayerCaches, ...]]()
 
     def one_for_all(
         config: ModelConfig, slots: int, capacity: int, rows: int, device: torch.device

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.ops.attention import contract as attention
+from dsv4.kernels.ops.attention.reference import shapes_of
 from dsv4.kernels.ops.experts.contract import COUNTERS
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.hyper_connections import contract as mhc
 from dsv4.kernels.ops.indexer.contract import chosen_of_parts
 from dsv4.kernels.ops.router import contract as router
 from dsv4.runtime.gpu.caches import entry_capacity
-from dsv4.runtime.gpu.operands import operand
 
 CAPACITIES = (1 << 15, 1 << 17, 1 << 20)  # tokens in a cache that a choice of blocks is made for
 
 Make = Callable[..., Tensor]
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
     """What is run next, int32 `[T]`: the ids, their positions, the slots of their sequences."""
 
@@ -43,7 +43,7 @@ class Tokens:
         return cls(*(torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(3)))
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Streams:
     """streams: bfloat16 `[T, 4, D]`; post `[T, 4]`, comb `[T, 4, 4]`: float32."""
 
@@ -52,7 +52,7 @@ class Streams:
     comb: Tensor
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Projected:
     """What a compressor pools: kv, gate float32 `[T, c·d]`."""
 
@@ -60,7 +60,7 @@ class Projected:
     gate: Tensor
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
     """By the names of the launches that write them; `plan` tells their order.
 
@@ -137,7 +137,7 @@ class Activations:
         )
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class StepScratch:
     """Of steps: at most MAX_ROWS rows. sums, statistics: of an attention kernel's parts, as one
     dimension, since kinds of layers cut differently; h: of the experts; logits float32 `[T, V]`.
@@ -153,7 +153,7 @@ class StepScratch:
     def allocate(cls, config: ModelConfig, device: torch.device) -> StepScratch:
         """Zeroed."""
         c, rows = config, MAX_ROWS
-        shapes = attention.shapes_of(c).values()
+        shapes = shapes_of(c).values()
         parts = max(
             attention.parts(one, attention.tuned(one, rows)["most_splits"]) for one in shapes
         )
@@ -168,7 +168,7 @@ class StepScratch:
         )
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChunkScratch:
     """Of chunks. arranged: what packed weights are multiplied with, in one dimension; entries,
     places, weights, h, partial: of the experts' list, a row for each choice; offsets `[E + 1]`;

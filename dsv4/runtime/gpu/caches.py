@@ -7,15 +7,16 @@ stored by the number of their block. Layouts: `ops.kv_cache`, `ops.attention`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.ops.kv_cache.contract import KV_SCALES, Layer
-from dsv4.runtime.gpu.operands import operand
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class CompressorCache:
     """ring_kv, ring_gate: float32 `[slots, ring, c·d]`, of the last tokens. entries, scales: uint8
     `[slots, capacity, bytes]`, one for each block that is complete.
@@ -41,7 +42,7 @@ class CompressorCache:
         }
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class LayerCaches:
     """window_kv, window_scales: uint8 `[slots, ring, bytes]`. entries: of CSA and HCA; keys: the
     indexer's, of CSA.

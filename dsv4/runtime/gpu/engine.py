@@ -7,6 +7,7 @@ every sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from dsv4.runtime.gpu.activations import (
     first,
 )
 from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches
-from dsv4.runtime.gpu.operands import nbytes, operand
+from dsv4.runtime.gpu.operands import nbytes
 from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import ChunkPass, chunk_rows
 from dsv4.runtime.gpu.program import Launch, Program
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Buffers:
     """All that launches write, and the host before them. chunk: absent where steps do it all."""
 

@@ -22,11 +22,8 @@ from dsv4.runtime.gpu.weights import DeviceWeights, Nvfp4Stack
 
 T = TypeVar("T")
 
-operand = dataclasses.dataclass(frozen=True, eq=False)
-"""A group of tensors; it is compared by identity."""
 
-
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class MatrixOperand:
     """A `[out, in]` matrix. scales: of NVFP4 and FP8; global_scale: float32 `[1]`, of NVFP4."""
 
@@ -41,7 +38,7 @@ class MatrixOperand:
         return {f"{name}{suffix}": part for name, part in parts.items() if part is not None}
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Connection:
     """Hyper-connections before a sublayer or the head, and the norm of what they hand to it.
 
@@ -54,7 +51,7 @@ class Connection:
     norm: Tensor
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Compressor:
     """wkv, wgate: `[c·d, D]`, c = 2 where blocks overlap; ape: `[ratio, c·d]`; norm: `[d]`."""
 
@@ -64,7 +61,7 @@ class Compressor:
     norm: Tensor
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Indexer:
     """What a CSA layer chooses blocks by."""
 
@@ -73,7 +70,7 @@ class Indexer:
     compressor: Compressor
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attention:
     """An attention sublayer of any kind. wo_a has as many groups of rows as the config's o_groups.
 
@@ -93,7 +90,7 @@ class Attention:
     indexer: Indexer | None
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Gate:
     """bias: float32 `[E]`; tid2eid: int64 `[V, k]`, in its place where a table chooses."""
 
@@ -102,7 +99,7 @@ class Gate:
     tid2eid: Tensor | None
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stack:
     """Of all experts' matrices: codes, scales uint8 `[E, ...]`; global_scale float32 `[E, P]`."""
 
@@ -119,7 +116,7 @@ class Stack:
         }
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class SharedExpert:
     """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in FP8."""
 
@@ -128,7 +125,7 @@ class SharedExpert:
     w3: MatrixOperand
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Experts:
     """The routed experts and the shared one."""
 
@@ -137,7 +134,7 @@ class Experts:
     shared: SharedExpert
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """Layer `index` of the model."""
 
@@ -149,7 +146,7 @@ class Layer:
     experts: Experts
 
 
-@operand
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """All of it. embed: bfloat16 `[V, D]`."""
 
@@ -217,8 +214,8 @@ class _Reader:
         )
 
     def connection(self, prefix: str, norm: str) -> Connection:
-        mixing = (self.parameter(f"{prefix}_{name}") for name in ("fn", "base", "scale"))
-        return Connection(*mixing, norm=self.parameter(norm))
+        fn, base, scale = (self.parameter(f"{prefix}_{name}") for name in ("fn", "base", "scale"))
+        return Connection(fn, base, scale, self.parameter(norm))
 
     def attention(self, own: str, kind: AttentionKind) -> Attention:
         wo_a = self.matrix(f"{own}wo_a")

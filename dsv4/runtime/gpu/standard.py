@@ -48,7 +48,8 @@ class StandardWeights:
         one = self._parameters[name]
         rows, cols = one.shape
         if name == "head.weight" or name.endswith("ffn.gate.weight"):
-            return Nvfp4Matrix(*_tensors(Weight("nvfp4", rows, cols)), rows, cols)
+            codes, scales, factors = _tensors(Weight("nvfp4", rows, cols))
+            return Nvfp4Matrix(codes, scales, factors, rows, cols)
         if one.kind is not Kind.LINEAR:
             return self.tensor(name)
         slabs = SLABS if name.endswith(SLABBED) else 1

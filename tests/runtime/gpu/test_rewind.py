@@ -171,10 +171,14 @@ def test_drawn_tokens_are_fed_again(model: HostModel) -> None:
 
 def test_three_sequences_of_one_engine_are_alone(model: HostModel) -> None:
     prompts = (IDS[:5], IDS[10:51], OTHER[:12])
-    samplers = ({}, {"temperature": 0.8, "seed": 5}, {"temperature": 1.1, "top_p": 0.9, "seed": 6})
+    samplers: tuple[dict[str, Any], ...] = (
+        {},
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 1.1, "top_p": 0.9, "seed": 6},
+    )
 
     def turns(session: GpuSession, number: int) -> Iterator[list[int] | Tensor]:
-        run = generate(session, prompts[number].tolist(), 4, Sampler(**samplers[number]))  # type: ignore[arg-type]
+        run = generate(session, prompts[number].tolist(), 4, Sampler(**samplers[number]))
         yield [next(run), next(run)]
         yield list(run)
         session.rewind(session.position - 2)

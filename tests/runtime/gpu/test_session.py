@@ -201,8 +201,8 @@ def test_a_launch_that_reads_another_tensor_of_its_kind_is_noticed(
         if next(calls) % 8 == 2:
             other = run.a.streams[1 - run.a.streams.index(old)]
             swapped = dataclasses.replace(old, post=other.post)
-            pair = tuple(swapped if one is old else one for one in run.a.streams)
-            activations = dataclasses.replace(run.a, streams=pair)
+            first, second = (swapped if one is old else one for one in run.a.streams)
+            activations = dataclasses.replace(run.a, streams=(first, second))
             return right(dataclasses.replace(run, a=activations), place, own, swapped, u)
         return right(run, place, own, old, u)
 
