@@ -17,7 +17,7 @@ import dsv4
 from dsv4.commands.console import err, notice, print_json
 from dsv4.commands.exit_codes import terminate
 from dsv4.commands.run_options import Wish, run_options
-from dsv4.formats.store.place import refuse_no_store
+from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
     from dsv4.formats.checkpoint import PackedCheckpoint

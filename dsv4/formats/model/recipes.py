@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 
 from dsv4.formats.errors import ConfigError
-from dsv4.formats.model.user_names import matches
 
 
 class Role(enum.StrEnum):
@@ -75,6 +74,9 @@ class Recipe:
         """Whether the tensor `name` is to be rounded to NVFP4, unless it has 4 bits already."""
         if role_of(name) not in self.rounded:
             return False
+        # The names of dialects need torch, which `--help` does not.
+        from dsv4.formats.model.user_names import matches
+
         return not any(matches(glob, name) for glob in self.keep)
 
     def to_dict(self) -> dict[str, object]:

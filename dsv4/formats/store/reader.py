@@ -32,7 +32,6 @@ from dsv4.formats.store.manifest import (
 from dsv4.formats.store.mapped_files import MappedFile, StoredArray
 from dsv4.formats.store.matrix_views import StoredWeights
 from dsv4.formats.store.nodes import Contents, read_contents
-from dsv4.formats.store.place import refuse_no_store
 from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     JOURNAL,
@@ -41,6 +40,7 @@ from dsv4.formats.store.specs import (
     FileSpec,
 )
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
+from dsv4.formats.store_place import refuse_no_store
 
 _MAX_MARKER_BYTES = 1 << 16
 

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from dsv4.formats.errors import Dsv4Error, SourceError, StoreError
-from dsv4.formats.store.place import JOURNAL as JOURNAL
-from dsv4.formats.store.place import MARKER as MARKER
-from dsv4.formats.store.place import NODE_DOCUMENT as NODE_DOCUMENT
+from dsv4.formats.store_place import JOURNAL as JOURNAL
+from dsv4.formats.store_place import MARKER as MARKER
+from dsv4.formats.store_place import NODE_DOCUMENT as NODE_DOCUMENT
 
 FORMAT_VERSION = 3  # 2 had the origin inside of the source section, and so of the root
 READ_VERSIONS = (2, 3)  # 1 had SHA-256 where files have BLAKE3
