@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Extra flags for pip, such as another package index.
 PIP_FLAGS ?=
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-long check clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
@@ -24,6 +24,12 @@ test: $(VENV)/test.stamp
 
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2
+
+# Lint, types and the tests that need no process of their own.
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/python -m pytest -n 2 -m "not long" tests/formats/numeric tests/docs/test_cli_reference.py
 
 clean:
 	rm -rf $(VENV) demo

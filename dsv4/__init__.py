@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from dsv4.convert.engine import convert
     from dsv4.formats.checkpoint import PackedCheckpoint
-    from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+    from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
-    from dsv4.runtime.timeline import Mark
+    from dsv4.runtime.startup_clock import Mark
     from dsv4.validate.engine import validate
     from dsv4.validate.repair import repair
 else:
@@ -101,5 +101,5 @@ def __getattr__(name: str) -> Any:
     if name == "repair":
         return importlib.import_module("dsv4.validate.repair").repair
     if name in ("NVFP4Tensor", "dequantize_nvfp4", "quantize_nvfp4"):
-        return getattr(importlib.import_module("dsv4.formats.nvfp4"), name)
+        return getattr(importlib.import_module("dsv4.formats.numeric.nvfp4"), name)
     raise AttributeError(f"module 'dsv4' has no attribute {name!r}")

@@ -14,8 +14,8 @@ import click
 
 import dsv4
 from dsv4 import interrupts
-from dsv4.bench_cli import bench
-from dsv4.console import (
+from dsv4.commands.bench import bench
+from dsv4.commands.console import (
     err,
     escape_what_cannot_be_written,
     notice,
@@ -25,11 +25,9 @@ from dsv4.console import (
     waiting,
     write_report,
 )
-from dsv4.convert.open_source import check_name
-from dsv4.endings import EXIT_FAILED, endings
-from dsv4.formats.plain_text import counted, size
-from dsv4.kernels_cli import kernels
-from dsv4.options import (
+from dsv4.commands.exit_codes import EXIT_FAILED, endings
+from dsv4.commands.kernels import kernels
+from dsv4.commands.options import (
     STDOUT,
     OutDirectory,
     accept_option,
@@ -41,8 +39,10 @@ from dsv4.options import (
     validate_options,
     workers_option,
 )
-from dsv4.parity_cli import bench_parity
-from dsv4.run_cli import run
+from dsv4.commands.parity import bench_parity
+from dsv4.commands.run import run
+from dsv4.convert.sources.open import check_name
+from dsv4.formats.plain_text import counted, size
 
 ORDER = ("plan", "convert", "validate", "repair", "inspect", "run", "tiny", "kernels", "bench")
 EPILOG = """
@@ -145,14 +145,14 @@ def plan(
     megabytes is read.
     """
     check_name(source, revision)  # a wrong name is refused before torch is imported
+    from dsv4.commands.tables import plan_table
+    from dsv4.convert.estimate import budget_for, forecast
     from dsv4.convert.exactness import inexact_notices
-    from dsv4.convert.forecast import budget_for, forecast
     from dsv4.convert.keep import refuse_idle_keep
-    from dsv4.convert.open_source import open_source
-    from dsv4.convert.recipes import make_recipe
     from dsv4.convert.scale_look import look_at_scales
+    from dsv4.convert.sources.open import open_source
     from dsv4.convert.travelling import make_whole_plan
-    from dsv4.render import plan_table
+    from dsv4.formats.model.recipes import make_recipe
 
     opened = open_source(source, revision, on_wait=waiting())
     planned = make_whole_plan(opened, make_recipe(recipe, keep))
@@ -213,9 +213,9 @@ def convert(
     What is in DIR unfinished, from the same source by the same recipe, is continued.
     """
     check_name(source, revision)  # a wrong name is refused before torch is imported
+    from dsv4.commands.progress import conversion_progress
+    from dsv4.commands.tables import summary_table
     from dsv4.convert import engine
-    from dsv4.progress import conversion_progress
-    from dsv4.render import summary_table
 
     try:
         with conversion_progress(err, as_json=as_json) as progress:
@@ -259,8 +259,8 @@ def validate(
     """
     if source is not None:
         check_name(source)  # a wrong name is refused before torch is imported
-    from dsv4.progress import checking_progress
-    from dsv4.render import report_tables
+    from dsv4.commands.progress import checking_progress
+    from dsv4.commands.tables import report_tables
     from dsv4.validate import engine
 
     with checking_progress(err, as_json=json_file == STDOUT) as progress:
@@ -276,7 +276,7 @@ def validate(
     elif json_file is not None:
         write_report(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
     if html_file is not None:
-        from dsv4.validate.html import render_html
+        from dsv4.validate.page.html import render_html
 
         write_report(html_file, render_html(report))
     if not report.ok:
@@ -300,8 +300,8 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
     """
     if source is not None:
         check_name(source)  # a wrong name is refused before torch is imported
-    from dsv4.progress import checking_progress
-    from dsv4.render import repair_tables
+    from dsv4.commands.progress import checking_progress
+    from dsv4.commands.tables import repair_tables
     from dsv4.validate import repair as repairing
 
     with checking_progress(err, as_json=as_json) as progress:
@@ -334,7 +334,7 @@ def inspect(directory: Path, tensor: str | None, other: Path | None, as_json: bo
     tensor: where its bytes came from, what became of them, its first block. With --diff: what
     differs from OTHER, exit 0 if nothing does and 1 if something does; no weight is read.
     """
-    from dsv4.inspection import inspection
+    from dsv4.commands.inspection import inspection
 
     document, table, same = inspection(directory, tensor, other)
     if as_json:
@@ -361,7 +361,7 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     It has the real architecture in the real on-disk format: `convert`, `validate` and `run` treat
     it as they treat a release, in seconds. What it says is noise.
     """
-    from dsv4.convert.tiny import write_tiny
+    from dsv4.synthetic.tiny import write_tiny
 
     write_tiny(directory, seed=seed, flavour=flavour)
     files = list(directory.iterdir())

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import dsv4
-from dsv4.convert.tiny import write_tiny
-from dsv4.convert.tiny_flavours import Flavour
-from dsv4.convert.tiny_tokenizer import files_of
-from dsv4.convert.tiny_weights import Encoder, scale_name
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import Kind, Parameter
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import Kind, Parameter
+from dsv4.synthetic.flavours import Flavour
+from dsv4.synthetic.tiny import write_tiny
+from dsv4.synthetic.tokenizer import files_of
+from dsv4.synthetic.weights import Encoder, scale_name
 
 HELD_OUT_BYTES = 96 << 10  # of held-out text that travel with the checkpoint
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.formats.codecs import E2M1_MAX, E4M3_MAX, MXFP4_BLOCK, e2m1_encode, pack_nibbles
-from dsv4.formats.matrices import FP8_BLOCK
+from dsv4.formats.numeric.codecs import E2M1_MAX, E4M3_MAX, MXFP4_BLOCK, e2m1_encode, pack_nibbles
+from dsv4.formats.numeric.operands import FP8_BLOCK
 
 _E8M0_BIAS = 127
 _SMALLEST = 2.0**-100

@@ -24,10 +24,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as theirs
 
-from dsv4.convert.tiny import hub_config
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind
-from dsv4.formats.releases import RELEASE_YARN
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.releases import RELEASE_YARN
+from dsv4.synthetic.tiny import hub_config
 
 CONFIG = ModelConfig(
     vocab_size=1536,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dsv4.convert.tiny_tokenizer import BOS, EOS, build_tokenizer
+from dsv4.synthetic.tokenizer import BOS, EOS, build_tokenizer
 
 HELD_OUT = 8  # of 256 paths
 SAMPLE_BYTES = 1 << 17  # of held-out text that goes with the checkpoint

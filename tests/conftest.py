@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dsv4.convert.engine import convert
-from dsv4.convert.tiny import TINY, write_tiny
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.synthetic.tiny import TINY, write_tiny
 
 # Two workers on two cores: more threads only wait for each other (ten times slower, measured on
 # two shared cores of an AMD EPYC). Child processes inherit the variable.

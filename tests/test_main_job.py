@@ -13,13 +13,13 @@ import zarr
 from numpy.typing import NDArray
 
 import dsv4
-from dsv4.convert.tiny import HF_TINY, ODD, TINY, TINY_CLAMPED, TINY_DSPARK, write_tiny
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.synthetic.tiny import HF_TINY, ODD, TINY, TINY_CLAMPED, TINY_DSPARK, write_tiny
 from tests.conftest import MakeSource
-from tests.oracles import source_values, stored_tensors
 from tests.runtime.transformers_oracle import transformers_logits
+from tests.support.oracles import source_values, stored_tensors
 
 POSITIONS = 430
 TOLERANCE = 1e-4  # of the logits' standard deviation

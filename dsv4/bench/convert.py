@@ -27,16 +27,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 import dsv4
-from dsv4.bench import real_shapes
 from dsv4.bench.lanes import LANES, RECIPES, Run, swizzle
-from dsv4.bench.space import require_space
 from dsv4.bench.stages import STAGES, Seconds
-from dsv4.convert.local_source import LocalSource
+from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.codecs import dequantize_fp8, dequantize_mxfp4, e4m3_decode
 from dsv4.formats.errors import ConfigError, StoreError
-from dsv4.formats.nvfp4 import NVFP4Tensor
-from dsv4.formats.releases import MODELS
+from dsv4.formats.model.releases import MODELS
+from dsv4.formats.numeric.codecs import dequantize_fp8, dequantize_mxfp4, e4m3_decode
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.synthetic import real_shapes
+from dsv4.synthetic.disk_space import require_space
 
 COPIES = 2.25  # the checkpoint, one output at a time, and room for what goes with it
 E8M0_BIAS = 127

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.bench.transformers_peer import Rivals, rivals
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.numerics import Numerics

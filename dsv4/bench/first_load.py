@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.runtime.driver import wake
+from dsv4.runtime.cuda_driver import wake
 
 if TYPE_CHECKING:
     import torch

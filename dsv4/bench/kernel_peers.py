@@ -23,8 +23,8 @@ from torch.nn import functional
 
 from dsv4.bench.kernels import Machine, copies_of, graph_seconds
 from dsv4.bench.peer_work import Product, Routed, Subject, Work, subjects
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import KernelError
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.core.verify import launcher
 from dsv4.kernels.reference.moe import swiglu

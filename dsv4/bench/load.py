@@ -39,13 +39,13 @@ from dsv4.bench.machine_rates import (
     settle,
     touch,
 )
-from dsv4.bench.space import require_space
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.store.mapped import map_file
+from dsv4.formats.store.mapped_files import map_file
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ELEMENTS, ArraySpec, FileSpec
+from dsv4.formats.store.specs import ELEMENTS, ArraySpec, FileSpec
 from dsv4.runtime.load import LoadReport, Settings, load_weights, plan_load
 from dsv4.runtime.load.files import DIRECT_ALIGNMENT
+from dsv4.synthetic.disk_space import require_space
 
 FILE_BYTES = 4 << 30  # of a safetensors file, about
 COLD_LANES = ("dsv4", "safetensors, mapping", "fastsafetensors")

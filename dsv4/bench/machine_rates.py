@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.runtime.load.files import DIRECT_ALIGNMENT
 
 BUS_BYTES = 64 << 20

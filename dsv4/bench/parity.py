@@ -16,7 +16,7 @@ from dsv4.bench.parity_sessions import sessions
 from dsv4.bench.parity_text import greedy_text
 from dsv4.bench.parity_weights import TellingWeights
 from dsv4.bench.soak import soak
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.reference.accumulate import temporaries
 from dsv4.runtime.gpu.model import GpuModel

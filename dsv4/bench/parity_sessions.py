@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dsv4.bench.parity_logits import Proof, random_ids
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS
 from dsv4.runtime.gpu.session import GpuSession
-from dsv4.runtime.sampling import Sampler
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 PROMPTS = (5, 41, 130)  # tokens; the last fills the window
 SAMPLERS: tuple[dict[str, Any], ...] = (

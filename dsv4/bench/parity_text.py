@@ -15,9 +15,9 @@ import torch
 
 from dsv4.bench.parity_logits import Proof, forward_whole, random_ids, reference
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.sampling import Sampler
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 SIGMAS = 4.0
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import dequantize_fp8
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import unpack_fp8, unpack_nvfp4
-from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.codecs import dequantize_fp8
+from dsv4.formats.numeric.layouts import unpack_fp8, unpack_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.numeric.operands import Fp8Matrix, Nvfp4Matrix
 from dsv4.kernels.core.contract import Buffers, Case
 from dsv4.kernels.ops.experts import contract as experts
 from dsv4.kernels.ops.experts.reference import operand

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import E2M1_MAX, e2m1_decode, e2m1_encode, e4m3_decode, e4m3_encode
+from dsv4.formats.numeric.codecs import E2M1_MAX, e2m1_decode, e2m1_encode, e4m3_decode, e4m3_encode
 
 BLOCK = 16
 E4M3_MAX = 448.0

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from dsv4.bench.source_weights import SourceWeights
 from dsv4.convert.engine import convert
-from dsv4.convert.recipes import make_recipe
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.recipes import make_recipe
 from dsv4.formats.threads import one_torch_thread
 from dsv4.runtime.model import Model, load
 from dsv4.runtime.moe import ScoreRouter
-from dsv4.runtime.text import Text
+from dsv4.runtime.text.tokenizer import Text
 from dsv4.runtime.weights import Weights
 
 WINDOW = 512

@@ -31,13 +31,13 @@ from dsv4.bench.peers import (
     modelopt_sweep,
     torchao_rounding,
 )
-from dsv4.formats.codecs import E2M1_MAX, dequantize_mxfp4
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.layouts import pack_nvfp4, unpack_nvfp4
-from dsv4.formats.matrices import Nvfp4Matrix
-from dsv4.formats.metrics import Loss
-from dsv4.formats.mxfp4 import cast_mxfp4_to_nvfp4
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.numeric.codecs import E2M1_MAX, dequantize_mxfp4
+from dsv4.formats.numeric.layouts import pack_nvfp4, unpack_nvfp4
+from dsv4.formats.numeric.loss import Loss
+from dsv4.formats.numeric.mxfp4 import cast_mxfp4_to_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.numeric.operands import Nvfp4Matrix
 
 COLUMNS = 4096
 AMAX = 0.75 * 2.0**-3  # 6 * 256 * 2^-14

@@ -11,9 +11,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind, Kind, parameters
-from dsv4.formats.matrices import (
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind, Kind, parameters
+from dsv4.formats.numeric.operands import (
     FP8_BLOCK,
     NVFP4_K_ALIGN,
     SF_ROWS,

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from dsv4.bench.parity_logits import Proof, random_ids
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.session import GpuSession
-from dsv4.runtime.sampling import Sampler
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 MOST_SESSIONS = 3
 PROMPT, NEW = 64, 16  # tokens at most

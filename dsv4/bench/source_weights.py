@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dsv4.bench.peers import amax_rounding
-from dsv4.convert.open_source import open_source
-from dsv4.convert.read import read_values
-from dsv4.convert.recipes import Recipe
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.source_inventory import check_inventory
-from dsv4.formats.source_tensor import Encoding
+from dsv4.convert.outputs.decode import read_values
+from dsv4.convert.sources.open import open_source
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.recipes import Recipe
+from dsv4.formats.model.source_inventory import check_inventory
+from dsv4.formats.model.source_tensor import Encoding
 
 _FOUR_BITS = (Encoding.MXFP4, Encoding.NVFP4)
 

@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dsv4.convert import file_pass, local_file, outputs, workshop
+from dsv4.convert import pipeline
+from dsv4.convert.outputs import base as outputs
+from dsv4.convert.sources import hashing_reader, local_file
 from dsv4.formats.store import extents, writer
 
 _WATCHED: tuple[tuple[str, Any, str], ...] = (
     ("read", local_file.LocalStream, "readinto"),
-    ("hash source", file_pass.FilePass, "read"),
+    ("hash source", hashing_reader.FilePass, "read"),
     ("cast and layout", outputs.Unit, "run"),
     ("allocate", os, "posix_fallocate"),
     ("write", extents.Sink, "write_at"),
@@ -33,7 +35,7 @@ _WATCHED: tuple[tuple[str, Any, str], ...] = (
     ("sync", os, "fsync"),
     ("read back and hash", writer, "seal"),
     ("journal", writer.StoreWriter, "commit"),
-    ("wait for room", workshop._Room, "enter"),
+    ("wait for room", pipeline._Room, "enter"),
 )
 STAGES = tuple(dict.fromkeys(stage for stage, *_ in _WATCHED))
 

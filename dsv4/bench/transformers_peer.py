@@ -24,9 +24,9 @@ from torch import Tensor
 
 from dsv4.bench.kernels import graph_seconds
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind, Kind, parameters
-from dsv4.formats.layouts import deinterleave_rows, dequantize
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind, Kind, parameters
+from dsv4.formats.numeric.layouts import deinterleave_rows, dequantize
 from dsv4.runtime.gpu.session import GpuSession
 
 PIECE = 1024  # tokens of a prompt at once

@@ -18,12 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dsv4
-from dsv4.bench.real_shapes import SMALL_VOCABULARY, checkpoint_bytes, few_layers, write_checkpoint
-from dsv4.bench.space import require_space
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.releases import MODELS
-from dsv4.formats.store.schema import FileSpec
-from dsv4.validate.content import (
+from dsv4.formats.model.releases import MODELS
+from dsv4.formats.store.specs import FileSpec
+from dsv4.synthetic.disk_space import require_space
+from dsv4.synthetic.real_shapes import (
+    SMALL_VOCABULARY,
+    checkpoint_bytes,
+    few_layers,
+    write_checkpoint,
+)
+from dsv4.validate.checks.content import (
     PIECE_BYTES,
     THREADS_A_CORE,
     Checksums,

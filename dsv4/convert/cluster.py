@@ -17,19 +17,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-from dsv4.convert.budget import Budget
-from dsv4.convert.file_pass import Fingerprints
-from dsv4.convert.open_source import open_source
-from dsv4.convert.outputs import Unit
+from dsv4.convert.memory import Budget
+from dsv4.convert.outputs.base import Unit
+from dsv4.convert.outputs.results import Result
+from dsv4.convert.pipeline import Part, Workshop, make_parts
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
-from dsv4.convert.results import Result
-from dsv4.convert.source import Source
-from dsv4.convert.workshop import Part, Workshop, make_parts
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.hashing_reader import Fingerprints
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.errors import ClusterError, ConfigError, SourceError
+from dsv4.formats.model.recipes import make_recipe
 from dsv4.formats.store.extents import Batch, Extent
 from dsv4.formats.store.manifest import FileRecord
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.formats.store.writer import StoreWriter
 
 SECONDS_TO_CONNECT = 30

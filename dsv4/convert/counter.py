@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Mapping
 
 from dsv4.convert.exactness import inexact, refuse_inexact
-from dsv4.convert.outputs import Unit
+from dsv4.convert.outputs.base import Unit
+from dsv4.convert.outputs.results import Result
 from dsv4.convert.plan import Plan
-from dsv4.convert.results import Result
 
 Progress = Callable[["Event"], None]
 

@@ -8,26 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.budget import DEFAULT_MEMORY, Budget
 from dsv4.convert.cluster import Job, require_dask, run_on_cluster
 from dsv4.convert.counter import Counter, Progress
-from dsv4.convert.describe import describe, manifest_of
+from dsv4.convert.estimate import budget_for, metadata_bytes
 from dsv4.convert.exactness import Tally
-from dsv4.convert.file_pass import Fingerprints, entries_of
-from dsv4.convert.forecast import budget_for, metadata_bytes
 from dsv4.convert.keep import refuse_idle_keep
-from dsv4.convert.open_source import open_source
-from dsv4.convert.outputs import Losses, Unit
+from dsv4.convert.memory import DEFAULT_MEMORY, Budget
+from dsv4.convert.metadata import describe, manifest_of
+from dsv4.convert.outputs.base import Losses, Unit
+from dsv4.convert.outputs.results import Result
+from dsv4.convert.pipeline import Part, Workshop, file_note, make_parts
 from dsv4.convert.plan import Plan
-from dsv4.convert.recipes import DEFAULT_RECIPE, make_recipe
-from dsv4.convert.results import Result
 from dsv4.convert.resume import identity_of, refusal
-from dsv4.convert.source import Source
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.hashing_reader import Fingerprints, entries_of
+from dsv4.convert.sources.open import open_source
 from dsv4.convert.travelling import make_whole_plan
-from dsv4.convert.workshop import Part, Workshop, file_note, make_parts
 from dsv4.formats.errors import ChangedSourceError, ConfigError, OtherConversionError
+from dsv4.formats.model.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.formats.store.extents import Sink
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.formats.store.writer import StoreWriter
 
 WORTH_MEASURING = 1 << 30  # of a smaller source the copy rate is not worth the time it takes
@@ -106,11 +106,7 @@ def convert(
     plan = make_whole_plan(source, make_recipe(recipe, keep), notice)
     refuse_idle_keep(plan)
     budget = budget_for(plan, source, memory, workers)
-    if not os.fspath(out):
-        raise ConfigError("--out is empty; give the directory to write into")
-    out = Path(out)
-    if Path(src).is_dir():
-        _refuse_overlap(Path(src), out)
+    out = _checked_out(src, out)
     with _writer(src, out, identity_of(source, plan.recipe)) as writer:
         _recover(plan, writer)
         finished = _finished(plan, writer)
@@ -162,11 +158,15 @@ def _writer(src: str | Path, out: Path, identity: dict[str, Any]) -> StoreWriter
         raise refusal(error, src, out) from None
 
 
-def _refuse_overlap(src: Path, out: Path) -> None:
-    """Source and output must be disjoint: neither may lie inside the other."""
-    a, b = src.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ConfigError(f"--out {out} and the source {src} overlap; choose another directory")
+def _checked_out(src: str | Path, out: str | Path) -> Path:
+    """Where to write. Source and output must be disjoint: neither may lie inside the other."""
+    if not os.fspath(out):
+        raise ConfigError("--out is empty; give the directory to write into")
+    if Path(src).is_dir():
+        a, b = Path(src).resolve(), Path(out).resolve()
+        if a == b or a in b.parents or b in a.parents:
+            raise ConfigError(f"--out {out} and the source {src} overlap; choose another directory")
+    return Path(out)
 
 
 def _recover(plan: Plan, writer: StoreWriter) -> None:

@@ -13,12 +13,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv4.convert.outputs import Unit, is_weight
+from dsv4.convert.outputs.base import Unit, is_weight
+from dsv4.convert.outputs.results import Outcome, Result
 from dsv4.convert.plan import Plan
-from dsv4.convert.recipes import Recipe
-from dsv4.convert.results import Outcome, Result
 from dsv4.formats.errors import ExactnessError
-from dsv4.formats.mxfp4 import MAX_OCTAVES
+from dsv4.formats.model.recipes import Recipe
+from dsv4.formats.numeric.mxfp4 import MAX_OCTAVES
 from dsv4.formats.plain_text import SHOWN, counted, first
 
 
@@ -97,7 +97,7 @@ def inexact(unit: Unit, result: Result) -> Iterator[Inexact]:
 
 
 def refuse_inexact(unit: Unit, result: Result) -> None:
-    """Raise ExactnessError, naming the tensor, if the unit did not carry what it was to carry."""
+    """Raise ExactnessError, naming the tensor, if any value is not the source's."""
     for tensor in inexact(unit, result):
         raise ExactnessError(
             f"{tensor.name} cannot be carried exactly: its block scales span more than "
@@ -106,6 +106,15 @@ def refuse_inexact(unit: Unit, result: Result) -> None:
             "exact; give --accept-rounding to have such blocks rounded (what is finished is kept), "
             "or choose another source"
         )
+    for entry, outcome in zip(unit.inputs, result.outcomes, strict=True):
+        if not outcome.exact:
+            error = (outcome.loss or {}).get("max_abs_error") or 0.0
+            raise ExactnessError(
+                f"{entry.name} cannot be carried exactly: it is {entry.encoding}, its kernel takes "
+                f"BF16, and the nearest BF16 values are up to {error:.3g} away, and recipe native "
+                "is exact; give --accept-rounding to have it rounded (finished work is kept), or "
+                "choose another source"
+            )
 
 
 def inexact_notices(

@@ -6,12 +6,12 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 
-from dsv4.convert.names import matches, names_of
 from dsv4.convert.plan import Plan
-from dsv4.convert.recipes import Recipe, make_recipe
 from dsv4.formats.errors import ConfigError
+from dsv4.formats.model.recipes import Recipe, make_recipe
+from dsv4.formats.model.source_tensor import Encoding
+from dsv4.formats.model.user_names import matches, names_of
 from dsv4.formats.plain_text import counted, first
-from dsv4.formats.source_tensor import Encoding
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _ALIKE = 0.5  # what is less like the pattern is not worth naming

@@ -8,19 +8,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dsv4.convert.dense import Nvfp4Output
-from dsv4.convert.experts import ExpertsOutput
-from dsv4.convert.few_bytes import check_global_scales
-from dsv4.convert.outputs import Output, Unit
-from dsv4.convert.plain import Fp8Output, PlainOutput
-from dsv4.convert.recipes import KEEP_GATES, Recipe, Role, role_of
-from dsv4.convert.source import Source
-from dsv4.convert.values import ValuesOutput
-from dsv4.formats.config import ModelConfig
+from dsv4.convert.outputs.base import Output, Unit
+from dsv4.convert.outputs.dense import Nvfp4Output
+from dsv4.convert.outputs.dequantised import ValuesOutput
+from dsv4.convert.outputs.plain import Fp8Output, PlainOutput
+from dsv4.convert.outputs.stack import ExpertsOutput
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.few_bytes import check_global_scales
 from dsv4.formats.errors import ConfigError
-from dsv4.formats.source_inventory import Inventory, check_inventory
-from dsv4.formats.source_tensor import INTEGERS, Encoding, SourceTensor
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.recipes import KEEP_GATES, Recipe, Role, role_of
+from dsv4.formats.model.source_inventory import Inventory, check_inventory
+from dsv4.formats.model.source_tensor import INTEGERS, Encoding, SourceTensor
+from dsv4.formats.store.specs import FileSpec
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
 _VALUES_OR_NVFP4 = (Role.ROUTER_GATE, Role.LM_HEAD)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.recipes import DEFAULT_RECIPE, Recipe
-from dsv4.convert.source import Source
+from dsv4.convert.sources.base import Source
 from dsv4.formats.errors import ConflictError, OtherConversionError
+from dsv4.formats.model.recipes import DEFAULT_RECIPE, Recipe
 from dsv4.formats.version import TOOL
 
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from dsv4.convert.exactness import Inexact
+from dsv4.convert.outputs.decode import read_mxfp4
+from dsv4.convert.outputs.results import Outcome
 from dsv4.convert.plan import Plan
-from dsv4.convert.read import read_mxfp4
-from dsv4.convert.results import Outcome
-from dsv4.convert.source import Source
-from dsv4.formats.codecs import E8M0_NAN
-from dsv4.formats.mxfp4 import MAX_OCTAVES, cast_mxfp4_to_nvfp4
-from dsv4.formats.source_tensor import Encoding, SourceTensor
+from dsv4.convert.sources.base import Source
+from dsv4.formats.model.source_tensor import Encoding, SourceTensor
+from dsv4.formats.numeric.codecs import E8M0_NAN
+from dsv4.formats.numeric.mxfp4 import MAX_OCTAVES, cast_mxfp4_to_nvfp4
 
 LOCAL_SECONDS = 10.0
 REMOTE_BYTES = 16 << 20

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable
 
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import Recipe
-from dsv4.convert.source import Source
-from dsv4.formats.config import ModelConfig
+from dsv4.convert.sources.base import Source
 from dsv4.formats.errors import SourceError
-from dsv4.formats.text_files import TOKENIZER_FILE, TextFileError, read_text_files
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.recipes import Recipe
+from dsv4.formats.model.text_files import TOKENIZER_FILE, TextFileError, read_text_files
 
 NO_TOKENIZER = f"the source has no {TOKENIZER_FILE}; `dsv4 run` will need --tokens"
 

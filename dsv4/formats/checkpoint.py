@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import StoreError
-from dsv4.formats.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
-from dsv4.formats.matrices import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
-from dsv4.formats.store.contents import QuantizedGroup
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.numeric.operands import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.store.nodes import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ATTRIBUTE, PLAIN_LAYOUT
+from dsv4.formats.store.specs import ATTRIBUTE, PLAIN_LAYOUT
 
 Stored = NVFP4Tensor | Fp8Matrix | Tensor
 """A logical tensor as it is stored, its layout undone."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import FormatError
-from dsv4.formats.layouts import unpack_fp8
-from dsv4.formats.matrices import NVFP4_BLOCK, Fp8Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.layouts import unpack_fp8
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.operands import NVFP4_BLOCK, Fp8Matrix
 
 
 def modelopt_tensors(packed: PackedCheckpoint, name: str) -> dict[str, Tensor]:

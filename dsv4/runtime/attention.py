@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind
+from dsv4.formats.model.config import AttentionKind
 from dsv4.kernels.reference.attention import sparse_attention
 from dsv4.kernels.reference.linear import grouped_linear, linear
 from dsv4.kernels.reference.norm import head_norm, rms_norm
@@ -19,7 +19,7 @@ from dsv4.kernels.reference.rope import apply_rope
 from dsv4.runtime.cache import LayerCache
 from dsv4.runtime.compressor import Compressor
 from dsv4.runtime.indexer import Indexer
-from dsv4.runtime.step import Step
+from dsv4.runtime.positions import Step
 from dsv4.runtime.weights import WeightReader
 
 

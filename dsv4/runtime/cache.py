@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

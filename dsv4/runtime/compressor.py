@@ -12,7 +12,7 @@ from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.norm import rms_norm
 from dsv4.kernels.reference.rope import apply_rope
 from dsv4.runtime.cache import CompressedCache
-from dsv4.runtime.step import Step
+from dsv4.runtime.positions import Step
 from dsv4.runtime.weights import WeightReader
 
 

@@ -11,7 +11,7 @@ from dsv4.kernels.reference.quant_sim import INDEXER_BLOCK, fake_quant_fp4
 from dsv4.kernels.reference.rope import apply_rope
 from dsv4.runtime.cache import CompressedCache
 from dsv4.runtime.compressor import Compressor
-from dsv4.runtime.step import Step
+from dsv4.runtime.positions import Step
 from dsv4.runtime.weights import WeightReader
 
 

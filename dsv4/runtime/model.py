@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.mhc import hc_head, mhc_post, mhc_pre
 from dsv4.kernels.reference.norm import rms_norm
@@ -26,8 +26,8 @@ from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.attention import Attention
 from dsv4.runtime.cache import LayerCache
 from dsv4.runtime.moe import MixtureOfExperts
+from dsv4.runtime.positions import Step
 from dsv4.runtime.session import Session
-from dsv4.runtime.step import Step
 from dsv4.runtime.weights import WeightReader, Weights
 
 DEVICES = ("cpu", "cuda")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.cache import allocate
-from dsv4.runtime.generate import generate
-from dsv4.runtime.sampling import Sampler
-from dsv4.runtime.step import RopeTables, Step
+from dsv4.runtime.positions import RopeTables, Step
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 if TYPE_CHECKING:
     from dsv4.runtime.model import Model

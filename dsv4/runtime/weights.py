@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.matrices import Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.kernels.reference.linear import matrix_shape
 from dsv4.kernels.reference.moe import ExpertStack
 

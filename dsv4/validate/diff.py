@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.store.contents import QuantizedGroup
-from dsv4.formats.store.hierarchy import descriptions
 from dsv4.formats.store.manifest import origin_of
+from dsv4.formats.store.nodes import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.zarr_json import descriptions
 
 _NOT_CONTENT = ("files", "root", "origin")  # follow from the rest, or are no part of the root
 

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dsv4.convert.open_source import open_source
-from dsv4.convert.source import Source
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import NoStoreError, StoreError
 from dsv4.formats.store.reader import PackedStore, collector_paused
-from dsv4.validate.content import Checksums, check_content, default_workers
-from dsv4.validate.exactness import judge_admissions, read_admissions
-from dsv4.validate.inversion import invert, is_another
+from dsv4.validate.checks.content import Checksums, check_content, default_workers
+from dsv4.validate.checks.exactness import judge_admissions, read_admissions
+from dsv4.validate.checks.inversion import invert, is_another
+from dsv4.validate.checks.rounding import Optimum
+from dsv4.validate.checks.structure import check_metadata
 from dsv4.validate.made_from import cheap_difference
 from dsv4.validate.report import Report
-from dsv4.validate.rounding import Optimum
-from dsv4.validate.structure import check_metadata
 from dsv4.validate.watch import Progress, Watch, WatchedSource
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored
-from dsv4.formats.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
 from dsv4.formats.errors import StoreError
-from dsv4.formats.layouts import unpack_fp8
-from dsv4.formats.matrices import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
+from dsv4.formats.numeric.layouts import unpack_fp8
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
 from dsv4.formats.store.manifest import origin_of
 
 _NUMBERED = ("layers", "mtp")

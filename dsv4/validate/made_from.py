@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
-from dsv4.convert.source import Source
-from dsv4.formats.config import ModelConfig
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.errors import ConfigError, SourceError
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.recipes import make_recipe
 from dsv4.formats.store.manifest import origin_of
 from dsv4.formats.store.reader import PackedStore
 
@@ -105,7 +105,7 @@ def source_of(
             "--source"
         )
     # huggingface_hub takes half a second to import.
-    from dsv4.convert.hub_source import HubSource
+    from dsv4.convert.sources.hub import HubSource
 
     source = HubSource(origin["repo"], origin["commit"], on_wait=on_wait)
     return source, f"{origin['repo']}@{origin['commit']}"

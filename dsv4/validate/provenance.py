@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.convert.recipes import Role, role_of
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.codecs import e4m3_decode
-from dsv4.formats.matrices import NVFP4_BLOCK
-from dsv4.formats.store.contents import EXPERT, QuantizedGroup
+from dsv4.formats.model.recipes import Role, role_of
+from dsv4.formats.numeric.codecs import e4m3_decode
+from dsv4.formats.numeric.operands import NVFP4_BLOCK
+from dsv4.formats.store.nodes import EXPERT, QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.validate.report import SCALE_OCTAVES, Report
 

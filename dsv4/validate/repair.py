@@ -18,9 +18,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsv4.convert.outputs import Output
+from dsv4.convert.outputs.base import Output
 from dsv4.convert.plan import Plan
-from dsv4.convert.source import Source
+from dsv4.convert.sources.base import Source
 from dsv4.formats.errors import SourceError, StoreError
 from dsv4.formats.store import digest, integrity
 from dsv4.formats.store.durable import (
@@ -35,7 +35,7 @@ from dsv4.formats.store.durable import (
 )
 from dsv4.formats.store.extents import Sink, partial_path
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import (
+from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     MARKER,
     NODE_DOCUMENT,
@@ -44,7 +44,7 @@ from dsv4.formats.store.schema import (
 )
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.formats.version import TOOL
-from dsv4.validate.examine import FileDamage, examine, measure, open_regular, survey
+from dsv4.validate.damage_scan import FileDamage, examine, measure, open_regular, survey
 from dsv4.validate.made_from import WRONG_SOURCE, plan_of, source_of
 from dsv4.validate.repair_report import FileRepair, RepairReport
 from dsv4.validate.watch import Progress

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dsv4.convert.source import ByteStream, Source
+from dsv4.convert.sources.base import ByteStream, Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsv4.bench import convert as bench
-from dsv4.bench import real_shapes
 from dsv4.bench.lanes import LANES, RECIPES, copy, run, stack_experts, swizzle, today
-from dsv4.bench.space import require_space
 from dsv4.bench.stages import STAGES, watch
-from dsv4.bench_render import throughput_tables
+from dsv4.commands.bench_tables import throughput_tables
 from dsv4.convert.engine import convert
-from dsv4.formats import releases
 from dsv4.formats.errors import ConfigError, OutOfSpaceError
-from tests.formats import tool_judges
+from dsv4.formats.model import releases
+from dsv4.synthetic import real_shapes
+from dsv4.synthetic.disk_space import require_space
+from tests.formats.numeric import tool_judges
 
 SMALL = dataclasses.replace(
     releases.FLASH,

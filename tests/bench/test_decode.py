@@ -12,8 +12,8 @@ from dsv4.bench.kernels import Machine
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
-from tests.runtime.gpu.emulator import Emulator
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
+from tests.support.emulator import Emulator
 
 MANY = dataclasses.replace(
     SMALL,

@@ -13,9 +13,9 @@ from dsv4.bench import kernel_peers
 from dsv4.bench.kernel_peers import Peer, PeerLine, compare
 from dsv4.bench.kernels import Machine
 from dsv4.bench.peer_work import Product, Routed, Work
-from dsv4.bench_render import peer_line
-from dsv4.formats.releases import FLASH
-from tests.runtime.gpu.emulator import Emulator
+from dsv4.commands.bench_tables import peer_line
+from dsv4.formats.model.releases import FLASH
+from tests.support.emulator import Emulator
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsv4.bench import load as bench
-from dsv4.bench.store import make_store
-from dsv4.bench_render import loading_tables
 from dsv4.cli import cli
+from dsv4.commands.bench_tables import loading_tables
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime.load import Settings
+from dsv4.synthetic.store import make_store
 from tests.bench.test_store import SMALL
 
 CPU = torch.device("cpu")

@@ -12,13 +12,13 @@ from dsv4.bench import parity_sessions, soak
 from dsv4.bench.parity_logits import Distance, Proof, after_long_context, distance, from_the_start
 from dsv4.bench.parity_text import greedy_text
 from dsv4.bench.parity_weights import TellingWeights
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers
 from dsv4.runtime.gpu import session
 from dsv4.runtime.gpu.buffers import caches, clear
 from dsv4.runtime.gpu.program import Program
-from tests.runtime.gpu.emulator import Emulator
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
+from tests.support.emulator import Emulator
 
 
 @pytest.fixture(scope="module")

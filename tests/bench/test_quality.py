@@ -16,10 +16,10 @@ from dsv4.bench import quality as bench
 from dsv4.bench.peers import amax_rounding, modelopt_rounding
 from dsv4.bench.quality_table import cost_plot, cost_table
 from dsv4.bench.source_weights import SourceWeights
-from dsv4.bench_cli import bench as commands
+from dsv4.commands.bench import bench as commands
 from dsv4.convert.engine import convert
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.matrices import Fp8Matrix, Matrix
+from dsv4.formats.numeric.operands import Fp8Matrix, Matrix
 from dsv4.runtime.weights import Weights
 from dsv4.validate.engine import validate
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dsv4.bench import quantize as bench
 from dsv4.bench.peers import least_errors
-from dsv4.bench_render import quality_table, speed_table
+from dsv4.commands.bench_tables import quality_table, speed_table
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.layouts import unpack_nvfp4
-from dsv4.formats.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
-from tests.formats.judges import brute_force_errors
+from dsv4.formats.numeric.layouts import unpack_nvfp4
+from dsv4.formats.numeric.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from tests.formats.numeric.judges import brute_force_errors
 
 ELEMENTS = 1 << 18
 

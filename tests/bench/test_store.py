@@ -15,14 +15,14 @@ import zarr
 from click.testing import CliRunner
 
 import dsv4
-from dsv4.bench.store import make_store, shaped
 from dsv4.cli import cli
-from dsv4.convert.tiny import TINY
 from dsv4.formats.errors import ConflictError, OutOfSpaceError
-from dsv4.formats.inventory import DraftKind
-from dsv4.formats.releases import FLASH
-from dsv4.formats.store.hierarchy import descriptions
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.releases import FLASH
 from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.zarr_json import descriptions
+from dsv4.synthetic.store import make_store, shaped
+from dsv4.synthetic.tiny import TINY
 
 FREE = ("sources", "loss", "rel_mse", "exact", "recoded_blocks", "rounded_blocks")
 SMALL = dataclasses.replace(

@@ -176,13 +176,13 @@ def _nothing(*args: Any) -> None:
 def serve(scratch: Path) -> None:
     """Answer requests, a line each, with the exit code of a child."""
     import dsv4.cli
+    import dsv4.commands.tables
     import dsv4.convert.engine
-    import dsv4.render
     import dsv4.validate.engine
-    from dsv4.convert import forecast, workshop
+    from dsv4.convert import estimate, pipeline
 
-    workshop.COMMIT_BYTES = COMMIT_BYTES
-    forecast.METADATA_BYTES_PER_FILE = 0  # so that a disk can be full in spite of the forecast
+    pipeline.COMMIT_BYTES = COMMIT_BYTES
+    estimate.METADATA_BYTES_PER_FILE = 0  # so that a disk can be full in spite of the forecast
     for line in sys.stdin:
         request = json.loads(line)
         with contextlib.suppress(FileNotFoundError):

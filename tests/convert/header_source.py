@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4.convert.source import ByteStream, Source
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.inventory import DraftKind
-from dsv4.formats.safetensors_header import TensorEntry
-from tests.dialects.headers import Dialect, entry, official, stored_by
+from dsv4.convert.sources.base import ByteStream, Source
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.safetensors_header import TensorEntry
+from tests.formats.model.headers import Dialect, entry, official, stored_by
 
 
 class HeaderSource(Source):

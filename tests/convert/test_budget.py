@@ -9,15 +9,15 @@ from typing import cast
 
 import pytest
 
-from dsv4.convert import budget
-from dsv4.convert.budget import BASE_BYTES, DEFAULT_MEMORY, MIN_BUFFER, Budget
-from dsv4.convert.outputs import Output
+from dsv4.convert import memory as budget
+from dsv4.convert.memory import BASE_BYTES, DEFAULT_MEMORY, MIN_BUFFER, Budget
+from dsv4.convert.outputs.base import Output
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import RECIPE_NAMES, make_recipe
 from dsv4.formats.errors import ConfigError, OutOfSpaceError
-from dsv4.formats.inventory import DraftKind
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.recipes import RECIPE_NAMES, make_recipe
 from tests.convert.header_source import HeaderSource
-from tests.real_configs import PUBLISHED
+from tests.support.real_configs import PUBLISHED
 
 MIB, GIB = 1 << 20, 1 << 30
 

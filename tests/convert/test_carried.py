@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dsv4
-from dsv4.convert.carried import checked
-from dsv4.convert.local_source import LocalSource
+from dsv4.convert.outputs.verbatim import checked
+from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.errors import FormatError
 
 

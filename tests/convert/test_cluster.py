@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 import dsv4
-from dsv4.convert.tiny import TINY, write_tiny
 from dsv4.formats.errors import ChangedSourceError, ClusterError, ConfigError
-from dsv4.formats.store.schema import JOURNAL, MARKER
+from dsv4.formats.store.specs import JOURNAL, MARKER
+from dsv4.synthetic.tiny import TINY, write_tiny
 
 pytest.importorskip("distributed")
 
@@ -119,7 +119,7 @@ def test_what_goes_wrong_on_a_worker_is_said_here(checkpoint: Path, tmp_path: Pa
 
 
 def _scale_of_an_expert(directory: Path) -> int:
-    from dsv4.convert.local_source import LocalSource
+    from dsv4.convert.sources.local import LocalSource
 
     entries = LocalSource(directory).entries
     return next(e.begin for n, e in entries.items() if n.startswith("layers.0") and "w1.scale" in n)

@@ -12,23 +12,23 @@ import pytest
 from click.testing import CliRunner
 
 import dsv4
-from dsv4.bench.real_shapes import few_layers
 from dsv4.cli import cli
 from dsv4.convert import scale_look
 from dsv4.convert.counter import Event
 from dsv4.convert.engine import convert
-from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import make_plan
-from dsv4.convert.recipes import make_recipe
 from dsv4.convert.scale_look import look_at_scales
-from dsv4.convert.tiny import hub_config, write_tiny
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.errors import ExactnessError, FormatError, StoreError
-from dsv4.formats.inventory import DraftKind
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.recipes import make_recipe
+from dsv4.formats.model.releases import FLASH
+from dsv4.synthetic.real_shapes import few_layers
+from dsv4.synthetic.tiny import hub_config, write_tiny
 from tests.conftest import MakeSource
 from tests.convert.header_source import HeaderSource
 from tests.convert.wide import HELD, Bytes, edited, widened
-from tests.oracles import source_values
+from tests.support.oracles import source_values
 from tests.validate.small import SMALL
 
 DRAFT = dataclasses.replace(SMALL, num_draft_layers=1)

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4.convert import file_pass
-from dsv4.convert.file_pass import (
+from dsv4.convert.outputs.base import Unit
+from dsv4.convert.pipeline import Part, make_parts
+from dsv4.convert.plan import make_plan
+from dsv4.convert.sources import hashing_reader
+from dsv4.convert.sources.base import Reader, bytes_of
+from dsv4.convert.sources.hashing_reader import (
     Evidence,
     FilePass,
     Fingerprints,
@@ -20,15 +24,11 @@ from dsv4.convert.file_pass import (
     Schedule,
     entries_of,
 )
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.outputs import Unit
-from dsv4.convert.plan import make_plan
-from dsv4.convert.recipes import make_recipe
-from dsv4.convert.source import Reader, bytes_of
-from dsv4.convert.tiny import TINY, write_tiny
-from dsv4.convert.workshop import Part, make_parts
+from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.errors import ChangedSourceError
-from dsv4.formats.safetensors_header import TensorEntry
+from dsv4.formats.model.recipes import make_recipe
+from dsv4.formats.model.safetensors_header import TensorEntry
+from dsv4.synthetic.tiny import TINY, write_tiny
 from tests.convert.faults import scatter
 
 Pass = Callable[[Unit, RangeReads], None]
@@ -179,7 +179,7 @@ def _rows(unit: Unit, reader: Reader, step: int) -> bytes:
 def test_a_large_tensor_is_taken_while_it_passes(
     source: Counting, hub: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    monkeypatch.setattr(file_pass, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(hashing_reader, "INLINE_BYTES", 1000)
     part, known = _embedding(source), Fingerprints()
     entry = next(e for u in part.units for e in entries_of(u) if u.key == "embed/weight")
     evidence: list[Evidence] = []
@@ -202,7 +202,7 @@ def test_a_large_tensor_is_taken_while_it_passes(
 def test_the_second_look_at_a_large_tensor_is_compared(
     source: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_pass, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(hashing_reader, "INLINE_BYTES", 1000)
     source.lies.add("embed.weight")
 
     def ready(unit: Unit, reader: RangeReads) -> None:
@@ -216,7 +216,7 @@ def test_the_second_look_at_a_large_tensor_is_compared(
 def test_a_large_tensor_that_nobody_takes_is_hashed(
     source: Counting, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_pass, "INLINE_BYTES", 1000)
+    monkeypatch.setattr(hashing_reader, "INLINE_BYTES", 1000)
     part = _embedding(source)
     sha256 = _walk(source, part, lambda unit, reader: None)
     assert sha256 == hashlib.sha256((hub / part.file).read_bytes()).hexdigest()
@@ -321,7 +321,7 @@ def test_a_file_that_is_not_the_published_one(hub: Path) -> None:
 
 def test_a_pass_stops_between_pieces(source: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no unit wants anything of the file."""
-    monkeypatch.setattr(file_pass, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(hashing_reader, "PIECE_BYTES", 4096)
     file = max(source.sizes, key=source.sizes.__getitem__)
     asked = 0
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from dsv4.cli import main
-from dsv4.convert.tiny import HF_TINY, write_tiny
-from dsv4.formats.store.schema import MARKER
+from dsv4.formats.store.specs import MARKER
+from dsv4.synthetic.tiny import HF_TINY, write_tiny
 from tests.convert.hostile import (
     AT_OPEN,
+    GLOBAL_SCALES,
     HARMLESS,
     IN_CARRIED,
     IN_NVFP4,
@@ -120,12 +121,13 @@ def _check_refusal(hostile: Hostile, ran: Ran) -> None:
         assert part in sentence
 
 
-@pytest.mark.parametrize("case", AT_OPEN)
+@pytest.mark.parametrize("case", AT_OPEN | GLOBAL_SCALES)
 def test_refused_before_anything_is_written(
-    case: str, checkpoint: Path, tmp_path: Path, run: Runner
+    case: str, checkpoint: Path, nvfp4_checkpoint: Path, tmp_path: Path, run: Runner
 ) -> None:
-    hostile = AT_OPEN[case]
-    hub, out = _world(checkpoint, tmp_path, hostile.damage)
+    hostile = (AT_OPEN | GLOBAL_SCALES)[case]
+    source = nvfp4_checkpoint if case in GLOBAL_SCALES else checkpoint
+    hub, out = _world(source, tmp_path, hostile.damage)
     before = _snapshot(tmp_path, out)
     for args in (("plan", hub), ("plan", hub, "--json"), ("convert", "--hf", hub, "--out", out)):
         _check_refusal(hostile, run(*args))

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 import dsv4
 from dsv4.cli import cli
 from dsv4.convert.keep import refuse_idle_keep
-from dsv4.convert.names import names_of
-from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
-from dsv4.convert.source import Source
-from dsv4.formats.dialects import hub_stem
+from dsv4.convert.sources.base import Source
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.errors import ConfigError
+from dsv4.formats.model.dialects import hub_stem
+from dsv4.formats.model.recipes import make_recipe
+from dsv4.formats.model.user_names import names_of
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.bench.real_shapes import SMALL_VOCABULARY, few_layers, write_checkpoint
-from dsv4.formats.releases import MODELS
+from dsv4.formats.model.releases import MODELS
+from dsv4.synthetic.real_shapes import SMALL_VOCABULARY, few_layers, write_checkpoint
 
 GIB = 1 << 30
 TOLERANCE = 0.10

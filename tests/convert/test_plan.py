@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from dsv4.convert.experts import ExpertsOutput
+from dsv4.convert.outputs.stack import ExpertsOutput
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.recipes import make_recipe
 from dsv4.formats.errors import ConfigError
-from dsv4.formats.inventory import DraftKind
-from dsv4.formats.store.schema import ArraySpec, FileSpec
+from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.model.recipes import make_recipe
+from dsv4.formats.store.specs import ArraySpec, FileSpec
 from tests.convert.header_source import HeaderSource
-from tests.real_configs import PUBLISHED, Published
+from tests.support.real_configs import PUBLISHED, Published
 
 ALIGNMENT = 4096
 

@@ -16,7 +16,7 @@ import dsv4
 from dsv4.cli import cli
 from dsv4.convert import engine, resume
 from dsv4.formats.errors import ConflictError, Dsv4Error
-from tests.store.golden import unpack
+from tests.formats.store.golden import unpack
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dsv4.cli import cli
-from dsv4.convert.foreign_sources import top_level
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.open_source import open_source
 from dsv4.convert.plan import make_plan
-from dsv4.convert.recipes import make_recipe
-from dsv4.convert.source import AUX_FILES, INDEX_FILE
-from dsv4.convert.source_files import SourceFiles
-from dsv4.convert.tiny import HF_TINY, write_tiny
+from dsv4.convert.sources.base import AUX_FILES, INDEX_FILE
+from dsv4.convert.sources.files import SourceFiles
+from dsv4.convert.sources.foreign import top_level
+from dsv4.convert.sources.local import LocalSource
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.errors import SourceError
+from dsv4.formats.model.recipes import make_recipe
+from dsv4.synthetic.tiny import HF_TINY, write_tiny
 from tests.formats.test_file_kinds import KINDS
 
 SHARD = "model-00002-of-00004.safetensors"

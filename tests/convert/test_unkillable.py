@@ -23,16 +23,16 @@ from typing import Any
 
 import pytest
 
-from dsv4.convert import engine, workshop
-from dsv4.convert.budget import Budget
-from dsv4.convert.local_source import SAMPLE_BYTES, LocalSource
-from dsv4.convert.source import ByteStream
-from dsv4.convert.tiny import TINY, write_tiny
+from dsv4.convert import engine, pipeline
+from dsv4.convert.memory import Budget
+from dsv4.convert.sources.base import ByteStream
+from dsv4.convert.sources.local import SAMPLE_BYTES, LocalSource
 from dsv4.formats.errors import ChangedSourceError, ConflictError, StoreError
 from dsv4.formats.store.durable import DirectoryLock
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import JOURNAL, MARKER
+from dsv4.formats.store.specs import JOURNAL, MARKER
 from dsv4.formats.store.writer import StoreWriter
+from dsv4.synthetic.tiny import TINY, write_tiny
 from tests.convert.faults import (
     ANY,
     CALLS,
@@ -562,7 +562,7 @@ def damaged(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> Damaged:
     file = sorted(LocalSource(reference.source).sizes)[1]
     source = Damaged(reference.source, file, _unsampled(reference.source, file))
     monkeypatch.setattr(engine, "open_source", lambda src, revision: source)
-    monkeypatch.setattr(workshop, "COMMIT_BYTES", COMMIT_BYTES)
+    monkeypatch.setattr(pipeline, "COMMIT_BYTES", COMMIT_BYTES)
     for sync in SYNCS:
         monkeypatch.setattr(os, sync, lambda descriptor: None)
     return source

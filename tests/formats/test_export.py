@@ -9,9 +9,9 @@ import torch
 
 import dsv4
 from dsv4.formats.export import modelopt_tensors
-from dsv4.formats.nvfp4 import NVFP4Tensor
-from tests.formats.tool_judges import modelopt_dequantize
-from tests.oracles import source_values, stored_tensors
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from tests.formats.numeric.tool_judges import modelopt_dequantize
+from tests.support.oracles import source_values, stored_tensors
 
 
 def test_modelopt_reads_the_exported_experts_as_the_source(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from dsv4.formats.file_kinds import HEAD_BYTES, kind_of, misfit
-from dsv4.formats.safetensors_header import MAX_HEADER_BYTES
+from dsv4.formats.model.safetensors_header import MAX_HEADER_BYTES
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 5368709120\n" % (
     b"a" * 64

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import e2m1_decode, e4m3_decode, e8m0_decode, unpack_nibbles
-from dsv4.formats.config import AttentionKind
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.config import AttentionKind
+from dsv4.formats.model.releases import FLASH, PRO
+from dsv4.formats.numeric.codecs import e2m1_decode, e4m3_decode, e8m0_decode, unpack_nibbles
 from dsv4.kernels.core.contract import Buffers, Case, Expected
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.kv_cache import q_rope_contract
@@ -23,7 +23,7 @@ from dsv4.kernels.reference.quant_sim import (
     fake_quant_fp8,
 )
 from dsv4.kernels.reference.rope import apply_rope
-from tests.kernels.machine_code import machine_code
+from tests.support.machine_code import machine_code
 
 RUNS = [Run(2, 5, 3), Run(0, 125, 9), Run(1, 4095), Run(3, 250, 6), Run(4, 0, 5)]
 CSA, HCA = (Layer.of(FLASH, kind) for kind in (AttentionKind.CSA, AttentionKind.HCA))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.kernels.core.contract import Buffers, Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.attention.contract import DECODE_ROWS, attention, case, cases, checks
 from dsv4.kernels.ops.attention.inputs import Plan
 from dsv4.kernels.ops.attention.reference import Shape, expected, seen_rows, shapes_of
-from tests.kernels.interpreter.alterations import instead, without
-from tests.kernels.interpreter.run import faults
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.alterations import instead, without
+from tests.support.interpreter.run import faults
+from tests.support.machine_code import machine_code
 
 # The kernels' dimensions, on few rows.
 SMALL = {

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from dsv4.cli import cli
 from dsv4.formats.errors import KernelError
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core import library, signature
 from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library

@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from dsv4.formats.config import AttentionKind
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.config import AttentionKind
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.ops.indexer import contract as indexer
 from dsv4.kernels.ops.indexer.inputs import Rows, coarse
 from dsv4.kernels.ops.kv_cache import contract as append
 from dsv4.kernels.ops.kv_cache import q_rope_contract
 from dsv4.kernels.ops.kv_cache.contract import Layer, Run
-from tests.kernels.interpreter.run import configured, faults
+from tests.support.interpreter.run import configured, faults
 
 STEPS = {
     "window wraps": (AttentionKind.SLIDING, [Run(1, 131, 2), Run(0, -1)]),

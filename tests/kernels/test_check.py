@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.errors import KernelError
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.contract import Case, Expected, Launch
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.core.signature import Argument, Kernel, kernel

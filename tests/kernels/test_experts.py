@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.matrices import Nvfp4Matrix
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
+from dsv4.formats.numeric.operands import Nvfp4Matrix
 from dsv4.kernels.core.bounds import chained, mma_order, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
 from dsv4.kernels.core.verify import fault
@@ -18,8 +18,8 @@ from dsv4.kernels.ops.experts import reference
 from dsv4.kernels.ops.experts.contract import Shape, case, cases, checks, experts
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.moe import routed_experts, split_gate_up, swiglu
-from tests.kernels.interpreter.run import faults
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.run import faults
+from tests.support.machine_code import machine_code
 
 SMALL = Shape(1024, 1024, experts=5, top_k=3, limit=10.0)
 CHAINS = 8

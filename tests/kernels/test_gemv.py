@@ -10,12 +10,12 @@ from torch import Tensor
 from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint4
 from torchao.prototype.mx_formats.utils import from_blocked
 
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.kernels.core.contract import Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.gemv.contract import Weight, case, cases, gemv, tuned, weights_of
-from tests.kernels.interpreter.run import faults
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.run import faults
+from tests.support.machine_code import machine_code
 
 NVFP4 = Weight("nvfp4", 256, 512, slabs=2)
 FP8 = Weight("fp8", 256, 512, slabs=2)

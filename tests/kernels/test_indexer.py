@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
+from dsv4.formats.numeric.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
 from dsv4.kernels.core.contract import Buffers, Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.indexer.contract import (
@@ -24,7 +24,7 @@ from dsv4.kernels.reference.indexer import hadamard
 from dsv4.kernels.reference.indexer import index_scores as reference_scores
 from dsv4.kernels.reference.quant_sim import INDEXER_BLOCK, fake_quant_fp4
 from dsv4.kernels.reference.rope import apply_rope
-from tests.kernels.machine_code import machine_code
+from tests.support.machine_code import machine_code
 
 PLACES = Rows((2100, -1, 2047, 2300, 2303), (1, 0, 0, 0, 1))
 CAPACITY = 576

@@ -11,8 +11,8 @@ from dsv4.kernels.ops.fp4_blackwell import gemm_contract, grouped_contract, quan
 from dsv4.kernels.ops.fp4_blackwell.gemm_contract import Product
 from dsv4.kernels.ops.fp4_blackwell.grouped_contract import Experts
 from dsv4.kernels.ops.fp4_blackwell.quantize_contract import Form
-from tests.kernels.interpreter.alterations import WAIT, instead, without
-from tests.kernels.interpreter.run import Alteration, configured, faults
+from tests.support.interpreter.alterations import WAIT, instead, without
+from tests.support.interpreter.run import Alteration, configured, faults
 
 DENSE = {
     "two slabs": (Product(256, 512, 2), 130, 128, 1),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.kernels.core.contract import Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.hyper_connections.contract import (
@@ -22,8 +22,8 @@ from dsv4.kernels.ops.hyper_connections.contract import (
 )
 from dsv4.kernels.reference.mhc import hc_head, mhc_post, mhc_pre
 from dsv4.kernels.reference.norm import rms_norm
-from tests.kernels.interpreter.run import faults, interpret
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.run import faults, interpret
+from tests.support.machine_code import machine_code
 
 SMALL = Shape(512, 20, 1e-6, 1e-6, finish_warps=2)
 TINY = Shape(256, 20, 1e-6, 1e-6, width=2, warps=8)

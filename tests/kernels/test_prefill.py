@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.matrices import Nvfp4Matrix
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
+from dsv4.formats.numeric.operands import Nvfp4Matrix
 from dsv4.kernels.core.bounds import blocked
 from dsv4.kernels.core.contract import Buffers, Case, Expected
 from dsv4.kernels.core.signature import Kernel
@@ -22,9 +22,9 @@ from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
 from dsv4.kernels.ops.prefill.experts_reference import expected
 from dsv4.kernels.ops.prefill.weight_fragments import arranged_column
 from dsv4.kernels.reference.moe import routed_experts
-from tests.kernels.interpreter.alterations import WAIT, instead, without
-from tests.kernels.interpreter.run import Alteration, faults
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.alterations import WAIT, instead, without
+from tests.support.interpreter.run import Alteration, faults
+from tests.support.machine_code import machine_code
 
 SMALL = Shape(256, 1024, experts=3, top_k=2, limit=10.0)
 NARROW = dataclasses.replace(SMALL, hidden=128)

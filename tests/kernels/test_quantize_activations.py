@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import e2m1_encode, pack_nibbles, unpack_nibbles
-from dsv4.formats.layouts import untile_scales
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
+from dsv4.formats.numeric.codecs import e2m1_encode, pack_nibbles, unpack_nibbles
+from dsv4.formats.numeric.layouts import untile_scales
 from dsv4.kernels.core.contract import Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.fp4_blackwell.quantize_contract import (
@@ -26,7 +26,7 @@ from dsv4.kernels.ops.fp4_blackwell.quantize_contract import (
     quantize,
 )
 from dsv4.kernels.ops.fp4_blackwell.reference import dequantize_activations, quantize_activations
-from tests.kernels.machine_code import machine_code
+from tests.support.machine_code import machine_code
 
 with warnings.catch_warnings():  # it warns about torch.jit while importing
     warnings.simplefilter("ignore")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4.formats.releases import FLASH, PRO
+from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.kernels.core.contract import Case
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.router.contract import SIZES, Shape, case, checks, router
-from tests.kernels.interpreter.run import faults, interpret
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.run import faults, interpret
+from tests.support.machine_code import machine_code
 
 SCORE = Shape("bf16", 128, 512, 6, hashed=False, scaling=1.5, warps=2)
 HASH = dataclasses.replace(SCORE, hashed=True, vocab=50)

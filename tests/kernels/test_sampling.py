@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
 
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.kernels.ops.sampling.contract import UNUSUAL, case, cases, checks, mixed, nucleus, plain
@@ -26,9 +26,9 @@ from dsv4.kernels.reference.sampling import (
     scale,
     weights,
 )
-from tests.kernels.interpreter.alterations import WAIT, instead, without
-from tests.kernels.interpreter.run import faults
-from tests.kernels.machine_code import machine_code
+from tests.support.interpreter.alterations import WAIT, instead, without
+from tests.support.interpreter.run import faults
+from tests.support.machine_code import machine_code
 
 VOCAB = 520  # two vectors of a lane
 SMALL = {"ctas": 2, "warps": 2}

@@ -6,10 +6,10 @@ import pytest
 import torch
 import xxhash
 
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.ops.xxh3.contract import case, checks
 from dsv4.kernels.reference.xxh3 import accumulators, digests
-from tests.kernels.interpreter.run import faults
+from tests.support.interpreter.run import faults
 
 
 @pytest.mark.parametrize("nbytes", [1024, 2048, 4096, 65536, 66560])

@@ -15,7 +15,7 @@ from dsv4.kernels.reference.router import route_by_score
 from dsv4.runtime import moe
 from dsv4.runtime.cache import CompressedCache
 from dsv4.runtime.indexer import Indexer
-from dsv4.runtime.step import Step
+from dsv4.runtime.positions import Step
 
 # An FP32 forward pass of these small models is exact to about 4e-6 of the logits' spread.
 FLOAT32_TOLERANCE = 1e-4

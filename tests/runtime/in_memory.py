@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import interleave_rows, pack_fp8, pack_nvfp4
-from dsv4.formats.matrices import Matrix
-from dsv4.formats.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.layouts import interleave_rows, pack_fp8, pack_nvfp4
+from dsv4.formats.numeric.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.numeric.operands import Matrix
 
 # A packing: the parts that share a matrix (one, or gate and up) -> operand, and what it holds.
 Packing = Callable[[tuple[Tensor, ...], int], tuple[Matrix, tuple[Tensor, ...]]]

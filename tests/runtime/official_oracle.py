@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from tests.runtime.transformers_oracle import transformers_model
 
 _QUANTISED_INPUTS = ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "gate_proj", "up_proj")

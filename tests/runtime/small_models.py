@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind, ModelConfig, YarnConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig, YarnConfig
 
 YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)
 

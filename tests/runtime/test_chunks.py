@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime import session as session_module
 from dsv4.runtime.model import Model, load

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.model import load
 from tests.runtime.agreement import (

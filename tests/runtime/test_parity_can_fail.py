@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4.kernels.reference import compressor as compressor_ops
 from dsv4.kernels.reference import mhc, moe, norm, rope, router
 from dsv4.runtime.model import load
-from dsv4.runtime.step import Step
+from dsv4.runtime.positions import Step
 from tests.runtime.agreement import FLOAT32_TOLERANCE, deviation
 from tests.runtime.in_memory import InMemoryWeights
 from tests.runtime.small_models import ODD_SHAPED, random_ids, random_weights
@@ -108,11 +108,11 @@ MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
     "entries not rotated": ("dsv4.runtime.compressor.apply_rope", lambda x, cos, sin: x),
     "index queries not rotated": ("dsv4.runtime.indexer.apply_rope", lambda x, cos, sin: x),
     "no YaRN": (
-        "dsv4.runtime.step.inverse_frequencies",
+        "dsv4.runtime.positions.inverse_frequencies",
         lambda dim, theta, yarn: rope.inverse_frequencies(dim, theta, None),
     ),
     "one theta for all layers": (
-        "dsv4.runtime.step.inverse_frequencies",
+        "dsv4.runtime.positions.inverse_frequencies",
         lambda dim, theta, yarn: rope.inverse_frequencies(dim, 10000.0, yarn),
     ),
     "window one short": (
@@ -120,11 +120,11 @@ MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda ids, position, window, tables: Step(ids, position, window - 1, tables),
     ),
     "blocks seen one token late": (
-        "dsv4.runtime.step.Step.visible_blocks",
+        "dsv4.runtime.positions.Step.visible_blocks",
         lambda self, ratio: self.positions // ratio,
     ),
     "blocks seen early": (
-        "dsv4.runtime.step.Step.visible_blocks",
+        "dsv4.runtime.positions.Step.visible_blocks",
         lambda self, ratio: (self.positions + 2) // ratio,
     ),
     "overlap halves swapped": (

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.operands import Fp8Matrix, Nvfp4Matrix
 from dsv4.kernels.reference import accumulate
 from dsv4.kernels.reference.accumulate import spans
 from dsv4.kernels.reference.attention import sparse_attention

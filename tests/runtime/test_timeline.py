@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dsv4.runtime import timeline
+from dsv4.runtime import startup_clock
 
 YOUNG = """
 import json, time
 time.sleep(0.3)
-from dsv4.runtime.timeline import Timeline
+from dsv4.runtime.startup_clock import Timeline
 line = Timeline()
 line.mark("sleep")
 time.sleep(0.2)
@@ -40,5 +40,5 @@ def test_phases_count_from_the_process_s_start() -> None:
 def test_a_system_that_does_not_say_when_counts_from_now(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(timeline, "_STATUS", tmp_path / "absent")
-    assert timeline.process_age() == 0.0
+    monkeypatch.setattr(startup_clock, "_STATUS", tmp_path / "absent")
+    assert startup_clock.process_age() == 0.0

@@ -11,7 +11,7 @@ from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Indexer
 
 from dsv4.bench.transformers_peer import its_config, its_name
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 
 
 def transformers_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:

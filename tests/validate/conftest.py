@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv4.convert.engine import convert
-from dsv4.formats.inventory import DraftKind
+from dsv4.formats.model.inventory import DraftKind
 from tests.conftest import MakeSource
 from tests.validate.small import SMALL
 

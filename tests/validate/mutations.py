@@ -10,7 +10,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 
-from dsv4.formats.store.schema import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
 from tests.validate.scratch import Scratch
 
 STRANGERS = ("extra.bin", "head/c/9", "assets/notes.txt", "norm/weight/c/0.partial")

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv4.formats.layouts import pack_nvfp4, unpack_nvfp4
-from dsv4.formats.matrices import Nvfp4Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.layouts import pack_nvfp4, unpack_nvfp4
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.formats.numeric.operands import Nvfp4Matrix
 from dsv4.formats.store.digest import XXH3_BYTES
 from dsv4.formats.store.file_digest import FileDigest
-from dsv4.formats.store.hierarchy import descriptions, parse_root
 from dsv4.formats.store.manifest import FileRecord, content_root
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.zarr_json import descriptions, parse_root
 
 Json = dict[str, Any]
 Edit = Callable[[Json, Json], object]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from dsv4.convert.local_source import LocalSource
-from dsv4.formats.layouts import dequantize, pack_nvfp4, unpack_nvfp4
-from dsv4.formats.metrics import Loss
-from dsv4.formats.nvfp4 import NVFP4Tensor
-from dsv4.formats.store.schema import NODE_DOCUMENT
+from dsv4.convert.sources.local import LocalSource
+from dsv4.formats.numeric.layouts import dequantize, pack_nvfp4, unpack_nvfp4
+from dsv4.formats.numeric.loss import Loss
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
+from dsv4.formats.store.specs import NODE_DOCUMENT
 from tests.validate.mutations import Mutation
 from tests.validate.scratch import Edit, Json, Scratch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsv4.convert.tiny import TINY
+from dsv4.synthetic.tiny import TINY
 
 SMALL = dataclasses.replace(
     TINY,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import dsv4
-from dsv4.formats.store import contents, integrity
-from dsv4.formats.store.schema import LAYOUT_OF
-from dsv4.validate import claims, inversion, values
+from dsv4.formats.store import integrity, nodes
+from dsv4.formats.store.specs import LAYOUT_OF
+from dsv4.validate.checks import inversion, manifest_claims, value_ranges
 from dsv4.validate.report import Report
-from tests.store.packing import tree
+from tests.formats.store.packing import tree
 from tests.validate.mutations import KINDS, Mutation, raw_faults
 from tests.validate.scratch import Scratch
 from tests.validate.sealed import sealed_faults
@@ -132,7 +132,7 @@ def _nothing(*args: Any) -> Iterator[Any]:
     return iter(())
 
 
-_group_rules = values._group_rules
+_group_rules = value_ranges._group_rules
 
 
 def _no_rules(*args: Any) -> Iterator[Any]:
@@ -142,12 +142,12 @@ def _no_rules(*args: Any) -> Iterator[Any]:
 PARTS: dict[str, tuple[object, str, object, str]] = {
     "strangers": (integrity, "unlisted", _nothing, "stranger extra.bin"),
     "node documents": (integrity, "node_faults", _nothing, "own document"),
-    "layout ids": (contents, "LAYOUT_OF", _AnyLayout(LAYOUT_OF), "sealed: layout id"),
+    "layout ids": (nodes, "LAYOUT_OF", _AnyLayout(LAYOUT_OF), "sealed: layout id"),
     "carried bytes": (inversion, "_same_bytes", lambda *args: True, "sealed: FP8 code"),
     "carried scales": (inversion, "_same_bytes", lambda *args: True, "sealed: FP8 scale"),
-    "block scales": (values, "_group_rules", _no_rules, "sealed: NaN block scale"),
+    "block scales": (value_ranges, "_group_rules", _no_rules, "sealed: NaN block scale"),
     "SHA-256 of the source": (
-        claims,
+        manifest_claims,
         "check_source_files",
         lambda *args: set(),
         "sealed: hash of a source file",

@@ -16,10 +16,11 @@ import dsv4
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.reader import PackedStore
-from dsv4.validate.content import PIECE_BYTES, scan_files
+from dsv4.validate.checks.content import PIECE_BYTES, scan_files
+from dsv4.validate.checks.value_ranges import Judge, judges
 from dsv4.validate.report import Report
-from dsv4.validate.values import Judge, judges
-from tests.store import flash
+from dsv4.validate.watch import Watch
+from tests.formats.store import flash
 
 QUICK_S = 1.0  # of CPU time: other processes on the machine do not count
 
@@ -98,7 +99,9 @@ def test_impossible_values_are_named(store: Path, case: str) -> None:
     assert judged.broken_by(raw[: file.payload_nbytes]) == set()
     payload[-1] = value
     raw.tofile(store / file.key)
-    (found,) = scan_files(packed.store, [file], {file.key: judged}, workers=1, proof=True)
+    (found,) = scan_files(
+        packed.store, [file], {file.key: judged}, workers=1, proof=True, watch=Watch()
+    )
     assert found.problems
     (broken,) = found.broken
     assert what in broken
@@ -106,7 +109,7 @@ def test_impossible_values_are_named(store: Path, case: str) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES - 1, PIECE_BYTES, 2 * PIECE_BYTES + 5])
 def test_files_of_any_length_are_read_to_their_end(tmp_path: Path, size: int) -> None:
-    from dsv4.validate.content import _pieces
+    from dsv4.validate.checks.content import _pieces
 
     raw = np.random.default_rng(size).integers(256, size=size, dtype=np.uint8)
     raw.tofile(tmp_path / "file")
@@ -122,11 +125,13 @@ def test_a_link_is_not_followed_and_a_lost_file_is_a_finding(store: Path) -> Non
     norm = packed.store.files_under("norm/weight")
     (store / "norm").rename(store.parent / "norm")
     (store / "norm").symlink_to(store.parent / "norm")
-    (found,) = scan_files(packed.store, norm, {}, workers=1, proof=True)
+    (found,) = scan_files(packed.store, norm, {}, workers=1, proof=True, watch=Watch())
     assert "symbolic link" in found.problems[0][1]
     head = packed.store.files_under("head/codes")
     (store / head[0].key).unlink()
-    (found,) = scan_files(packed.store, head, {head[0].key: Judge("head")}, workers=1, proof=True)
+    (found,) = scan_files(
+        packed.store, head, {head[0].key: Judge("head")}, workers=1, proof=True, watch=Watch()
+    )
     assert "cannot be read" in found.problems[0][1]
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import dsv4
 from dsv4.cli import cli
 from dsv4.convert.engine import convert
-from dsv4.validate.html import render_html
+from dsv4.validate.page.html import render_html
 from tests.convert.wide import HELD, widened
 from tests.validate.page import Page
 from tests.validate.scratch import Edit, Json, Scratch

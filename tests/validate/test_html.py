@@ -18,8 +18,8 @@ import dsv4
 from dsv4.cli import cli
 from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
-from dsv4.validate import plots
-from dsv4.validate.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
+from dsv4.validate.page import plots
+from dsv4.validate.page.html import ADVICE, MAX_FINDINGS, MAX_ROWS, render_html
 from dsv4.validate.provenance import role
 from dsv4.validate.report import SCALE_OCTAVES, Finding, Report, TensorVerdict
 from tests.validate.page import Page

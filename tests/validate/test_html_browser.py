@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dsv4
-from dsv4.validate.html import render_html
+from dsv4.validate.page.html import render_html
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (extra `browser`)"

@@ -15,7 +15,7 @@ import dsv4
 from dsv4.cli import cli
 from dsv4.validate.diff import diff
 from dsv4.validate.inspect import tensor, tree
-from tests.oracles import stored_tensors
+from tests.support.oracles import stored_tensors
 
 
 def _inspect(*args: object, code: int = 0) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_recipes_differ_in_the_rounded_tensors(native_store: Path, standard_stor
 
 
 def test_another_byte_is_found_by_expert(tiny_source: Path, tmp_path: Path) -> None:
-    from dsv4.convert.local_source import LocalSource
+    from dsv4.convert.sources.local import LocalSource
 
     other = Path(shutil.copytree(tiny_source, tmp_path / "hub"))
     entry = LocalSource(other).entries["layers.2.ffn.experts.5.w3.weight"]

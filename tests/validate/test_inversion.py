@@ -14,19 +14,19 @@ import pytest
 import torch
 
 import dsv4
-from dsv4.bench.real_shapes import few_layers, write_checkpoint
-from dsv4.convert.open_source import open_source
-from dsv4.convert.rounding import round_tiles
+from dsv4.convert.outputs.rounding import round_tiles
+from dsv4.convert.sources.open import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint, values_of
-from dsv4.formats.codecs import e2m1_encode, pack_nibbles
-from dsv4.formats.matrices import Fp8Matrix
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
-from dsv4.formats.releases import PRO
-from dsv4.validate import inversion, rounding
-from dsv4.validate.html import render_html
+from dsv4.formats.model.releases import PRO
+from dsv4.formats.numeric.codecs import e2m1_encode, pack_nibbles
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
+from dsv4.formats.numeric.operands import Fp8Matrix
+from dsv4.synthetic.real_shapes import few_layers, write_checkpoint
+from dsv4.validate.checks import inversion, rounding
+from dsv4.validate.checks.rounding import largest_error
+from dsv4.validate.checks.router_gates import INPUTS, agreement, unit_inputs
+from dsv4.validate.page.html import render_html
 from dsv4.validate.report import Report
-from dsv4.validate.rounding import largest_error
-from dsv4.validate.router import INPUTS, agreement, unit_inputs
 from tests.validate.page import Page
 
 MEMORY_LIMIT = 1 << 30  # half of what is promised: the layer has few experts here
@@ -138,7 +138,7 @@ def _worse(tiny_source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: 
                 codes, scales = rounded.codes ^ 1, rounded.scales
             yield start, values, NVFP4Tensor(codes, scales, rounded.global_scale, rounded.shape)
 
-    monkeypatch.setattr("dsv4.convert.dense.round_tiles", worse)
+    monkeypatch.setattr("dsv4.convert.outputs.dense.round_tiles", worse)
     dsv4.convert(tiny_source, out)
     monkeypatch.undo()
     return dsv4.validate(out, source=tiny_source)

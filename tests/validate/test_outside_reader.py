@@ -19,8 +19,8 @@ import zarr
 from numpy.typing import NDArray
 
 import dsv4
-from tests.dialects.dequantisers import modelopt_decode
-from tests.oracles import source_values
+from tests.formats.model.dequantisers import modelopt_decode
+from tests.support.oracles import source_values
 from tests.validate.test_validate import SELF_CONSISTENT, _tampered_source
 
 Values = NDArray[np.float64]

@@ -17,13 +17,13 @@ import pytest
 
 import dsv4
 from dsv4.convert.engine import convert
-from dsv4.convert.local_source import LocalSource
-from dsv4.convert.tiny import TINY, write_tiny
+from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.errors import ConflictError, Dsv4Error, SourceError, StoreError
-from dsv4.formats.inventory import DraftKind
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.store.durable import DirectoryLock
-from tests.store.packing import tree
-from tests.test_cli import dsv4_command, refused
+from dsv4.synthetic.tiny import TINY, write_tiny
+from tests.commands.test_cli import dsv4_command, refused
+from tests.formats.store.packing import tree
 from tests.validate.small import SMALL
 
 W13 = "layers/0/ffn/experts/w13"

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 import dsv4
 from dsv4.convert.engine import convert
-from dsv4.convert.plain import Fp8Output
-from dsv4.convert.tiny import write_tiny
+from dsv4.convert.outputs.plain import Fp8Output
 from dsv4.formats.errors import NoStoreError, SourceError
-from tests.oracles import stored_tensors
+from dsv4.synthetic.tiny import write_tiny
+from tests.support.oracles import stored_tensors
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def _tampered_source(tiny_source: Path, tmp_path: Path, edit: Callable[[bytearra
 
 
 def _range(source: Path, name: str) -> tuple[int, int]:
-    from dsv4.convert.local_source import LocalSource
+    from dsv4.convert.sources.local import LocalSource
 
     entry = LocalSource(source).entries[name]
     return entry.begin, entry.end

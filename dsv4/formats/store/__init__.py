@@ -4,10 +4,10 @@ Reading (`schema`, `reader`) needs no Zarr library. Writing is `dsv4.formats.sto
 """
 
 from dsv4.formats.store.integrity import Damage, check_root, damage
-from dsv4.formats.store.mapped import StoredArray
+from dsv4.formats.store.mapped_files import StoredArray
+from dsv4.formats.store.matrix_views import ExpertStack
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ArraySpec, FileSpec, asset_key, group_of, path_of
-from dsv4.formats.store.weights import ExpertStack
+from dsv4.formats.store.specs import ArraySpec, FileSpec, asset_key, group_of, path_of
 
 __all__ = [
     "ArraySpec",

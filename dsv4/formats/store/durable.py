@@ -20,7 +20,7 @@ from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
 from dsv4.formats.store import digest
 from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.manifest import FileRecord
-from dsv4.formats.store.schema import LOCK, PARTIAL_SUFFIX, FileSpec
+from dsv4.formats.store.specs import LOCK, PARTIAL_SUFFIX, FileSpec
 
 PIECE_BYTES = 8 << 20  # written and hashed at a time, while it is in cache
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)

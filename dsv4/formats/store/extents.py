@@ -36,7 +36,7 @@ from dsv4.formats.store.durable import (
 )
 from dsv4.formats.store.file_digest import FileDigest
 from dsv4.formats.store.manifest import FileRecord
-from dsv4.formats.store.schema import PARTIAL_SUFFIX, FileSpec
+from dsv4.formats.store.specs import PARTIAL_SUFFIX, FileSpec
 
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING
 
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store import digest
-from dsv4.formats.store.hierarchy import (
+from dsv4.formats.store.manifest import content_root
+from dsv4.formats.store.specs import JOURNAL, LOCK, MARKER, NODE_DOCUMENT, FileSpec
+from dsv4.formats.store.zarr_json import (
     MAX_DOCUMENT_BYTES,
     array_document,
     descriptions,
     group_document,
     parse_json,
 )
-from dsv4.formats.store.manifest import content_root
-from dsv4.formats.store.schema import JOURNAL, LOCK, MARKER, NODE_DOCUMENT, FileSpec
 
 if TYPE_CHECKING:
     from dsv4.formats.store.reader import PackedStore

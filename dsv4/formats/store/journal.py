@@ -19,8 +19,8 @@ from dsv4.formats.errors import ConflictError, OtherConversionError, StoreError
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import storage_errors, sync_directory, write_all
 from dsv4.formats.store.extents import Extent
-from dsv4.formats.store.hierarchy import parse_json
 from dsv4.formats.store.manifest import FileRecord
+from dsv4.formats.store.zarr_json import parse_json
 
 _VERSION = 4
 _IDENTITY_KEY = "dsv4_journal"

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from dsv4.formats.errors import Dsv4Error, StoreError
 from dsv4.formats.store import digest
-from dsv4.formats.store.schema import (
+from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     KNOWN_LAYOUTS,
     READ_VERSIONS,

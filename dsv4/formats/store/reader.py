@@ -18,11 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import ConfigError, StoreError
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.store import digest, integrity
-from dsv4.formats.store.contents import Contents, read_contents
-from dsv4.formats.store.hierarchy import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
 from dsv4.formats.store.manifest import (
     FileRecord,
     check_manifest,
@@ -31,16 +29,18 @@ from dsv4.formats.store.manifest import (
     is_hash,
     parse_records,
 )
-from dsv4.formats.store.mapped import MappedFile, StoredArray
-from dsv4.formats.store.schema import (
+from dsv4.formats.store.mapped_files import MappedFile, StoredArray
+from dsv4.formats.store.matrix_views import StoredWeights
+from dsv4.formats.store.nodes import Contents, read_contents
+from dsv4.formats.store.place import refuse_no_store
+from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     JOURNAL,
     MARKER,
     NODE_DOCUMENT,
     FileSpec,
 )
-from dsv4.formats.store.weights import StoredWeights
-from dsv4.formats.store_place import refuse_no_store
+from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
 
 _MAX_MARKER_BYTES = 1 << 16
 

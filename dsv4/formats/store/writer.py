@@ -49,7 +49,6 @@ from dsv4.formats.store.extents import (
     seal,
 )
 from dsv4.formats.store.file_digest import blake3_hex
-from dsv4.formats.store.hierarchy import descriptions, parse_root, with_parents
 from dsv4.formats.store.integrity import is_foreign, sizes, walk
 from dsv4.formats.store.journal import Journal
 from dsv4.formats.store.manifest import (
@@ -60,7 +59,7 @@ from dsv4.formats.store.manifest import (
     content_root,
 )
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import (
+from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     FORMAT_VERSION,
     JOURNAL,
@@ -71,6 +70,7 @@ from dsv4.formats.store.schema import (
     ArraySpec,
     FileSpec,
 )
+from dsv4.formats.store.zarr_json import descriptions, parse_root, with_parents
 from dsv4.formats.store.zarr_metadata import metadata_documents
 
 RATE_BYTES = 64 << 20

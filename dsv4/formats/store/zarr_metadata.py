@@ -17,8 +17,8 @@ from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from dsv4.formats.store.hierarchy import array_document
-from dsv4.formats.store.schema import ATTRIBUTE, ArraySpec
+from dsv4.formats.store.specs import ATTRIBUTE, ArraySpec
+from dsv4.formats.store.zarr_json import array_document
 
 
 def metadata_documents(

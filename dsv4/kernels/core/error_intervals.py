@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import E2M1_MAX, E4M3_MAX, e2m1_encode, e4m3_encode
+from dsv4.formats.numeric.codecs import E2M1_MAX, E4M3_MAX, e2m1_encode, e4m3_encode
 from dsv4.kernels.core.contract import Expected
 from dsv4.kernels.reference.indexer import hadamard
 from dsv4.kernels.reference.quant_sim import INDEXER_BLOCK, KV_BLOCK, power_of_two_scale

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Case
 from dsv4.kernels.names import CONTRACTS, OPERATIONS, PREFILL, STEP_ROWS
 

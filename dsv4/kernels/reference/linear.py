@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dsv4.formats.layouts import dequantize
-from dsv4.formats.matrices import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.layouts import dequantize
+from dsv4.formats.numeric.operands import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.kernels.reference.accumulate import WIDE, deliver, spans
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.kernels.reference.quant_sim import ACTIVATION_BLOCK, fake_quant_fp8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4.formats.matrices import Matrix
+from dsv4.formats.numeric.operands import Matrix
 from dsv4.kernels.reference.accumulate import WIDE, deliver
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.numerics import Numerics

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsv4.formats.codecs import E2M1_MAX, E4M3_MAX, e4m3_decode, e4m3_encode
+from dsv4.formats.numeric.codecs import E2M1_MAX, E4M3_MAX, e4m3_decode, e4m3_encode
 from dsv4.kernels.reference.accumulate import deliver
 
 ACTIVATION_BLOCK = 128  # columns per scale of an activation entering a quantised weight

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import YarnConfig
+from dsv4.formats.model.config import YarnConfig
 from dsv4.kernels.reference.accumulate import WIDE, deliver
 
 

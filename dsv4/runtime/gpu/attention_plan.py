@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.contract import Launch
 from dsv4.kernels.ops.attention import contract as attention
 from dsv4.kernels.ops.attention.reference import Shape

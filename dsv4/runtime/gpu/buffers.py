@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4.formats.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.kv_cache import contract as append

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
@@ -12,7 +12,7 @@ from dsv4.runtime.gpu.plan import different_layers, standard_weights, step_launc
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
 from dsv4.runtime.model import no_gpu
-from dsv4.runtime.timeline import Mark
+from dsv4.runtime.startup_clock import Mark
 
 BY_FORMAT = ("gemv", "router")  # operations whose kernels depend on how weights are stored
 

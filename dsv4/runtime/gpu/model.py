@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Launch
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Launch
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.experts import contract as experts

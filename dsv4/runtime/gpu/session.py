@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import AttentionKind
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import AttentionKind
 from dsv4.kernels.core.contract import Buffers, Launch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.indexer.contract import chosen_of_parts
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.attention_plan import choice_entries
 from dsv4.runtime.gpu.buffers import cache_sizes, caches, clear, inputs, tables_nbytes
 from dsv4.runtime.gpu.plan import draw, head_launch
 from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS, chunk_rows
 from dsv4.runtime.gpu.program import Program, allocate
 from dsv4.runtime.load.arena import require_memory
-from dsv4.runtime.sampling import Sampler
 from dsv4.runtime.session import DEFAULT_MAX_SEQ_LEN, check_ids, require_tensor
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 
 if TYPE_CHECKING:
     from dsv4.runtime.gpu.model import GpuModel

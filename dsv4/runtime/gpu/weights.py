@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal, StoreError
-from dsv4.formats.matrices import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
-from dsv4.formats.store.schema import path_of
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.operands import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
+from dsv4.formats.store.specs import path_of
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
 from dsv4.kernels.ops.gemv.contract import Weight

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.plain_text import size
-from dsv4.runtime.driver import Driver
+from dsv4.runtime.cuda_driver import Driver
 
 HUGE_PAGE = 2 << 20
 HEADROOM = 256 << 20  # bytes of a device that stay free besides the arena

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import KernelError, StoreError
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.kernels.ops.xxh3.contract import LINE_BYTES, xxh3
 from dsv4.kernels.reference.xxh3 import BLOCK_BYTES, LANES, accumulators, digests, secret_words

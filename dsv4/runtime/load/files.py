@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store import integrity
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 
 DIRECT_ALIGNMENT = 4096
 MOSTLY = 0.5  # of a range in the page cache, and it is read through it

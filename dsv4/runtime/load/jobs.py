@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.runtime.load.plan import ALIGNMENT, Span
 
 

@@ -18,9 +18,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.slices import ByteRange, expert_slice, tensor_slice, whole
+from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice, whole
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import ArraySpec, FileSpec
+from dsv4.formats.store.specs import ArraySpec, FileSpec
 
 ALIGNMENT = 4096
 

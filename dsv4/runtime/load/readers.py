@@ -21,7 +21,7 @@ import xxhash
 
 from dsv4.formats.store.digest import Digests
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.schema import FileSpec
+from dsv4.formats.store.specs import FileSpec
 from dsv4.runtime.load.arena import Arena, Slot
 from dsv4.runtime.load.check import DeviceCheck, damaged
 from dsv4.runtime.load.files import FileTable

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.endings import endings
-from dsv4.formats.config import ModelConfig
+from dsv4.commands.exit_codes import endings
 from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.signature import Kernel
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.load import require_kernels
 from dsv4.runtime.load import arena
-from dsv4.runtime.sampling import Sampler
-from tests.runtime.gpu.emulator import Emulator
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
+from tests.support.emulator import Emulator
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.formats.config import ModelConfig
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.releases import FLASH
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.reference.numerics import Numerics
-from dsv4.runtime.generate import generate
 from dsv4.runtime.gpu.buffers import tables
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.model import load
-from dsv4.runtime.sampling import Sampler
-from tests.runtime.gpu.emulator import Emulator
+from dsv4.runtime.text.generate import generate
+from dsv4.runtime.text.sampling import Sampler
+from tests.support.emulator import Emulator
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

@@ -10,8 +10,8 @@ import torch
 
 from dsv4.bench.decode import few_layers
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.matrices import Fp8Matrix, Nvfp4Matrix
-from dsv4.formats.releases import FLASH, MODELS
+from dsv4.formats.model.releases import FLASH, MODELS
+from dsv4.formats.numeric.operands import Fp8Matrix, Nvfp4Matrix
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.ops.gemv.contract import Weight, weights_of
 from dsv4.runtime.gpu import plan, prefill_plan

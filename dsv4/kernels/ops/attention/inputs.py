@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import E4M3_MAX, e4m3_encode
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.codecs import E4M3_MAX, e4m3_encode
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.ops.attention.reference import (
     CODES,

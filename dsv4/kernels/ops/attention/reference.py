@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import e4m3_decode, e8m0_decode
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.codecs import e4m3_decode, e8m0_decode
 from dsv4.kernels.core.contract import Buffers, Expected
 from dsv4.kernels.reference.accumulate import WIDE
 from dsv4.kernels.reference.attention import sparse_attention

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.matrices import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.ops.experts.reference import SLABS, expected

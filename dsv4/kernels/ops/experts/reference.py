@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsv4.formats.layouts import dequantize
-from dsv4.formats.matrices import FP8_BLOCK, Fp8Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.layouts import dequantize
+from dsv4.formats.numeric.operands import FP8_BLOCK, Fp8Matrix, Nvfp4Matrix
 from dsv4.kernels.core.bounds import chained, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
 from dsv4.kernels.reference.moe import split_gate_up

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import untile_scales
-from dsv4.formats.matrices import SF_ROWS, Nvfp4Matrix
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.layouts import untile_scales
+from dsv4.formats.numeric.operands import SF_ROWS, Nvfp4Matrix
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.ops.fp4_blackwell.reference import Activations, dequantize_activations

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
-from dsv4.formats.layouts import tile_scales
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.layouts import tile_scales
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.ops.fp4_blackwell.reference import quantize_activations, tile_group_scales

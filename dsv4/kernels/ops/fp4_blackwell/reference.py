@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import (
+from dsv4.formats.numeric.codecs import (
     E2M1_MAX,
     E4M3_MAX,
     e2m1_codes_of,
@@ -25,9 +25,9 @@ from dsv4.formats.codecs import (
     e4m3_encode,
     pack_nibbles,
 )
-from dsv4.formats.layouts import tile_scales
-from dsv4.formats.matrices import NVFP4_BLOCK
-from dsv4.formats.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.numeric.layouts import tile_scales
+from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4
+from dsv4.formats.numeric.operands import NVFP4_BLOCK
 from dsv4.kernels.reference.accumulate import WIDE
 
 SMALLEST_SCALE = 2.0**-9

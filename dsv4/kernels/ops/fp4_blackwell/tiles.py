@@ -1,7 +1,7 @@
 """Where things lie: rows of groups in tiles of 128, scale tiles, steps along K-slabs.
 
 Arithmetic alone, so that kernels trace these functions with their integers and tests run them with
-Python's. Scale tiles are 32x4x4: 128 rows x 4 blocks in 512 bytes, see `dsv4.formats.layouts`.
+Python's. Scale tiles are 32x4x4: 128 rows x 4 blocks in 512 bytes, `formats/numeric/layouts.py`.
 
 Tokens sorted by group (expert) lie densely, group g in rows `[offsets[g], offsets[g + 1])`. Their
 scales do not: each group begins a new row tile, so that a tile belongs to one group. `before[g]`

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
 from dsv4.kernels.ops.indexer.inputs import (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.ops.indexer.reference import BLOCK, weight_scale
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.formats.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
 from dsv4.kernels.core import error_intervals
 from dsv4.kernels.core.contract import Buffers, Expected
 from dsv4.kernels.core.error_intervals import Range

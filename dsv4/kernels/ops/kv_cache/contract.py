@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dsv4.formats.config import AttentionKind, ModelConfig, YarnConfig
+from dsv4.formats.model.config import AttentionKind, ModelConfig, YarnConfig
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.ops.kv_cache.reference import expect

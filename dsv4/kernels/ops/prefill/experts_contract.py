@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
 from dsv4.kernels.ops.experts.contract import MAX_ROWS, Shape

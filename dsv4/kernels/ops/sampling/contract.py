@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dsv4.formats.config import ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.contract import Buffers, Case, Expected, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.reference.sampling import Parameters, sample

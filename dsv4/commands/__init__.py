@@ -1,0 +1,1 @@
+"""The commands, a file each; options, tables, progress and exit codes beside them."""

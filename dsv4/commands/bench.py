@@ -1,0 +1,397 @@
+"""`dsv4 bench`: the commands that measure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsv4.commands.console import err, print_json, show, write_report
+from dsv4.commands.options import (
+    Device,
+    Size,
+    Target,
+    models_option,
+    numbers,
+    operations_option,
+    shape_options,
+    workers_option,
+)
+from dsv4.formats.model.recipes import DEFAULT_RECIPE, RECIPE_NAMES
+from dsv4.formats.model.releases import MODELS
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine, dsv4, and what others do.
+
+    Each line is a figure, its bound, the fraction of it, and whether the result was right.
+    """
+
+
+@bench.command("quantize")
+@click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
+    """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
+    from dsv4.bench.quantize import quality, speed
+    from dsv4.commands.bench_tables import quality_table, speed_table
+
+    qualities = quality(elements, seeds)
+    speeds = speed(elements, threads)
+    if as_json:
+        print_json(
+            {
+                "quality": [dataclasses.asdict(line) for line in qualities],
+                "speed": [dataclasses.asdict(line) for line in speeds],
+            }
+        )
+        return
+    show(quality_table(qualities, seeds))
+    show(speed_table(speeds, threads))
+
+
+@bench.command("convert")
+@click.option("--model", type=click.Choice(("flash", "pro", "both")), default="flash")
+@click.option("--experts", type=click.IntRange(min=0), default=32, help="0: all of the layer's.")
+@click.option("--layers", type=click.IntRange(min=1), default=1)
+@click.option("--workers", type=click.IntRange(min=1), default=2)
+@click.option("--rounds", type=click.IntRange(min=1), default=3)
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> None:
+    """Conversion of real layer shapes beside a plain copy and beside today's path."""
+    from dsv4.bench.convert import throughput
+    from dsv4.commands.bench_tables import throughput_tables
+
+    models = ("flash", "pro") if model == "both" else (model,)
+    found = [throughput(name, directory, **sizes) for name in models]
+    if as_json:
+        print_json({"models": [dataclasses.asdict(one) for one in found]})
+        return
+    for table in (table for one in found for table in throughput_tables(one)):
+        show(table)
+
+
+@bench.command("validate")
+@click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--experts", type=click.IntRange(min=0), default=0, help="0: all of the layer's.")
+@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_validate(
+    store: Path | None, model: str, experts: int, turns: int, directory: Path, as_json: bool
+) -> None:
+    """The full pass over STORE, or over one layer of real shape, beside a plain read."""
+    from dsv4.bench.validate import full_pass, real_store
+    from dsv4.commands.bench_tables import passes_table
+
+    made = contextlib.nullcontext(store) if store else real_store(model, directory, experts)
+    with made as path:
+        passes = full_pass(path, turns)
+    if as_json:
+        print_json({"passes": [dataclasses.asdict(one) for one in passes]})
+    else:
+        show(passes_table(passes))
+    if not all(one.correct for one in passes):
+        raise SystemExit(1)
+
+
+@bench.command("kernels")
+@operations_option
+@models_option
+@click.option("--rows", help="Tokens at once.  [default: 1,2,4,8, and 2048 without --peers]")
+@click.option("--shape", default="", help="Only shapes whose name contains this.")
+@click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
+@click.option("--peers", is_flag=True, help="Only what torch, Triton and humming-kernels do too.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_kernels(
+    operations: tuple[str, ...],
+    models: tuple[str, ...],
+    rows: str | None,
+    shape: str,
+    unusual: bool,
+    peers: bool,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
+    from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+
+    if peers:
+        few = numbers("1,2,4,8" if rows is None else rows, most=MAX_ROWS)
+        _kernel_peers(models, few, shape, location, as_json)
+        return
+    counts = numbers("1,2,4,8,2048" if rows is None else rows)
+    import torch
+
+    from dsv4.bench.kernels import measure, measure_machine, open_library
+    from dsv4.commands.bench_tables import kernel_line, kernels_table
+    from dsv4.kernels.ops import cases, checks
+
+    device = torch.device("cuda")
+    library = open_library(device, location, "kernels")
+    machine = measure_machine(device)
+    chosen = [
+        case
+        for model in models
+        for case in (
+            checks(MODELS[model], model, operations)
+            if unusual
+            else cases(MODELS[model], model, counts, operations)
+        )
+        if shape in case.shape
+    ]
+    lines = []
+    for line in measure(chosen, library, machine, device, timed=not unusual):
+        lines.append(line)
+        err.print(kernel_line(line))
+    if as_json:
+        print_json(
+            {
+                "machine": dataclasses.asdict(machine),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        )
+    else:
+        show(kernels_table(lines, machine))
+    if any(line.faults for line in lines):
+        raise SystemExit(1)
+
+
+def _kernel_peers(
+    models: tuple[str, ...], rows: list[int], shape: str, location: Path | None, as_json: bool
+) -> None:
+    import torch
+
+    from dsv4.bench.kernel_peers import compare
+    from dsv4.bench.kernels import measure_machine, open_library
+    from dsv4.commands.bench_tables import peer_line, peers_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location, "kernels")
+    machine, lines = measure_machine(device), []
+    for model in models:
+        found = compare(MODELS[model], model, rows, library, machine, device, shapes=shape)
+        for line in found:
+            lines.append(line)
+            err.print(peer_line(line))
+    if as_json:
+        print_json(
+            {
+                "machine": dataclasses.asdict(machine),
+                "lines": [dataclasses.asdict(line) for line in lines],
+            }
+        )
+    else:
+        show(peers_table(lines, machine))
+    if not all(line.right for line in lines if line.peer == "dsv4"):
+        raise SystemExit(1)
+
+
+@bench.command("decode")
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
+@click.option("--transformers", is_flag=True, help="Its model in BF16 on the same weights, too.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_decode(
+    model: str,
+    layers: int,
+    context: int,
+    rows: str,
+    no_check: bool,
+    transformers: bool,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    """A step of the first layers of a real model, random weights: correctness, time, bound."""
+    from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+
+    counts = numbers(rows, most=MAX_ROWS)
+    import torch
+
+    from dsv4.bench.decode import decode, few_layers
+    from dsv4.bench.kernels import open_library
+    from dsv4.commands.bench_tables import decode_table, rivals_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location, "decode")
+    config = few_layers(MODELS[model], layers)
+    report = decode(
+        config,
+        model,
+        library,
+        device,
+        context=context,
+        rows=counts,
+        check=not no_check,
+        transformers=transformers,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        show(decode_table(report))
+        if report.rivals is not None:
+            show(rivals_table(report.rivals, report.steps))
+    if not report.right:
+        raise SystemExit(1)
+
+
+@bench.command("prompt")
+@click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
+@click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True)
+@click.option("--chunks", default="2048,1024,512,256,0", show_default=True, help="0: steps of 8.")
+@click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_prompt(
+    model: str, layers: int, tokens: int, chunks: str, location: Path | None, as_json: bool
+) -> None:
+    """Reading a prompt, on the first layers of a real model, random weights."""
+    import torch
+
+    from dsv4.bench.decode import few_layers
+    from dsv4.bench.kernels import open_library
+    from dsv4.bench.prompt import measure
+    from dsv4.commands.bench_tables import prompt_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location, "prompt")
+    config, sizes = few_layers(MODELS[model], layers), numbers(chunks, least=0)
+    report = measure(config, model, library, device, tokens=tokens, chunks=sizes)
+    if as_json:
+        print_json(
+            dataclasses.asdict(report.machine)
+            | {"model": model, "layers": layers}
+            | {"lines": [(o.chunk, o.tokens, o.seconds, o.right) for o in report.lines]}
+        )
+    else:
+        show(prompt_table(report))
+    if not all(one.right for one in report.lines):
+        raise SystemExit(1)
+
+
+@bench.command("store")
+@click.argument("directory", type=click.Path(path_type=Path))
+@shape_options
+@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
+@click.option("--draft", is_flag=True, help="With the release's draft layer.")
+@workers_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_store(
+    directory: Path, recipe: str, draft: bool, workers: int | None, as_json: bool, **shape: Any
+) -> None:
+    """Make a packed store of real shapes and meaningless numbers in DIRECTORY, without a source.
+
+    In memory, if DIRECTORY is: /dev/shm/NAME. It is valid, but nothing promises that it survives
+    a power loss.
+    """
+    from dsv4.commands.bench_tables import made_table
+    from dsv4.formats.model.inventory import DraftKind
+    from dsv4.synthetic.store import make_store, shaped
+
+    kind = DraftKind.MTP if draft else DraftKind.NONE
+    made = make_store(directory, shaped(**shape), recipe=recipe, draft=kind, workers=workers)
+    if as_json:
+        print_json(dataclasses.asdict(made) | {"path": str(made.path)})
+    else:
+        show(made_table(made))
+
+
+@bench.command("load")
+@click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
+@shape_options
+@click.option(
+    "--device", type=Device(), default="cuda", show_default=True, help="cuda, cuda:1, or cpu."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--readers", type=click.IntRange(min=0), default=0, help="Threads; 0: one a core, at most 12."
+)
+@click.option("--slot", type=Size(), default="6MiB", show_default=True, help="Of the ring, each.")
+@click.option(
+    "--direct/--no-direct", default=True, help="O_DIRECT for what is not in the page cache."
+)
+@click.option("--cold/--no-cold", default=True, help="Also from the disk.")
+@click.option("--peers/--no-peers", default=True, help="Also safetensors and fastsafetensors.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path, exists=True), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_load(
+    store: Path | None,
+    device: str,
+    rounds: int,
+    readers: int,
+    slot: int,
+    direct: bool,
+    cold: bool,
+    peers: bool,
+    directory: Path,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """STORE, or one of real shapes, onto a device: beside its bounds and beside other loaders."""
+    import torch
+
+    from dsv4.bench.load import measure, require_device
+    from dsv4.commands.bench_tables import loading_tables
+    from dsv4.runtime.load import Settings
+    from dsv4.synthetic.store import make_store, shaped
+
+    require_device(torch.device(device))
+    with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:
+        if store is None:
+            store = make_store(Path(scratch, "store"), shaped(**shape)).path
+        found = measure(
+            store,
+            Path(scratch),
+            torch.device(device),
+            settings=Settings(readers=readers, slot_nbytes=slot, direct=direct),
+            rounds=rounds,
+            cold=cold,
+            peers=peers,
+            say=lambda text: err.print(text),
+        )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        for table in loading_tables(found):
+            show(table)
+    if not all(line.correct for line in found.lines):
+        raise SystemExit(1)
+
+
+@bench.command("quality")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--tokens", type=click.IntRange(min=512), default=8192, show_default=True)
+@click.option("--text", type=click.Path(path_type=Path), help="Held-out text; DIR/heldout.txt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plot", type=Target(), metavar="FILE", help="Write an SVG here.")
+def bench_quality(
+    directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
+) -> None:
+    """What each recipe costs the trained checkpoint DIRECTORY, on text it has not seen."""
+    from dsv4.bench.quality import quality
+    from dsv4.bench.quality_table import cost_plot, cost_table
+
+    found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
+    if plot is not None:
+        write_report(plot, cost_plot(found))
+    if as_json:
+        print_json({"native_holds": found.native_holds, **dataclasses.asdict(found)})
+    else:
+        show(cost_table(found))
+    if not found.native_holds:
+        err.print("native differs from the source by more than 1e-4 of perplexity")
+        raise SystemExit(1)

@@ -1,0 +1,329 @@
+"""What `dsv4 bench` finds, as tables for a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from dsv4.commands.tables import facts_table
+from dsv4.formats.plain_text import counted, size
+
+if TYPE_CHECKING:
+    from dsv4.bench import decode, prompt, transformers_peer
+    from dsv4.bench.convert import Throughput
+    from dsv4.bench.kernel_peers import PeerLine
+    from dsv4.bench.kernels import Line, Machine
+    from dsv4.bench.load import Loading
+    from dsv4.bench.parity_logits import Proof
+    from dsv4.bench.quantize import Quality, Speed
+    from dsv4.bench.validate import Pass
+    from dsv4.synthetic.store import Made
+
+
+def quality_table(lines: Sequence[Quality], seeds: int) -> Table:
+    """Relative MSE per distribution and method over the seeds, all on the same weights."""
+    title = f"relative MSE of rounding to NVFP4, {counted(seeds, 'seed')}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("weights")
+    table.add_column("method")
+    for column in ("mean", "std. error", "least", "largest", "over the optimum"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        for method, found in line.methods.items():
+            if found is None:
+                table.add_row(line.distribution, method, "not installed")
+                continue
+            error = "" if found.standard_error is None else f"{found.standard_error:.1e}"
+            values = (f"{v:.4e}" for v in (found.mean, found.least, found.largest))
+            mean, least, largest = values
+            over = f"{found.excess:.4%}"
+            table.add_row(line.distribution, method, mean, error, least, largest, over)
+        table.add_section()
+    return table
+
+
+def speed_table(lines: Sequence[Speed], threads: int) -> Table:
+    """Rates, and the fraction of a plain copy's rate: both from memory, and both in cache."""
+    table = Table(title=f"speed, {counted(threads, 'thread')}, median", title_justify="left")
+    table.add_column("operation")
+    for column in ("Melem/s", "GB/s in + out", "of a copy", "in cache", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        seconds = (line.from_memory or line.in_cache).seconds
+        table.add_row(
+            line.operation,
+            f"{line.elements / seconds / 1e6:.0f}",
+            f"{line.nbytes / seconds / 1e9:.2f}",
+            f"{line.from_memory.of_copy:.3f}" if line.from_memory else "",
+            f"{line.in_cache.of_copy:.3f}",
+            "right" if line.correct else "WRONG",
+        )
+    return table
+
+
+def throughput_tables(found: Throughput) -> Iterator[Table]:
+    """Every lane's rate beside the plain copy's; then where dsv4's lanes spend their time."""
+    title = (
+        f"{found.model}, {counted(found.layers, 'layer')} of {found.experts} experts, "
+        f"{size(found.nbytes)}, {counted(found.workers, 'worker')}, median of "
+        f"{counted(found.rounds, 'round')}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("lane")
+    for column in ("GB/s", "spread", "of the copy", "CPU s/GB", "start-up", "peak RSS", "result"):
+        table.add_column(column, justify="right")
+    for line in found.lines:
+        table.add_row(
+            line.lane,
+            f"{line.rate:.3f}",
+            f"{line.slowest:.3f} to {line.fastest:.3f}",
+            f"{line.of_copy:.2f}",
+            f"{line.cpu_seconds_per_gb:.2f}",
+            f"{line.start_up:.1f} s",
+            f"{line.peak_rss / 2**20:.0f} MiB",
+            "right" if line.correct else "WRONG",
+        )
+    yield table
+    title = "seconds per GB over all threads: elapsed (on a core) in calls"
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
+    by_stage: dict[str, list[str]] = {}
+    for stage in found.stages:
+        seconds = f"{stage.wall_per_gb:.2f} ({stage.cpu_per_gb:.2f}) in {stage.calls}"
+        by_stage.setdefault(stage.stage, []).append(seconds)
+    for recipe in dict.fromkeys(stage.recipe for stage in found.stages):
+        table.add_column(recipe, justify="right")
+    for name, columns in by_stage.items():
+        table.add_row(name, *columns)
+    yield table
+
+
+def passes_table(passes: Sequence[Pass]) -> Table:
+    """The full pass and the plain read, from the disk and from the page cache."""
+    table = Table(title="validation beside a plain read of the same files", title_justify="left")
+    table.add_column("from")
+    table.add_column("pass")
+    for column in ("GB/s, median", "spread", "of the read", "CPU s/GB", "result"):
+        table.add_column(column, justify="right")
+    for one in passes:
+        table.add_row(
+            "disk" if one.cold else "page cache",
+            one.name,
+            f"{statistics.median(one.rates) / 1e9:.2f}",
+            f"{min(one.rates) / 1e9:.2f} to {max(one.rates) / 1e9:.2f}",
+            f"{one.of_read:.2f}",
+            f"{one.cpu_seconds_per_gb:.2f}",
+            "right" if one.correct else "WRONG",
+        )
+    return table
+
+
+def kernel_line(line: Line) -> str:
+    """One measured kernel as a line of progress."""
+    verdict = "right" if not line.faults else f"WRONG: {'; '.join(line.faults)}"
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of the bound, "
+    return f"{line.operation} {line.shape} {line.model} rows {line.rows}: {time}{verdict}"
+
+
+def peer_line(line: PeerLine) -> str:
+    """One measured kernel of ours or of others as a line of progress."""
+    said = line.fault or ("right" if line.right else f"WRONG: {line.error} of its tolerance")
+    time = ""
+    if line.seconds and line.fraction:
+        time = f"{line.seconds * 1e6:.2f} us, {line.fraction:.3f} of its bound, "
+    if line.ratio:
+        time += f"{line.ratio:.2f} of our time, "
+    form = f" ({line.form})" if line.form else ""
+    return f"{line.shape} {line.model} rows {line.rows} {line.peer}{form}: {time}{said}"
+
+
+def peers_table(lines: Sequence[PeerLine], machine: Machine) -> Table:
+    """Each shape's kernels, ours first: time, over ours, bytes that it reads, fraction of them."""
+    title = f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s measured now"
+    table = Table(title=title, title_justify="left")
+    for column in ("shape", "rows", "kernel"):
+        table.add_column(column)
+    for column in ("us", "of our time", "MB", "of bound", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        verdict = "right" if line.right else line.fault or "WRONG"
+        table.add_row(
+            f"{line.shape} {line.model}" if line.peer == "dsv4" else "",
+            str(line.rows) if line.peer == "dsv4" else "",
+            f"{line.peer}: {line.form}" if line.form else line.peer,
+            f"{line.seconds * 1e6:.1f}" if line.seconds else "",
+            f"{line.ratio:.2f}" if line.ratio else "",
+            f"{line.nbytes / 1e6:.1f}",
+            f"{line.fraction:.3f}" if line.fraction else "",
+            verdict,
+        )
+    return table
+
+
+def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
+    """Time, bytes, rate, fraction of the bound and correctness of every kernel."""
+    title = (
+        f"{machine.name}: {machine.bandwidth / 1e12:.2f} TB/s, "
+        f"{machine.matrix_rate / 1e12:.0f} TFLOP/s in bfloat16, both measured now"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("operation", "shape", "model"):
+        table.add_column(column)
+    for column in ("rows", "us", "MB", "GB/s", "of bound", "result"):
+        table.add_column(column, justify="right")
+    for line in lines:
+        table.add_row(
+            line.operation,
+            f"{line.shape} ({line.note})" if line.note else line.shape,
+            line.model,
+            str(line.rows),
+            f"{line.seconds * 1e6:.2f}" if line.seconds else "",
+            f"{line.nbytes / 1e6:.2f}",
+            f"{line.nbytes / line.seconds / 1e9:.0f}" if line.seconds else "",
+            f"{line.fraction:.3f}" if line.fraction else "",
+            "WRONG" if line.faults else "right",
+        )
+    return table
+
+
+def decode_table(report: decode.Report) -> Table:
+    """A step's time, its bound, and how right its logits are."""
+    machine, agreement = report.machine, report.agreement
+    verdict = "logits not compared"
+    if agreement is not None:
+        verdict = (
+            f"logits {'right' if agreement.right else 'WRONG'}: {agreement.ours:.4f} of their "
+            f"deviation from float32, the reference in bfloat16 {agreement.bfloat16:.4f}; "
+            f"{'same' if agreement.repeatable else 'OTHER'} bytes whatever the cuts"
+        )
+    title = (
+        f"{report.model}, {report.layers} layers, context {report.context}, {machine.name}, "
+        f"{machine.bandwidth / 1e12:.2f} TB/s measured now; {verdict}"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("rows", "us a step", "us a layer", "its bytes' bound", "experts read a layer")
+    for column in (*columns, "MB read", "of bound", "launches"):
+        table.add_column(column, justify="right")
+    for step in report.steps:
+        table.add_row(
+            str(step.rows),
+            f"{step.seconds * 1e6:.1f}",
+            f"{step.layer_seconds * 1e6:.1f}",
+            f"{step.layer_bound * 1e6:.1f}",
+            f"{step.experts:.1f}",
+            f"{step.nbytes / 1e6:.0f}",
+            f"{step.fraction:.3f}",
+            str(step.launches),
+        )
+    return table
+
+
+def parity_table(proofs: Sequence[Proof], title: str) -> Table:
+    """What was compared, what came of it, and what was allowed."""
+    table = Table(title=title, title_justify="left")
+    for column in ("what", "found", "allowed", "result"):
+        table.add_column(column)
+    for one in proofs:
+        verdict = "right" if one.right else "WRONG"
+        table.add_row(one.what, one.found, one.allowed, verdict)
+    return table
+
+
+def rivals_table(rivals: transformers_peer.Rivals, steps: Sequence[decode.Step]) -> Table:
+    """transformers' step in every way it was run, over ours."""
+    title = f"transformers: {rivals.fault}"
+    if not rivals.fault:
+        title = (
+            f"transformers {rivals.version} in bfloat16, a token after a prompt of "
+            f"{rivals.context}; logits {'right' if rivals.right else 'WRONG'}: "
+            f"{rivals.difference:.4f} of their deviation from ours, likeliest token the same in "
+            f"{rivals.same:.0%}"
+        )
+    table = Table(title=title, title_justify="left")
+    table.add_column("experts")
+    for column in ("ms a step", "of our time"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    ours = [step.seconds for step in steps if step.rows == 1]
+    for line in rivals.lines:
+        table.add_row(
+            line.name,
+            f"{line.seconds * 1e3:.2f}" if line.seconds else "",
+            f"{line.seconds / ours[0]:.1f}" if line.seconds and ours else "",
+            line.fault,
+        )
+    return table
+
+
+def made_table(made: Made) -> Table:
+    """A synthetic store."""
+    rows = {
+        "written": f"{size(made.nbytes)} in {made.files} files",
+        "seconds": f"{made.seconds:.1f} ({made.nbytes / made.seconds / 1e9:.2f} GB/s)",
+        "root": made.root,
+    }
+    return facts_table(f"made {made.path}", rows)
+
+
+def loading_tables(found: Loading) -> Iterator[Table]:
+    """Each lane's rate beside its bound and beside dsv4's; then dsv4's phases."""
+    machine = found.machine
+    disk = f", disk {machine.disk / 1e9:.2f} GB/s" if machine.disk else ""
+    title = (
+        f"{size(found.nbytes)} to {machine.device}, {machine.cores} cores, bus "
+        f"{machine.bus / 1e9:.1f} GB/s{disk}, page cache {machine.page_cache / 1e9:.0f}, plain "
+        f"copies {machine.memory / 1e9:.0f}, all measured now"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("from")
+    table.add_column("lane")
+    for column in ("GB/s, median", "spread", "of bound", "dsv4 is", "result"):
+        table.add_column(column, justify="right")
+    ours = {line.cold: line.rate for line in reversed(found.lines) if line.lane == "dsv4"}
+    for line in found.lines:
+        table.add_row(
+            "disk" if line.cold else "page cache",
+            line.lane,
+            f"{line.rate / 1e9:.2f}",
+            f"{min(line.rates) / 1e9:.2f} to {max(line.rates) / 1e9:.2f}",
+            f"{line.of_bound:.2f} of {'disk' if line.cold else 'bus'}",
+            f"{ours[line.cold] / line.rate:.1f}x",
+            "right" if line.correct else "WRONG",
+        )
+    yield table
+    bound = {"first": machine.bus, "warm": machine.bus, "cold": machine.disk}
+    for state, report in found.reports.items():
+        phases = Table(title=f"dsv4, {state}", title_justify="left", show_header=False, box=None)
+        for text in report.lines(**{"disk" if state == "cold" else "bus": bound[state]}):
+            phases.add_row(text)
+        yield phases
+
+
+def prompt_table(report: prompt.Report) -> Table:
+    """Prompts by chunks of several sizes and by steps alone."""
+    machine = report.machine
+    title = (
+        f"{report.model}, {report.layers} layers, prompts of {report.tokens} tokens, "
+        f"{machine.name}, {machine.matrix_rate / 1e12:.0f} TFLOP/s and "
+        f"{machine.bandwidth / 1e12:.2f} TB/s measured now; the reference in bfloat16 is "
+        f"{report.rounded} from float32 (median, rms, largest error of a token, same likeliest id)"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("chunk", "ms", "tokens/s", "us a layer and 1,000 tokens", "from float32", ""):
+        table.add_column(column, justify="right")
+    for one in report.lines:
+        per_layer = one.seconds / one.tokens * 1e9 / report.layers
+        table.add_row(
+            str(one.chunk or "steps of 8"),
+            f"{one.seconds * 1e3:.1f}",
+            f"{one.tokens / one.seconds:,.0f}",
+            f"{per_layer:.0f}",
+            str(one.distance),
+            "right" if one.right else "WRONG",
+        )
+    return table

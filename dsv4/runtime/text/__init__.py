@@ -1,0 +1,1 @@
+"""Text in and out: tokenizer, sampling, the decode loop, one answer, a conversation."""

@@ -1,0 +1,1 @@
+"""Checkpoints and stores with the real architecture and meaningless numbers."""

@@ -1,0 +1,1 @@
+"""The checks of a packed store, each with what it compares."""

@@ -1,0 +1,1 @@
+"""Sources: headers, ranges, files."""

@@ -1,0 +1,1 @@
+"""Documents that a command or a test can hold to what they say."""

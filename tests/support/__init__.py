@@ -1,0 +1,1 @@
+"""What tests share: interpreter, emulator, oracles, a hub on loopback."""

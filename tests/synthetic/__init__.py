@@ -1,0 +1,1 @@
+"""Checkpoints with meaningless numbers."""
