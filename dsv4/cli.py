@@ -139,10 +139,10 @@ def plan(
     memory: int,
     as_json: bool,
 ) -> None:
-    """Say what packing SRC would read, write and round, and what it would not carry exactly.
+    """Say what packing SRC would read, write and round.
 
-    From headers, and from block scales where that is cheap: of a hub id, nothing but a few
-    megabytes is read.
+    And what it would not carry exactly. From headers, and from block scales where that is
+    cheap: of a hub id, nothing but a few megabytes is read.
     """
     check_name(source, revision)  # a wrong name is refused before torch is imported
     from dsv4.commands.tables import plan_table

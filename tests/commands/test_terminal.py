@@ -85,11 +85,11 @@ def _faults(path: Path) -> Iterator[str]:
 
 def test_only_one_module_makes_consoles_and_none_reads_markup(tmp_path: Path) -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path != PACKAGE / "console.py":
+        if path != PACKAGE / "commands" / "console.py":
             assert list(_faults(path)) == []
     calls = [
         node
-        for node in ast.walk(ast.parse((PACKAGE / "console.py").read_text()))
+        for node in ast.walk(ast.parse((PACKAGE / "commands" / "console.py").read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Console"
     ]
     assert len(calls) == 2
@@ -116,7 +116,7 @@ def test_a_path_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_an_encoding_that_lacks_a_character_gets_an_escape(tmp_path: Path, encoding: str) -> None:
     script = (
-        "from dsv4 import console\n"
+        "from dsv4.commands import console\n"
         "console.escape_what_cannot_be_written()\n"
         "text = 'é 雪 😀 \\udce8'\n"
         "console.show(text); console.notice(text); print(text)\n"
@@ -381,8 +381,8 @@ def test_a_dry_run_writes_nothing_and_names_the_damage(
 
 SLOW = """
 import sys, time
-from dsv4.convert import local_source
-from dsv4.validate import content, inversion
+from dsv4.convert.sources import local as local_source
+from dsv4.validate.checks import content, inversion
 content.PIECE_BYTES = 1024
 inversion.TILE_BYTES = 128 * 64 * 4
 if sys.argv[1] == "content":

@@ -491,6 +491,11 @@ def _code(hub: Path) -> None:
     )(hub)
 
 
+def _licence_outside(hub: Path) -> None:
+    (hub / "LICENSE").unlink(missing_ok=True)
+    (hub / "LICENSE").symlink_to("../outside/secret")
+
+
 HARMLESS: dict[str, Damage] = {
     "metadata empty": _header(lambda header: header.update(__metadata__={})),
     "no metadata": _header(lambda header: header.pop("__metadata__")),
@@ -499,7 +504,7 @@ HARMLESS: dict[str, Damage] = {
     "a file of no tensors": _file_of_nothing,
     "pickles beside the shards": _bombs,
     "code and auto_map": _code,
-    "tokenizer links outside": replaced("tokenizer.json", _link("../outside/secret")),
+    "licence links outside": _licence_outside,
     "licence is empty": _document("LICENSE", ""),
 }
 """Accepted, and nothing but the known files is opened, let alone run."""

@@ -292,7 +292,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(
             pytest.skip("this machine does not allow to mount a small disk")
         done = _convert(subject, reference.source, tmp_path / "disk" / "out")
     assert done.code == 3
-    assert "GB are free" in done.stderr
+    assert "1.0 MB are free" in done.stderr
 
 
 _WRITES = ("posix_fallocate", "pwrite", "write", "ftruncate", "mkdir", "replace")
@@ -561,7 +561,7 @@ def damaged(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> Damaged:
     """The reference's source with damage in its second file; syncs are left out."""
     file = sorted(LocalSource(reference.source).sizes)[1]
     source = Damaged(reference.source, file, _unsampled(reference.source, file))
-    monkeypatch.setattr(engine, "open_source", lambda src, revision: source)
+    monkeypatch.setattr(engine, "open_source", lambda src, revision, on_wait: source)
     monkeypatch.setattr(pipeline, "COMMIT_BYTES", COMMIT_BYTES)
     for sync in SYNCS:
         monkeypatch.setattr(os, sync, lambda descriptor: None)

@@ -172,7 +172,7 @@ def test_findings_come_with_what_to_do(tiny_source: Path, standard_store: Path) 
 
 def test_every_check_has_its_advice() -> None:
     made = set()
-    for path in sorted((ROOT / "dsv4" / "validate").glob("*.py")):
+    for path in sorted((ROOT / "dsv4" / "validate").rglob("*.py")):
         made |= set(re.findall(r"report\.add\(\s*\"(\w+)\"", path.read_text()))
     assert made == ADVICE.keys()
 

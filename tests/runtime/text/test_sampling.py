@@ -69,9 +69,9 @@ def test_successive_calls_are_independent_draws() -> None:
 
 def test_top_k_and_top_p_keep_what_transformers_keeps() -> None:
     logits = some_logits(50)
-    draws = draw_many(Sampler(1.0, 0.5, seed=2, top_k=9), logits)
+    draws = draw_many(Sampler(1.0, 0.9, seed=2, top_k=9), logits)
     warped = TopKLogitsWarper(9)(torch.empty(1, 0), logits.double()[None])
-    warped = TopPLogitsWarper(0.5)(torch.empty(1, 0), warped)
+    warped = TopPLogitsWarper(0.9)(torch.empty(1, 0), warped)
     expected = warped[0].softmax(-1)
     assert 1 < int((expected > 0).sum()) < 9, "both leave something out"
     assert set(draws.tolist()) == set(expected.nonzero().flatten().tolist())
