@@ -397,7 +397,7 @@ else:
     def slow(self, file, position, view, what):
         if what == "embed.weight":
             sys.stderr.write("piece\\n"); sys.stderr.flush()
-            time.sleep(2.0)
+            time.sleep(4.0)
         read(self, file, position, view, what)
     local_source.LocalSource.read_into = slow
 sys.argv = ["dsv4", *sys.argv[2:]]
@@ -422,7 +422,7 @@ def test_ctrl_c_ends_a_validation_in_the_middle_of_a_file(
             assert line, process.poll()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    # By four threads, half a second each, of hundreds; or by one, two seconds each, of eight.
+    # By four threads, half a second each, of hundreds; or by one, four seconds each, of twelve.
     assert errors.count("piece") <= (32 if phase == "content" else 5)
     assert process.returncode == 130
     assert errors.endswith("dsv4: interrupted\n") and "Traceback" not in errors
