@@ -133,7 +133,7 @@ def test_stages_are_exclusive_and_leave_nothing_behind(source: Path, tmp_path: P
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(OutOfSpaceError, match=r"needs 1000000000\.0 GB"):
+    with pytest.raises(OutOfSpaceError, match=r"needs 1000000\.00 TB"):
         require_space(tmp_path, 10**18)
     with pytest.raises(ConfigError, match="at least 1"):
         bench.throughput("flash", tmp_path, layers=0, experts=0, workers=1, rounds=1)

@@ -46,9 +46,9 @@ class Emulator(Library):
 
     def function(self, kernel: Kernel) -> Callable[..., None]:
         """The reference of `kernel`, on its arguments."""
-        compute = getattr(self, f"_{kernel.operation}")
 
         def run(*arguments: Any) -> None:
+            compute = getattr(self, f"_{kernel.operation}")  # now: a test may have planted a fault
             self.launched.append(kernel.operation)
             leaves = [leaf for one in arguments for leaf in _flat(one)]
             names = [one.name for one in kernel.leaves()]
