@@ -291,8 +291,7 @@ class Mhc:
         finisher: Int32,
     ) -> None:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        threads = 32 * self.finish_warps
-        thread = warp * 32 + lane
+        threads, thread = 32 * self.finish_warps, warp * 32 + lane
         slot = copies + thread * LANE_BYTES
         for half in range_constexpr(2 * self.chunks):
             column = 8 * (half // 2 * threads + thread) + 4 * (half % 2)
