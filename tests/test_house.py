@@ -22,6 +22,7 @@ ALLOWED = {
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
+    "serve": {"serve", "runtime", "kernels", "formats"},
 }
 OFFLINE_LIBRARIES = {"zarr", "safetensors", "huggingface_hub", "blake3"}
 ONLINE_ENTRY = """

@@ -73,6 +73,10 @@ class RuntimeRefusal(Dsv4Error):
     """The runtime cannot do what was asked: device, capacity, or token id out of range."""
 
 
+class QueueFull(Dsv4Error):
+    """An engine has as many waiting sequences as it takes; worth trying again later."""
+
+
 class KernelError(Dsv4Error):
     """A GPU kernel is missing, stale, made for another device, or cannot be compiled."""
 

@@ -20,9 +20,8 @@ and a test holds it to that. Data goes to stdout, progress and warnings to stder
 
 def helps(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
     """A section for `command` and for each command in it."""
-    with click.Context(
-        command, info_name=name, parent=parent, terminal_width=WIDTH, max_content_width=WIDTH
-    ) as context:
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    with click.Context(command, info_name=name, parent=parent, **settings) as context:
         lines = (line.rstrip() for line in command.get_help(context).splitlines())
         yield f"## `{context.command_path}`\n\n```\n" + "\n".join(lines) + "\n```\n"
         if isinstance(command, click.Group):

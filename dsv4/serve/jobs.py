@@ -1,0 +1,109 @@
+"""What an engine is asked for and what it tells: the seam between HTTP and the scheduler.
+
+The faces (OpenAI, Anthropic) make a `Job` of a request and read its `Event`s; an `Engine` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dsv4.runtime.text.sampling import Sampler
+
+
+class Finish(enum.Enum):
+    """Why a job ended."""
+
+    STOP = "stop"  # a stop id was drawn, or its constraint has nothing left to say
+    LENGTH = "length"  # max_new_tokens, or no room in the slot
+    CANCELLED = "cancelled"  # `Ticket.cancel`
+    FAILED = "failed"  # `Event.error` says what happened
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, by what came before: a grammar, for example."""
+
+    def mask(self) -> Tensor | None:
+        """bool `[vocab]`, True for ids that may come next; None while every id may."""
+
+    def took(self, token: int) -> None:
+        """`token` was drawn."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One sequence to continue.
+
+    ids: the prompt, at least one. max_new_tokens: most tokens of the answer. stop_ids: ids that end
+    it, and are not told. logprobs: how many of the likeliest ids are told for every token, with the
+    token's own; None for none at all. prompt_logprobs: the same for the tokens of the prompt.
+    salt: jobs of different salts share no prefix.
+    """
+
+    ids: Sequence[int]
+    sampler: Sampler
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    constraint: Constraint | None = None
+    salt: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability by the raw logits, and the likeliest ids there."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What happened to a job since its last event. All fields of tokens are in order.
+
+    cached_tokens: with the first event, tokens of the prompt that were not computed again; else
+    None. prompt_logprobs: with the first event, one for each token of the prompt but the first.
+    finish: with the last event. error: a sentence for whoever asked, with Finish.FAILED.
+    """
+
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int | None = None
+    finish: Finish | None = None
+    error: str | None = None
+
+
+class Ticket(Protocol):
+    """A job that was taken."""
+
+    def cancel(self) -> None:
+        """End it within one step; its last event says Finish.CANCELLED. May be called any time."""
+
+
+class Engine(Protocol):
+    """Runs jobs. Methods may be called from any thread."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of a sequence, prompt and answer together."""
+
+    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+        """Take a job. `deliver` is called on the engine's thread and must return at once.
+
+        Raises RuntimeRefusal for a job that can never run (ids, room), and QueueFull when too many
+        wait.
+        """
+
+    def close(self, *, finish: bool) -> None:
+        """Take no more jobs. finish: run those that were taken to their end, or cancel them."""
