@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from dsv4.commands.options import Size
+
 MAX_SEED = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
 TEXT_HELP = "`@FILE` takes it from a file, `-` from stdin, `@@` begins a text with @."
@@ -88,6 +90,14 @@ class Prose(click.ParamType[str]):
         return text
 
 
+class ExpertsPlace(Size):
+    """auto, resident, or a size."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word or the bytes meant; refuses all else."""
+        return value if value in ("auto", "resident") else super().convert(value, param, ctx)
+
+
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """A call of `dsv4 run`. The names are those of its options."""
@@ -106,6 +116,8 @@ class Wish:
     seed: int | None
     stop: tuple[str, ...]
     device: Literal["auto", "cpu", "cuda"]
+    experts: Literal["auto", "resident"] | int
+    routes: Path | None
     raw: bool
     as_json: bool
     quiet: bool
@@ -187,6 +199,20 @@ _OPTIONS = (
         default="auto",
         show_default=True,
         help="auto: the GPU where it can be used, else the CPU.",
+    ),
+    click.option(
+        "--experts",
+        type=ExpertsPlace(),
+        default="auto",
+        show_default=True,
+        metavar="auto|resident|SIZE",
+        help="On the GPU: as many as fit, all, or SIZE of them; the others in pinned host memory.",
+    ),
+    click.option(
+        "--routes",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE",
+        help="Counts of experts to place by, and to add to; default: in the user's cache folder.",
     ),
     click.option("--raw", is_flag=True, help="Skip the chat template."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end."),

@@ -107,7 +107,7 @@ def test_experts_that_are_not_here_choose_nothing(buffers: Buffers) -> None:
 
 def test_the_clamp_bites_and_a_weight_of_zero_is_there(buffers: Buffers) -> None:
     w13 = reference.operand(SMALL, buffers, "13", 4)
-    plain = reference.matrix(buffers, "13", 4) @ buffers["x"][0].to(torch.float64)
+    plain = reference.matrix(SMALL, buffers, "13", 4) @ buffers["x"][0].to(torch.float64)
     gates = plain.view(-1, 2, reference.INTERLEAVE)[:, 0] * w13.global_scales[0]
     assert 0.001 < float((gates > SMALL.limit).to(torch.float64).mean()) < 0.3
     assert (buffers["topk_weights"] == 0).any()

@@ -1,28 +1,60 @@
-"""A packed store to a model on the GPU."""
+"""A packed store to a model on the GPU: its experts in one place or in two."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import torch
 
+from dsv4.formats.errors import OutOfSpaceError
 from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.plain_text import size
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.runtime.cuda_driver import Driver
+from dsv4.runtime.gpu.engine import META, Buffers, tables_nbytes
+from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.rehearsal import step_kernels
+from dsv4.runtime.gpu.operands import nbytes
+from dsv4.runtime.gpu.prefill_plan import chunk_rows
+from dsv4.runtime.gpu.rehearsal import fetch_kernel, step_kernels
 from dsv4.runtime.gpu.standard import standard_model
 from dsv4.runtime.gpu.weights import Loaded
-from dsv4.runtime.load import Part, load_weights
+from dsv4.runtime.load import Part, Settings, load_weights, plan_load
+from dsv4.runtime.load.arena import HEADROOM, free_memory
+from dsv4.runtime.load.placement import Counts, Placement, place
+from dsv4.runtime.load.records import load_records, record_of
+from dsv4.runtime.load.routes import Routes, default_file, read_routes
 from dsv4.runtime.model import no_gpu
+from dsv4.runtime.session import capacity_of
 from dsv4.runtime.startup_clock import Mark
 
 BY_FORMAT = ("gemv", "router")  # operations whose kernels depend on how weights are stored
+BESIDE = 768 << 20  # code of kernels, graphs, and what torch keeps
+
+Experts = Literal["auto", "resident"] | int
+"""Where experts live: as many on the GPU as fit, all of them, or this many bytes of them."""
 
 
-def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
+def load(
+    store: PackedStore,
+    device: torch.device,
+    mark: Mark,
+    *,
+    experts: Experts = "auto",
+    routes: Path | None = None,
+    max_seq_len: int | None = None,
+) -> GpuModel:
     """Find the kernels first, then bring the weights; draft layers stay where they are.
 
+    routes: counts of experts to place by; by default the user's own of this store. max_seq_len: of
+    the session that is left room for.
+
     Raises RuntimeRefusal without a GPU or for a format that no kernel reads, KernelError for
-    kernels that are missing or stale, StoreError for a damaged store.
+    kernels that are missing or stale, StoreError for a damaged store, OutOfSpaceError where one of
+    the memories is too small or cannot be pinned.
     """
     if not torch.cuda.is_available():
         raise no_gpu()
@@ -31,11 +63,68 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
     mark("context")
     require_kernels(store.config, library)
     mark("kernels found")
-    weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS})
+    known = known_routes(store, routes)
+    placement = plan_experts(store, device, experts, known.counts, max_seq_len)
+    counting = routes is not None or placement.cold > 0
+    if counting:
+        library.function(fetch_kernel(store.config))
+    weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS}, records=True)
+    mark("core")
+    with torch.cuda.device(device):
+        found = load_records(store, placement, device, Settings(), Driver)
     mark("weights")
-    model = GpuModel(Loaded(weights), library, device)
-    model.load_report = weights.reports[0]
+    memory = ExpertMemory.make(
+        placement, found.device, found.host, found.host_address, counting=counting, keep=found
+    )
+    model = GpuModel(Loaded(weights, memory), library, device)
+    model.load_reports = (*weights.reports, *found.reports)
+    model.routes, model.pinning = known, found.pinning
     return model
+
+
+def known_routes(store: PackedStore, path: Path | None) -> Routes:
+    """The counts in the file at `path`, or in the user's own. Raises RuntimeRefusal."""
+    root = str(store.manifest["root"])
+    shape = store.config.num_hidden_layers, store.config.n_routed_experts
+    return read_routes(path or default_file(root), root, shape)
+
+
+def plan_experts(
+    store: PackedStore,
+    device: torch.device,
+    experts: Experts,
+    counts: Counts | None,
+    max_seq_len: int | None,
+) -> Placement:
+    """Which experts are to be on the device, before anything is loaded.
+
+    Raises OutOfSpaceError when "resident" does not fit, or not even what all placements need.
+    """
+    config, record = store.config, record_of(store)
+    shape = config.num_hidden_layers, config.n_routed_experts
+    core = plan_load(store, {Part.CORE, Part.EXPERTS}, records=True).nbytes
+    free, name = free_memory(device)
+    room = free - core - session_nbytes(config, max_seq_len) - HEADROOM - BESIDE
+    everything = shape[0] * shape[1] * record.nbytes
+    if experts == "resident" and room < everything:
+        raise OutOfSpaceError(
+            f"{store.root}: the experts need {size(everything)}, {name} has {size(max(room, 0))} "
+            "for them beside the other weights and a session; --experts auto keeps some in host "
+            "memory"
+        )
+    if isinstance(experts, int) and experts > room:
+        raise OutOfSpaceError(
+            f"{store.root}: {size(experts)} of experts were asked for, {name} has "
+            f"{size(max(room, 0))} for them; give --experts less, or auto"
+        )
+    return place(counts, shape, record.nbytes, experts if isinstance(experts, int) else room)
+
+
+def session_nbytes(config: ModelConfig, max_seq_len: int | None) -> int:
+    """What an engine of one session will allocate."""
+    capacity = capacity_of(config, max_seq_len)
+    buffers = nbytes(Buffers.allocate(config, 1, capacity, chunk_rows(capacity), META))
+    return buffers + 4 * capacity + tables_nbytes(config, capacity + MAX_ROWS)
 
 
 def require_kernels(config: ModelConfig, library: Library) -> None:

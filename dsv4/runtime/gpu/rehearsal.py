@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.ops.experts.contract import Shape
+from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.activations import CAPACITIES, first
@@ -30,11 +32,17 @@ def all_kernels(config: ModelConfig) -> Iterator[Kernel]:
     """What a model of recipe `standard` needs; some more than once."""
     model = standard_model(config).different_layers()
     yield draw_kernel(model)
+    yield fetch_kernel(config)
     for capacity in CAPACITIES:
         for rows in range(1, MAX_ROWS + 1):
             yield from step_kernels(model, rows, capacity)
         for rows in SIZES:
             yield from chunk_kernels(model, rows, capacity)
+
+
+def fetch_kernel(config: ModelConfig) -> Kernel:
+    """What brings a step's experts that are not on the GPU, and counts them."""
+    return fetch(Shape.of(config).record.nbytes, config.n_routed_experts)
 
 
 def step_kernels(model: Model, rows: int, capacity: int) -> list[Kernel]:
@@ -82,6 +90,7 @@ class Rehearsal:
             first(self.own.activations, self.rows),
             self._tables(),
             self.capacity,
+            None,
             self.own.step,
             ctas=1,
         )
@@ -96,7 +105,9 @@ class Rehearsal:
             first(self.own.activations, self.rows),
             self._tables(),
             self.capacity,
+            None,
             self.own.chunk.first(self.rows),
+            lambda function: None,
         )
 
     def _tables(self) -> RopeTables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,17 @@ Alteration = Callable[[str], str]
 
 
 def interpret(
-    kernel: Kernel, arch: str, buffers: Buffers, seed: int = 0, alter: Alteration | None = None
+    kernel: Kernel,
+    arch: str,
+    buffers: Buffers,
+    seed: int = 0,
+    alter: Alteration | None = None,
+    pointed: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Run `kernel` on its arguments, which it writes. alter: changes the PTX first."""
+    """Run `kernel` on its arguments, which it writes. alter: changes the PTX first.
+
+    pointed: arguments int64 `[1]` that are the address of another tensor, with this tensor.
+    """
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
     arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
@@ -37,7 +45,14 @@ def interpret(
         for name, one in arguments.items()
         if isinstance(one, Tensor)
     }
+    beside = pointed or {}
+    raw |= {
+        f"{name} points": one.view(torch.uint8).view(-1).numpy() for name, one in beside.items()
+    }
     memory = GlobalMemory(raw)
+    for name in beside:
+        address = torch.tensor([memory.address[f"{name} points"]])
+        raw[name][:] = address.view(torch.uint8).numpy()
 
     def describe(argument: Argument | tuple[Argument, ...]) -> Any:
         if isinstance(argument, tuple):
@@ -91,7 +106,8 @@ def faults(case: Case, arch: str, seed: int = 0, alter: Alteration | None = None
     guard_outputs(case, buffers)  # poisons them; the interpreter watches their ends itself
     for launch in case.launches:
         own = {one.name: buffers[launch.buffer(one)] for one in launch.kernel.leaves()}
-        interpret(launch.kernel, arch, own, seed, alter)
+        pointed = {n: buffers[f"{n}_records"] for n in own if f"{n}_records" in buffers}
+        interpret(launch.kernel, arch, own, seed, alter, pointed)
     return [f for name, want in expected.items() if (f := fault(name, buffers[name], want))]
 
 
