@@ -66,9 +66,9 @@ class GpuModel:
             )
 
     def write_routes(self, path: Path | None = None) -> None:
-        """Add what experts tokens chose since to the counts at `path`, by default the user's own.
+        """Add what tokens chose since to the counts at `path`, by default the user's own.
 
-        Nothing is written where nothing is counted. Raises RuntimeRefusal when it cannot be written.
+        Nothing is written where nothing is counted. Raises RuntimeRefusal when it cannot be.
         """
         memory = self.operands.memory
         if self.routes is None or memory is None or not memory.fetches:

@@ -93,9 +93,9 @@ class ChunkPass(Pass):
         self.launch(up, x=arranged, **listed, **placed, **own.scales("13"), h=s.h)
         rows = {"targets": s.places, "offsets": s.offsets}
         self.launch(down, h=s.h, **rows, **placed, **own.scales("2"), partial=s.partial)
+        self.launch(combine, partial=s.partial, topk_idx=a.topk_idx, y=s.routed)
         if copies:
             self.between(functools.partial(copies.leave, layer.index))
-        self.launch(combine, partial=s.partial, topk_idx=a.topk_idx, y=s.routed)
 
         self.multiply_one(arranged, shared.w1, s.gate)
         self.multiply_one(arranged, shared.w3, s.up)
