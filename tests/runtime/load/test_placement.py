@@ -110,16 +110,16 @@ def replay(placement: Placement, shares: Counts, tokens: int, spare: int) -> flo
 
 def test_placing_by_counts_saves_most_misses_and_caching_some_more() -> None:
     """As measured of the release: 0.884 resident, 0.99 of its routes hit (facts of its authors)."""
-    shape, room = (6, 256), int(0.884 * 6 * 256)
+    shape, room = (43, 256), int(0.889 * 43 * 256)
     shares = zipf(shape, 1)
     by_counts = place(shares, shape, 1, room)
     blind = place(None, shape, 1, room)
-    static = replay(by_counts, shares, 200, 0) / 36
-    assert static == pytest.approx(by_counts.misses(shares, 6) / 36, rel=0.35)
+    static = replay(by_counts, shares, 100, 0) / 258
+    assert static == pytest.approx(by_counts.misses(shares, 6) / 258, rel=0.35)
     assert 0.004 < static < 0.04
-    cached = replay(by_counts, shares, 200, by_counts.spare) / 36
-    uniform = replay(blind, shares, 200, blind.spare) / 36
-    assert cached < static < uniform / 3
+    cached = replay(by_counts, shares, 100, by_counts.spare) / 258
+    uniform = replay(blind, shares, 100, blind.spare) / 258
+    assert cached < static < uniform / 2
 
 
 def test_counts_are_mixed_by_their_shares() -> None:

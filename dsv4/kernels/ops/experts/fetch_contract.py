@@ -180,14 +180,21 @@ def case(
 
 
 def cases(config: ModelConfig, model: str, rows: Sequence[int]) -> Iterator[Case]:
-    """One layer: nothing absent, and all that the tokens chose."""
-    shape, experts = Shape.of(config), 64
-    some = dataclasses.replace(config, n_routed_experts=experts)
+    """Nothing absent: what every layer of a step costs. Repeated, what was absent is so no more."""
+    shape = Shape.of(config)
     for count in rows:
-        choices = random_choices(some, count)
-        spare = STEP_ROWS * shape.top_k
-        yield case(shape, model, Placed(1, experts, experts, spare), choices, "none absent")
-        one = choices % 63 + (choices == 63) * 5
-        one[0, 0] = 63
-        yield case(shape, model, Placed(1, experts, 63, spare), one, "one absent")
-        yield case(shape, model, Placed(1, experts, 0, spare), choices, "all absent")
+        choices = random_choices(config, count)
+        yield case(shape, model, Placed(1, shape.experts, shape.experts, 1), choices, "none absent")
+
+
+def checks(config: ModelConfig, model: str) -> Iterator[Case]:
+    """One absent, all absent, and spare records that are full."""
+    experts, top_k = 64, config.num_experts_per_tok
+    shape = dataclasses.replace(Shape.of(config), experts=experts)
+    choices = torch.arange(STEP_ROWS * top_k).view(STEP_ROWS, top_k)
+    last = choices[:1] + experts - top_k
+    spare = STEP_ROWS * top_k
+    yield case(shape, model, Placed(3, experts, experts - 1, spare), last, "one absent")
+    yield case(shape, model, Placed(2, experts, 0, spare), choices, "all absent")
+    full = Placed(2, experts, 0, 2 * top_k)
+    yield case(shape, model, full, choices[:1], "nothing left", cached=2 * top_k)
