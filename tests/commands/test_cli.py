@@ -17,16 +17,16 @@ import torch
 
 import dsv4
 from dsv4.runtime.text.tokenizer import Text
+from tests.support import warm_commands
 
 TIMEOUT = 240
 
 
 def dsv4_command(*args: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the installed entry point in a process of its own."""
-    command = [sys.executable, "-m", "dsv4", *map(str, args)]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT, check=False
-    )
+    """Run the command line in a process of its own."""
+    done = warm_commands.run(*args, stdin=stdin.encode(), seconds=TIMEOUT)
+    out, errors = done.stdout.decode(), done.stderr.decode()
+    return subprocess.CompletedProcess(done.args, done.returncode, out, errors)
 
 
 def refused(*args: str | Path, code: int = 2) -> str:
