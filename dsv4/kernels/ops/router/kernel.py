@@ -13,6 +13,7 @@ number among equal ones.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -73,6 +74,7 @@ class Band(NamedTuple):
     parity: Int32
 
 
+@dataclasses.dataclass(eq=False)
 class Router:
     """The router of one layer.
 
@@ -84,26 +86,25 @@ class Router:
     `[T, parts, E]`, zero before and after.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        experts: int,
-        hidden: int,
-        slabs: int,
-        top_k: int,
-        hashed: bool,
-        scaling: float,
-        warps: int,
-        pdl: bool,
-    ) -> None:
-        self.kind, self.experts, self.hidden = kind, experts, hidden
-        self.top_k, self.hashed, self.scaling, self.warps = top_k, hashed, scaling, warps
-        self.operand = OPERANDS[kind](experts, hidden, slabs)
-        self.parts = hidden // STEP // warps
-        self.bands = experts // 32
-        self.roles = Roles(self.bands * self.parts, pdl)
-        if experts % 128 or hidden % (STEP * warps) or top_k > LANES:
-            raise ValueError(f"a gate of {experts} x {hidden} does not divide into {warps} warps")
+    kind: str
+    experts: int
+    hidden: int
+    slabs: int
+    top_k: int
+    hashed: bool
+    scaling: float
+    warps: int
+    pdl: bool
+
+    def __post_init__(self) -> None:
+        self.operand = OPERANDS[self.kind](self.experts, self.hidden, self.slabs)
+        self.parts = self.hidden // STEP // self.warps
+        self.bands = self.experts // 32
+        self.roles = Roles(self.bands * self.parts, self.pdl)
+        if self.experts % 128 or self.hidden % (STEP * self.warps) or self.top_k > LANES:
+            raise ValueError(
+                f"a gate of {self.experts} x {self.hidden} does not divide into {self.warps} warps"
+            )
 
     @cute.jit
     def __call__(
