@@ -85,7 +85,7 @@ class Shared(NamedTuple):
     squares: cute.Tensor
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Mhc:
     """One place of hyper-connections in the model.
 

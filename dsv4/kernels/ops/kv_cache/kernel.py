@@ -85,7 +85,7 @@ class Operands(NamedTuple):
         return cls(*found)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Append:
     """The launch of one kind of layer.
 

@@ -74,7 +74,7 @@ class Band(NamedTuple):
     parity: Int32
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Router:
     """The router of one layer.
 
