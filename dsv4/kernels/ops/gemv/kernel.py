@@ -191,7 +191,7 @@ class Gemv:
         alike: _Alike,
         x: cute.Tensor,
         own: _Chosen,
-        factor: cute.Tensor | None,
+        factor: Any,
         sums: cute.Tensor,
         slots: Int32,
     ) -> None:
@@ -289,9 +289,7 @@ class Gemv:
                     acc[4 * half + c] += sums[c] * cute.arch.shuffle_sync(scale, turn)
 
     @cute.jit
-    def _finish(
-        self, own: _Chosen, factor: cute.Tensor | None, sums: cute.Tensor, rows: Int32
-    ) -> None:
+    def _finish(self, own: _Chosen, factor: Any, sums: cute.Tensor, rows: Int32) -> None:
         """Sum over the warps, in their order, and write."""
         thread, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()

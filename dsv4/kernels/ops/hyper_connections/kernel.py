@@ -69,8 +69,8 @@ class Outputs(NamedTuple):
 
     streams: cute.Tensor
     x: cute.Tensor
-    post: cute.Tensor | None = None
-    comb: cute.Tensor | None = None
+    post: Any = None
+    comb: Any = None
 
 
 class Shared(NamedTuple):

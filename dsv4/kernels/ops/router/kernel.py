@@ -242,7 +242,7 @@ class Router:
     @cute.jit
     def _finish(
         self,
-        choice: Choice,
+        choice: Any,
         topk_idx: cute.Tensor,
         topk_weights: cute.Tensor,
         letters: cute.Tensor,
