@@ -316,10 +316,7 @@ class Mhc:
         shared: Shared,
         finisher: Int32,
     ) -> None:
-        """A finisher but for its last warp: x of every token that it takes.
-
-        X' is made again here rather than read: a worker's would have to be waited for.
-        """
+        """A finisher but for its last warp: x of every token that it takes."""
         copies, totals, squares = shared.copies, shared.totals, shared.squares
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         threads, thread = 32 * self.finish_warps, warp * 32 + lane
