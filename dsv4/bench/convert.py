@@ -27,8 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import dsv4
+from benchmarks.stages import STAGES, Seconds
 from dsv4.bench.lanes import LANES, RECIPES, Run, swizzle
-from dsv4.bench.stages import STAGES, Seconds
 from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import ConfigError, StoreError

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4.bench.stages import Seconds, watch
+from benchmarks.stages import Seconds, watch
 from dsv4.convert.engine import convert
 from dsv4.formats.store.durable import sync_directory, sync_file
 

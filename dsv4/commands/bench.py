@@ -40,7 +40,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
     """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
-    from dsv4.bench.quantize import quality, speed
+    from benchmarks.quantize import quality, speed
     from dsv4.commands.bench_tables import quality_table, speed_table
 
     qualities = quality(elements, seeds)
@@ -172,7 +172,7 @@ def _kernel_peers(
 ) -> None:
     import torch
 
-    from dsv4.bench.kernel_peers import compare
+    from benchmarks.kernel_peers import compare
     from dsv4.bench.kernels import measure_machine, open_library
     from dsv4.commands.bench_tables import peer_line, peers_table
 
@@ -382,8 +382,8 @@ def bench_quality(
     directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
 ) -> None:
     """What each recipe costs the trained checkpoint DIRECTORY, on text it has not seen."""
-    from dsv4.bench.quality import quality
-    from dsv4.bench.quality_table import cost_plot, cost_table
+    from benchmarks.quality import quality
+    from benchmarks.quality_table import cost_plot, cost_table
 
     found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
     if plot is not None:

@@ -12,13 +12,14 @@ from dsv4.commands.tables import facts_table
 from dsv4.formats.plain_text import counted, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode, prompt, transformers_peer
+    from benchmarks import transformers_peer
+    from benchmarks.kernel_peers import PeerLine
+    from benchmarks.parity_logits import Proof
+    from benchmarks.quantize import Quality, Speed
+    from dsv4.bench import decode, prompt
     from dsv4.bench.convert import Throughput
-    from dsv4.bench.kernel_peers import PeerLine
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
-    from dsv4.bench.parity_logits import Proof
-    from dsv4.bench.quantize import Quality, Speed
     from dsv4.bench.validate import Pass
     from dsv4.synthetic.store import Made
 

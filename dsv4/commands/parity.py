@@ -42,9 +42,9 @@ def bench_parity(
     """
     import torch
 
+    from benchmarks.parity import Sizes, parity
     from dsv4.bench.decode import few_layers
     from dsv4.bench.kernels import open_library
-    from dsv4.bench.parity import Sizes, parity
     from dsv4.commands.bench_tables import parity_table
 
     device = torch.device("cuda")

@@ -13,9 +13,9 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.stages import STAGES, watch
 from dsv4.bench import convert as bench
 from dsv4.bench.lanes import LANES, RECIPES, copy, run, stack_experts, swizzle, today
-from dsv4.bench.stages import STAGES, watch
 from dsv4.commands.bench_tables import throughput_tables
 from dsv4.convert.engine import convert
 from dsv4.formats.errors import ConfigError, OutOfSpaceError

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.bench.peers import (
+from benchmarks.peers import (
     BLOCK,
     E4M3_MAX,
     four_over_six,

@@ -8,7 +8,7 @@ from io import StringIO
 import torch
 from rich.console import Console
 
-from dsv4.bench import transformers_peer as peer
+from benchmarks import transformers_peer as peer
 from dsv4.bench.decode import Step
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.commands.bench_tables import rivals_table

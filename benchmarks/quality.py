@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.bench.source_weights import SourceWeights
+from benchmarks.source_weights import SourceWeights
 from dsv4.convert.engine import convert
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import RuntimeRefusal

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.bench.parity_logits import Proof, after_long_context, from_the_start
-from dsv4.bench.parity_sessions import sessions
-from dsv4.bench.parity_text import greedy_text
-from dsv4.bench.parity_weights import TellingWeights
-from dsv4.bench.soak import soak
+from benchmarks.parity_logits import Proof, after_long_context, from_the_start
+from benchmarks.parity_sessions import sessions
+from benchmarks.parity_text import greedy_text
+from benchmarks.parity_weights import TellingWeights
+from benchmarks.soak import soak
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.reference.accumulate import temporaries

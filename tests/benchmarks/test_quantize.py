@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dsv4.bench import quantize as bench
-from dsv4.bench.peers import least_errors
+from benchmarks import quantize as bench
+from benchmarks.peers import least_errors
 from dsv4.commands.bench_tables import quality_table, speed_table
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.layouts import unpack_nvfp4

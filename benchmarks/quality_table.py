@@ -6,7 +6,7 @@ from html import escape
 
 from rich.table import Table
 
-from dsv4.bench.quality import Measured, Quality
+from benchmarks.quality import Measured, Quality
 
 WIDTH = 720
 LEFT, RIGHT, TOP, ROW, BAR = 190, 130, 44, 30, 16

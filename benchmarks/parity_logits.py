@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from benchmarks.reference_state import take_over
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.bench.reference_state import take_over
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.model import Model, load
