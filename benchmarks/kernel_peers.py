@@ -1,4 +1,4 @@
-"""`dsv4 bench kernels --peers`: other libraries' kernels beside ours, on the same values.
+"""`python -m benchmarks kernels`: other libraries' kernels beside ours, on the same values.
 
 torch (cuBLAS) on BF16 weights, plain Triton kernels that dequantise (`triton_peers`), and
 humming-kernels (`humming_peers`), imported only here and where they are called. Each takes the

@@ -1,4 +1,4 @@
-"""What `dsv4 bench quality` shows: a rich table, and a plot as an SVG document."""
+"""What `python -m benchmarks quality` shows: a rich table, and a plot as an SVG document."""
 
 from __future__ import annotations
 

@@ -75,6 +75,13 @@ def test_rooms_import_only_their_neighbours(room: str) -> None:
                 assert parts[1] in ALLOWED[room], f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_the_package_does_not_use_what_is_beside_it() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            outside = name.split(".")[0] in ("benchmarks", "tests", "examples")
+            assert not outside, f"{path.relative_to(ROOT)} imports {name}"
+
+
 def test_the_online_half_names_no_offline_library() -> None:
     writers = {"zarr_metadata.py", "file_digest.py"}  # used where a store is written or proved
     for room in ("runtime", "kernels", "formats"):

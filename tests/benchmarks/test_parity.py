@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from benchmarks import parity_sessions, soak
-from benchmarks.parity_logits import Distance, Proof, after_long_context, distance, from_the_start
+from benchmarks.parity_logits import Proof, after_long_context, from_the_start
 from benchmarks.parity_text import greedy_text
 from benchmarks.parity_weights import TellingWeights
+from dsv4.bench.logits import Distance, distance
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.gpu import engine
 from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches

@@ -45,7 +45,7 @@ KEEP_GATES = "*.gate.weight"
 SAME_EXPERTS = {"standard": (80.2, 100.0), "nvfp4": (73.1, 79.6)}
 """Per cent of (token, layer) that go to the source's experts: gates rounded, gates kept.
 
-Measured by `dsv4 bench quality examples/tiny-dsv4`, see README.
+Measured by `python -m benchmarks quality examples/tiny-dsv4`, see docs/results.md.
 """
 
 
