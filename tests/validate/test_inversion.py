@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dsv4
+from dsv4.convert.outputs import dense
 from dsv4.convert.outputs.rounding import round_tiles
 from dsv4.convert.sources.open import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint, values_of
@@ -138,7 +139,7 @@ def _worse(tiny_source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: 
                 codes, scales = rounded.codes ^ 1, rounded.scales
             yield start, values, NVFP4Tensor(codes, scales, rounded.global_scale, rounded.shape)
 
-    monkeypatch.setattr("dsv4.convert.outputs.dense.round_tiles", worse)
+    monkeypatch.setattr(dense, "round_tiles", worse)
     dsv4.convert(tiny_source, out)
     monkeypatch.undo()
     return dsv4.validate(out, source=tiny_source)
