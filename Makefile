@@ -45,7 +45,7 @@ $(VENV)/torch.stamp: $(BIN)/python
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e .
+	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e ".[all]"
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml

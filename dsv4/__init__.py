@@ -112,7 +112,14 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """The functions and types of `_WHERE`. Raises AttributeError for any other name."""
+    """The functions and types of `_WHERE`.
+
+    Raises MissingExtraError where the half that has them is not installed, AttributeError for any
+    other name.
+    """
     if name not in _WHERE:
         raise AttributeError(f"module 'dsv4' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    from dsv4.extras import missing_ones_named
+
+    with missing_ones_named():
+        return getattr(importlib.import_module(_WHERE[name]), name)
