@@ -89,7 +89,7 @@ def throughput(
         raise ConfigError("layers, workers and rounds have to be at least 1, experts 0 or more")
     whole = MODELS[model]
     experts = experts or whole.n_routed_experts
-    config = real_shapes.few_layers(whole, layers, experts, real_shapes.SMALL_VOCABULARY)
+    config = real_shapes.fresh_layers(whole, layers, experts, real_shapes.SMALL_VOCABULARY)
     require_space(directory, int(COPIES * real_shapes.checkpoint_bytes(config)))
     measured: dict[str, list[_Measured]] = {lane: [] for lane in LANES}
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:

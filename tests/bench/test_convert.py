@@ -41,7 +41,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """One small layer."""
-    real_shapes.write_checkpoint(tmp_path / "source", real_shapes.few_layers(SMALL, 1, 8, 1024))
+    real_shapes.write_checkpoint(tmp_path / "source", real_shapes.fresh_layers(SMALL, 1, 8, 1024))
     return tmp_path / "source"
 
 

@@ -22,7 +22,7 @@ from dsv4.formats.model.releases import PRO
 from dsv4.formats.numeric.codecs import e2m1_encode, pack_nibbles
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
 from dsv4.formats.numeric.operands import Fp8Matrix
-from dsv4.synthetic.real_shapes import few_layers, write_checkpoint
+from dsv4.synthetic.real_shapes import fresh_layers, write_checkpoint
 from dsv4.validate.checks import inversion, rounding
 from dsv4.validate.checks.rounding import largest_error
 from dsv4.validate.checks.router_gates import INPUTS, agreement, unit_inputs
@@ -49,7 +49,7 @@ def _values(stored: NVFP4Tensor | Fp8Matrix | torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def pro() -> Iterator[tuple[Path, Path]]:
     """One layer of Pro's real shapes with eight experts, and its store."""
-    config = few_layers(PRO, 1, experts=8, vocabulary=1024)
+    config = fresh_layers(PRO, 1, experts=8, vocabulary=1024)
     with tempfile.TemporaryDirectory() as scratch:  # a gigabyte that is not to be kept
         hub, packed = Path(scratch) / "hub", Path(scratch) / "packed"
         write_checkpoint(hub, config)
