@@ -22,7 +22,7 @@ def _imported(path: Path, modules: Mapping[str, Path]) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
-        elif isinstance(node, ast.ImportFrom) and node.module in modules:
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module in modules:
             below = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name for name in below if name in modules)
             if not all(name in modules for name in below):
