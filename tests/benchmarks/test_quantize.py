@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import quantize as bench
 from benchmarks.peers import least_errors
-from dsv4.commands.bench_tables import quality_table, speed_table
+from benchmarks.tables import quality_table, speed_table
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.layouts import unpack_nvfp4
 from dsv4.formats.numeric.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
