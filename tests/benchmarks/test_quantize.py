@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,8 +168,7 @@ def test_the_command_prints_one_json_document() -> None:
         [
             sys.executable,
             "-m",
-            "dsv4",
-            "bench",
+            "benchmarks",
             "quantize",
             "--elements",
             "65536",
@@ -179,6 +179,7 @@ def test_the_command_prints_one_json_document() -> None:
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
