@@ -295,10 +295,6 @@ def test_an_interrupted_conversion_resumes(
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (
-            ("kernels", "--peers", "--rows", "1,2048"),
-            "2048 in '1,2048', expected at least 1",
-        ),
         (("kernels", "--rows", "0"), "0 in '0', expected at least 1"),
         (("kernels", "--rows", ""), "'', expected numbers such as 1,8"),
         (("decode", "--rows", "9"), "9 in '9', expected at least 1 and at most 8"),
