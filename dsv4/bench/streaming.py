@@ -26,7 +26,7 @@ from torch import Tensor
 import dsv4
 from dsv4.bench.decode import MeasuredStep
 from dsv4.bench.kernels import graph_seconds
-from dsv4.bench.parity_logits import random_ids
+from dsv4.bench.logits import random_ids
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS

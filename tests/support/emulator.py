@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig
+from dsv4.formats.numeric.operands import SLABS
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.core.signature import Kernel
@@ -105,7 +106,7 @@ class Emulator(Library):
         return _values(case.expect(buffers))
 
     def _indexer(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        if "stage" not in given:
+        if "ctas" in given:  # the scores; the others choose
             blocks = torch.zeros(len(buffers["scores"]), self.config.index_topk)
             found = indexer_reference.expect(self.config, buffers | {"blocks": blocks})
             return {"scores": found["scores"].value}
@@ -135,7 +136,7 @@ class Emulator(Library):
 
     def _experts(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         shape = experts.Shape.of(self.config, bool(given["shared"]))
-        return _values(experts_reference.expected(shape, buffers, experts_reference.SLABS))
+        return _values(experts_reference.expected(shape, buffers, SLABS))
 
     def _experts_fetch(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         found = fetch_contract.run(int(given["experts"]), buffers)

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.numeric.operands import Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.operands import INTERLEAVE, Matrix, Nvfp4Matrix
 from dsv4.kernels.ops.experts.record import Record
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, record_parts
+from dsv4.kernels.ops.experts.reference import record_parts
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.load import LoadedWeights
 

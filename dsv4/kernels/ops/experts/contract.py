@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.numeric.operands import FP8_BLOCK
+from dsv4.formats.numeric.operands import FP8_BLOCK, SLABS
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.core.sizes import STEP_ROWS
 from dsv4.kernels.ops.experts.record import Record
-from dsv4.kernels.ops.experts.reference import SLABS, expected, record_parts
+from dsv4.kernels.ops.experts.reference import expected, record_parts
 
 MAX_ROWS = STEP_ROWS
 COUNTERS = 2

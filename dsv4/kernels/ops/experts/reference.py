@@ -14,22 +14,21 @@ from torch import Tensor
 from dsv4.formats.numeric.layouts import dequantize
 from dsv4.formats.numeric.operands import (
     FP8_BLOCK,
+    INTERLEAVE,
     NVFP4_K_ALIGN,
     SF_ROWS,
     SF_TILE_BYTES,
+    SLABS,
     Fp8Matrix,
     Nvfp4Matrix,
 )
 from dsv4.kernels.core.bounds import chained, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
-from dsv4.kernels.ops.experts.record import W2_SLABS, Record
+from dsv4.kernels.ops.experts.record import Record
 from dsv4.kernels.reference.moe import split_gate_up
 
 if TYPE_CHECKING:
     from dsv4.kernels.ops.experts.contract import Shape
-
-SLABS = W2_SLABS
-INTERLEAVE = 8
 
 
 def expected(shape: Shape, buffers: Buffers, chains: int) -> dict[str, Expected]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.operands import SLABS
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
 from dsv4.kernels.ops.experts.contract import MAX_ROWS, Shape, random_records
-from dsv4.kernels.ops.experts.reference import SLABS, record_parts
+from dsv4.kernels.ops.experts.reference import record_parts
 from dsv4.kernels.ops.prefill.experts_reference import expected
 from dsv4.kernels.ops.prefill.gemm_contract import CTAS, MODULE, RAGGED, arrange
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsv4.formats.numeric.operands import INTERLEAVE
 from dsv4.kernels.core.bounds import blocked, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, activated, matrix
+from dsv4.kernels.ops.experts.reference import activated, matrix
 from dsv4.kernels.reference.moe import split_gate_up
 
 if TYPE_CHECKING:
