@@ -16,7 +16,7 @@ import dataclasses
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ from dsv4.bench.kernels import graph_seconds
 from dsv4.bench.logits import random_ids
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.kernels.ops.experts.fetch_contract import fetch
-from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.load import Experts
 from dsv4.runtime.gpu.model import GpuModel
@@ -114,48 +113,48 @@ class _Run:
     ) -> None:
         self.store, self.routes, self.skew, self.tokens, self.say = store, routes, skew, tokens, say
         self.deviation, self.wanted = 0.0, torch.empty(0)
-        self.rates = (0.0, 0.0)
+        self.rates, self.record_nbytes = (0.0, 0.0), 0
         self.starts: list[dict[str, float]] = []
 
     def all(self, placements: Sequence[Experts]) -> Report:
         """See `measure`."""
-        model = self._load(placements[0])
+        lines, plain = self._first(placements[0])
+        for experts in placements:
+            _free()
+            model = self._load(experts)
+            text = "skewed" if self.skew else "as it is"
+            lines.append(self._line(model, experts, True, plain, text))
+            del model
+        _free()
+        device, starts = torch.cuda.get_device_name(), tuple(self.starts)
+        return Report(
+            device, str(self.store), self.record_nbytes, *self.rates, tuple(lines), starts
+        )
+
+    def _first(self, experts: Experts) -> tuple[list[Line], list[Tensor]]:
+        """Placed by nothing; then count. -> lines, and the store's biases."""
+        model = self._load(experts)
         memory = _memory(model)
         if not memory.placement.cold:
             raise RuntimeRefusal(
                 f"{self.store}: all experts are on the GPU; --experts SIZE keeps less of them there"
             )
-        record = memory.records.shape[1]
+        self.record_nbytes = memory.records.shape[1]
         self.rates = fetch_rate(model, memory), copy_rate(memory)
-        gates = [one.gate for one in model.operands.layers]
-        plain = [gate.bias.clone() for gate in gates if gate.bias is not None]
-        lines = list(self._lines(model, placements[0], False, plain, ("as it is",)))
+        plain = [
+            one.gate.bias.clone() for one in model.operands.layers if one.gate.bias is not None
+        ]
+        lines = [self._line(model, experts, False, plain, "as it is")]
         if self.skew:
-            session = model.session(CONTEXT)
-            self.deviation = calibrate(session)
+            self.deviation = calibrate(_session(model))
             self.say(f"routers' biases deviate by {self.deviation:.3f}")
-            session.close()
             self.wanted = torch.empty(0)
-            lines += self._lines(model, placements[0], False, plain, ("skewed",))
+            lines.append(self._line(model, experts, False, plain, "skewed"))
         memory.counted()
         self._bias(model, plain, "counted")
-        session = model.session(CONTEXT)
-        decode(session, COUNTED, seed=11)
-        session.reset()
-        session.forward(torch.tensor(random_ids(model.config.vocab_size, 2048, 12)), "last")
-        session.close()
+        count(_session(model))
         model.write_routes(self.routes)
-        del session, memory, model, gates
-        for experts in placements:
-            _free()
-            model = self._load(experts)
-            texts = ("skewed",) if self.skew else ("as it is",)
-            lines += self._lines(model, experts, True, plain, texts)
-            del model
-        _free()
-        device = torch.cuda.get_device_name()
-        starts = tuple(self.starts)
-        return Report(device, str(self.store), record, *self.rates, tuple(lines), starts)
+        return lines, plain
 
     def _load(self, experts: Experts) -> GpuModel:
         phases: dict[str, float] = {}
@@ -183,48 +182,38 @@ class _Run:
         else:
             skew_routers(model, self.deviation, 0 if text == "counted" else 1)
 
-    def _lines(
-        self,
-        model: GpuModel,
-        experts: Experts,
-        counts: bool,
-        plain: Sequence[Tensor],
-        texts: Sequence[str],
-    ) -> Iterator[Line]:
+    def _line(
+        self, model: GpuModel, experts: Experts, counts: bool, plain: Sequence[Tensor], text: str
+    ) -> Line:
         memory = _memory(model)
-        for text in texts:
-            self._bias(model, plain, text)
-            same = self._same(model)
-            session = model.session(CONTEXT + MAX_ROWS)
-            step = MeasuredStep(session, 4096, 1)
-            still = graph_seconds([step.whole.launch])
-            session.reset()
-            prompt = prompt_rate(session)
-            session.reset()
-            memory.counted()
-            seconds, misses = decode(session, self.tokens, seed=5)
-            shares, _ = memory.counted()
-            session.close()
-            record, placed = memory.records.shape[1], memory.placement
-            longer = max(seconds - still, 1e-9)
-            yield Line(
-                str(experts),
-                text,
-                counts,
-                int(placed.hot.sum()),
-                placed.cold,
-                placed.spare,
-                seconds,
-                still,
-                still + misses * record / self.rates[0],
-                misses,
-                1 - misses / (model.config.num_hidden_layers * model.config.num_experts_per_tok),
-                misses * record / longer,
-                prompt,
-                effective(shares),
-                same,
-            )
-            self.say(f"{experts}, {text}: {1 / seconds:.1f} tokens/s, {misses:.2f} misses a token")
+        self._bias(model, plain, text)
+        same = self._same(model)
+        session = _session(model)
+        still = graph_seconds([MeasuredStep(session, CONTEXT // 2, 1).whole.launch])
+        session.reset()
+        prompt = prompt_rate(session)
+        memory.counted()
+        seconds, misses = decode(session, self.tokens, seed=5)
+        shares, _ = memory.counted()
+        self.say(f"{experts}, {text}: {1 / seconds:.1f} tokens/s, {misses:.2f} misses a token")
+        placed, routes = memory.placement, shares.shape[0] * model.config.num_experts_per_tok
+        return Line(
+            str(experts),
+            text,
+            counts,
+            int(placed.hot.sum()),
+            placed.cold,
+            placed.spare,
+            seconds,
+            still,
+            still + misses * self.record_nbytes / self.rates[0],
+            misses,
+            1 - misses / routes,
+            misses * self.record_nbytes / max(seconds - still, 1e-9),
+            prompt,
+            effective(shares),
+            same,
+        )
 
     def _same(self, model: GpuModel) -> bool:
         """Whether logits are those of the first placement that saw this text, bit by bit."""
@@ -234,11 +223,18 @@ class _Run:
         return all(torch.equal(one, self.wanted) for one in found)
 
 
+def count(session: GpuSession) -> None:
+    """A text to place by: tokens drawn, and a prompt."""
+    decode(session, COUNTED, seed=11)
+    session.reset()
+    session.forward(random_ids(session.model.config.vocab_size, COMPARED[0], 12), "last")
+
+
 def decode(session: GpuSession, tokens: int, seed: int) -> tuple[float, float]:
     """Draw `tokens` tokens at random. -> seconds and misses of one, after WARM others."""
     memory, sampler = _memory(session.model), Sampler(temperature=1.0, seed=seed)
     session.reset()
-    ids = torch.tensor(random_ids(session.model.config.vocab_size, 8, seed))
+    ids = random_ids(session.model.config.vocab_size, 8, seed)
     ids = session.append_and_draw(ids, sampler)
     for _ in range(WARM):
         ids = session.append_and_draw(ids, sampler)
@@ -253,8 +249,8 @@ def decode(session: GpuSession, tokens: int, seed: int) -> tuple[float, float]:
 def logits(model: GpuModel, graphs: bool) -> Tensor:
     """Of a prompt's last token and of steps after it."""
     prompt, steps = COMPARED
-    session = model.engine(CONTEXT, graphs=graphs).session()
-    ids = torch.tensor(random_ids(model.config.vocab_size, prompt + steps, 3))
+    session = _session(model, graphs)
+    ids = random_ids(model.config.vocab_size, prompt + steps, 3)
     found = [session.forward(ids[:prompt], "last").cpu()]
     found += [session.forward(ids[n : n + 1]).cpu() for n in range(prompt, prompt + steps)]
     return torch.cat(found)
@@ -262,7 +258,7 @@ def logits(model: GpuModel, graphs: bool) -> Tensor:
 
 def prompt_rate(session: GpuSession) -> float:
     """Tokens a second of a prompt, the second time."""
-    ids = torch.tensor(random_ids(session.model.config.vocab_size, CONTEXT, 4))
+    ids = random_ids(session.model.config.vocab_size, CONTEXT, 4)
     session.forward(ids, "last").cpu()
     session.reset()
     begin = time.perf_counter()
@@ -285,7 +281,7 @@ def skew_routers(model: GpuModel, deviation: float, text: int) -> None:
 def calibrate(session: GpuSession) -> float:
     """The deviation of biases with which as many experts count as in the released model."""
     memory, low, high = _memory(session.model), 0.0, 4.0
-    ids = torch.tensor(random_ids(session.model.config.vocab_size, 2048, 2))
+    ids = random_ids(session.model.config.vocab_size, COMPARED[0], 2)
     for _ in range(12):
         middle = (low + high) / 2
         skew_routers(session.model, middle, 0)
@@ -354,6 +350,13 @@ def _memory(model: GpuModel) -> ExpertMemory:
     return memory
 
 
+def _session(model: GpuModel, graphs: bool = True) -> GpuSession:
+    """The only one: there is no room for two."""
+    _free()
+    return model.engine(CONTEXT, graphs=graphs).session()
+
+
 def _free() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
