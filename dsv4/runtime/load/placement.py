@@ -80,7 +80,7 @@ class Placement:
     def misses(self, counts: Counts | None, top_k: int) -> float:
         """Of a token, expected with nothing cached: by counts, or where all are alike."""
         if counts is None:
-            return top_k * self.cold / self.hot.shape[1]
+            return float(top_k * self.cold / self.hot.shape[1])
         total = counts.sum(1)
         known = total > 0
         shares = np.where(~self.hot, counts, 0).sum(1)[known] / total[known]
@@ -132,7 +132,8 @@ def mixed(decode: Counts, prompt: Counts) -> Counts | None:
         return None
     if not all(sums):
         return decode + prompt
-    return DECODE_SHARE * decode / sums[0] + (1 - DECODE_SHARE) * prompt / sums[1]
+    both: Counts = DECODE_SHARE * decode / sums[0] + (1 - DECODE_SHARE) * prompt / sums[1]
+    return both
 
 
 def _numbered(which: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:

@@ -129,7 +129,8 @@ def record_parts(record: Record, records: Tensor, name: str) -> tuple[Tensor, Te
     codes = records[:, at : at + slabs * rows * cols // 2]
     scales = records[:, scales_at : scales_at + slabs * rows * cols // 16]
     tiles = (slabs, rows // SF_ROWS, cols // NVFP4_K_ALIGN, SF_TILE_BYTES)
-    return codes.unflatten(1, (slabs, rows, cols // 2)), scales.unflatten(1, tiles)
+    count = len(records)
+    return codes.view(count, slabs, rows, cols // 2), scales.view(count, *tiles)
 
 
 def expert_matrix(
