@@ -62,7 +62,7 @@ class Routes:
 def default_file(root: str) -> Path:
     """Where the counts of the store with `root` are kept when nobody says where."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dsv4" / "routes" / f"{root.removeprefix('sha256:').replace(':', '-')}.json"
+    return cache / "dsv4" / "routes" / f"{root}.json"
 
 
 def read_routes(path: Path, root: str, shape: tuple[int, int]) -> Routes:
