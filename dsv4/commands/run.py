@@ -55,8 +55,10 @@ def run(directory: Path, **options: Any) -> None:
             _chat(packed, model, request, wish)
         else:
             _answer_once(model, request, wish, timeline)
-    finally:
+    except KeyboardInterrupt:
         model.write_routes(wish.routes)
+        raise
+    model.write_routes(wish.routes)
 
 
 def _loading(directory: Path) -> AbstractContextManager[object]:
@@ -108,7 +110,7 @@ def _prepared(
         device=place.device,
         experts=wish.experts,
         routes=wish.routes,
-        max_seq_len=wish.max_seq_len,
+        max_seq_len=request.max_seq_len,
         mark=timeline.mark,
     )
     timeline.mark("weights ready")
