@@ -165,8 +165,10 @@ class ExpertsUp(ExpertGemm):
         arch: str,
         **tuning: int,
     ) -> None:
-        sizes = Record(hidden, inter), experts, top_k, ctas, narrow, 2 * inter, hidden, 1
-        super().__init__(*sizes, gathers=True, arch=arch, **tuning)
+        record, shape = Record(hidden, inter), (2 * inter, hidden, 1)
+        super().__init__(
+            record, experts, top_k, ctas, narrow, *shape, gathers=True, arch=arch, **tuning
+        )
         self.hidden, self.inter, self.limit = hidden, inter, limit
         self.h_cols = self.rows // 2
         self.h_pitch = self.h_cols * 2 + 16
@@ -329,8 +331,8 @@ class ExpertsDown(ExpertGemm):
         **tuning: int,
     ) -> None:
         assert slabs == W2_SLABS
-        sizes = Record(hidden, inter), experts, top_k, ctas, narrow, hidden, inter, slabs
-        super().__init__(*sizes, arch=arch, **tuning)
+        record, shape = Record(hidden, inter), (hidden, inter, slabs)
+        super().__init__(record, experts, top_k, ctas, narrow, *shape, arch=arch, **tuning)
         self.inter = inter
 
     @cute.jit
