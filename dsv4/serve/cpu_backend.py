@@ -59,7 +59,7 @@ class CpuBackend:
         self.memory = [cpu_memory(config, one.caches, self.block) for one in self.sessions]
         self.block_bytes = self.memory[0].block_bytes
         self.state_bytes = self.memory[0].state_bytes
-        self.layout = f"cpu {self.block} {self.block_bytes} {self.state_bytes}".encode()
+        self.layout = f"{model!r} {self.block} {self.block_bytes} {self.state_bytes}".encode()
         self._next = [0] * slots
         self._rows: list[int] = []
         self._logits = torch.empty((0, self.vocab))

@@ -48,4 +48,6 @@ def of_rows(rows: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogpro
 
 def without(row: Tensor, mask: Tensor) -> Tensor:
     """The row `[vocab]` with -infinity where `mask` is False, in new memory."""
-    return row.masked_fill(~mask.to(row.device), -torch.inf)
+    if row.device.type == "cuda":
+        mask = mask.pin_memory().to(row.device, non_blocking=True)
+    return row.masked_fill(~mask, -torch.inf)
