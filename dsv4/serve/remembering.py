@@ -53,10 +53,13 @@ class Remembering:
     def choose(self, run: Run, free: Sequence[Slot]) -> tuple[Slot, int]:
         """A slot for the run, and how many of its tokens the run goes on from."""
         idle = min(free, key=lambda slot: (slot.position > 0, slot.used))
-        if self.memory.reproducible or run.job.prompt_logprobs:
+        if run.job.prompt_logprobs:
             return idle, 0
-        slack, ids, salt = self.backend.slack, run.ids, run.job.salt
-        reusable = {slot.number: slot.reusable(ids, salt, slack) for slot in free}
+        slack, least, cold = self.backend.slack, self.backend.least_chunk, self.memory.reproducible
+        reusable = {
+            slot.number: slot.reusable(run.ids, run.job.salt, slack, least, cold=cold)
+            for slot in free
+        }
         best = max(free, key=lambda slot: reusable[slot.number])
         found = reusable[best.number]
         if found == 0 or found < self._cached(run):
@@ -78,7 +81,7 @@ class Remembering:
         elif run.start:
             if slot.position != run.start:
                 self.backend.rewind(number, run.start)
-            slot.position = run.start
+            slot.go_back(run.start)
         else:
             self.backend.reset(number)
             slot.empty()

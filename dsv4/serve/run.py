@@ -18,36 +18,56 @@ class Slot:
     """A place for a sequence in the backend.
 
     tokens: those that it holds, and behind them those that are drawn and not appended yet.
-    position: how many were appended. floor: no going back before it; written: the farthest
-    position that was written since. holder: the sequence that has it; without one, the tokens stay
-    for whoever goes on from them. used: when it was last given away.
+    position: how many were appended. cold: how many of these were computed as those of a prompt
+    are of which nothing is remembered; prompt: how many the last sequence began with. floor: no
+    going back before it; written: the farthest position that was written since. holder: the
+    sequence that has it; without one, the tokens stay for whoever goes on from them. used: when it
+    was last given away.
     """
 
     number: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     position: int = 0
+    cold: int = 0
+    prompt: int = 0
     floor: int = 0
     written: int = 0
     salt: bytes = b""
     holder: Run | None = None
     used: int = 0
 
-    def reusable(self, ids: Sequence[int], salt: bytes, slack: int) -> int:
-        """How many of the tokens another prompt may go on from; at least one is left to read."""
+    def reusable(
+        self, ids: Sequence[int], salt: bytes, slack: int, least: int, *, cold: bool
+    ) -> int:
+        """How many of the tokens another prompt may go on from; at least one is left to read.
+
+        A prompt that goes on behind an answer takes what that left, unless it must be `cold`. Any
+        other gives the bytes that it gives when nothing is remembered: `least` tokens are left.
+        """
         if self.salt != salt:
             return 0
         found = min(common(self.tokens[: self.position], ids), len(ids) - 1)
+        if cold or found <= self.prompt:
+            found = min(found, self.cold)
+        if found <= self.cold:
+            found = max(min(found, len(ids) - least), 0)
         reached = self.written - found <= slack and found >= self.floor
         return found if reached else 0
 
-    def went_to(self, position: int) -> None:
-        """The backend has appended tokens up to there."""
+    def went_to(self, position: int, *, cold: bool) -> None:
+        """The backend has appended tokens up to there; cold: as in a prompt."""
+        if cold and self.cold == self.position:
+            self.cold = position
         self.position = position
         self.written = max(self.written, position)
 
     def empty(self, position: int = 0) -> None:
         """It holds a new sequence, of which `position` tokens were put there at once."""
-        self.position = self.floor = self.written = position
+        self.position = self.cold = self.floor = self.written = position
+
+    def go_back(self, position: int) -> None:
+        """The backend has forgotten the tokens from there on."""
+        self.position, self.cold = position, min(self.cold, position)
 
     def leave(self) -> None:
         """The sequence has ended; what it holds stays."""

@@ -125,7 +125,7 @@ class Scheduler:
             slot, run.start = self.remembering.choose(run, free)
             self._meet(run)
             slot.holder, slot.used, slot.salt = run, self._turns, run.job.salt
-            slot.tokens = list(run.ids)
+            slot.tokens, slot.prompt = list(run.ids), len(run.ids)
             run.slot = slot
             self.reading.append(run)
 
@@ -161,7 +161,7 @@ class Scheduler:
             reached=lambda mark: self.remembering.keep(run, mark),
             logits=self._prompt_logprobs(run) if run.job.prompt_logprobs else None,
         )
-        slot.went_to(end)
+        slot.went_to(end, cold=end - position >= self.backend.least_chunk)
         self.remembering.read(run)
         run.turn = self._turns
         if end == len(run.ids):
@@ -214,7 +214,7 @@ class Scheduler:
                 continue
             self.backend.forward([run.held.number for run in group])
             for run in group:
-                run.held.went_to(run.held.position + 1)
+                run.held.went_to(run.held.position + 1, cold=self.backend.least_chunk == 1)
             self._count(steps=1, rows=len(group))
             self._hear()
             self._draw(group)
