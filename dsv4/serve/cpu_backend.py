@@ -129,7 +129,7 @@ class CpuBackend:
             return
         state = torch.empty(self.state_bytes, dtype=torch.uint8)
         self.memory[slot].save_state(position, state)
-        for cell, part in zip(cells, state.split(len(cells[0])), strict=True):
+        for cell, part in zip(cells, torch.split(state, len(cells[0])), strict=True):
             cell[: len(part)] = part
 
     def save_blocks(self, slot: int, first: int, cells: Sequence[Tensor]) -> None:

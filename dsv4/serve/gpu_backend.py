@@ -126,7 +126,7 @@ class GpuBackend:
     def save_state(self, slot: int, position: int, cells: Sequence[Tensor]) -> None:
         """See `Backend`."""
         self.memory[slot].save_state(position, self._state)
-        parts = self._state.split(len(cells[0])) if cells else ()
+        parts = torch.split(self._state, len(cells[0])) if cells else ()
         for cell, part in zip(cells, parts, strict=True):
             cell[: len(part)].copy_(part, non_blocking=True)
 
@@ -149,7 +149,7 @@ class GpuBackend:
             for block, cell in zip(found, some, strict=True):
                 block.copy_(cell[: self.block_bytes], non_blocking=True)
             self.memory[slot].load_blocks(start, found)
-        parts = self._state.split(len(state[0])) if state else ()
+        parts = torch.split(self._state, len(state[0])) if state else ()
         for part, cell in zip(parts, state, strict=True):
             part.copy_(cell[: len(part)], non_blocking=True)
         self.memory[slot].load_state(position, self._state)
@@ -205,7 +205,7 @@ class OnDevice:
             row: logits.gather(0, tokens[row : row + 1].clamp(min=0).long()).double()
             for row, logits in raw.items()
         }
-        self._event = torch.cuda.Event() if cuda else None
+        self._event = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()
 

@@ -34,6 +34,9 @@ SUFFIX = ".prefix"
 LEAST_TOKENS = 2048  # of a prompt that is worth a file
 _WAITING_FILES = 8  # to be written; more are left out
 
+_Job = tuple[bytes, bytes, list[bytes]]
+"""A file's key, its bytes, and the keys of the files before it, the nearest first."""
+
 
 class PrefixFiles:
     """place: the directory, made if it is not there. limit: bytes of all files together.
@@ -53,7 +56,7 @@ class PrefixFiles:
         self._lock = threading.Lock()
         self._sizes: OrderedDict[bytes, int] = OrderedDict()  # the one unused for longest first
         self._look()
-        self._jobs: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(_WAITING_FILES)
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(_WAITING_FILES)
         self._writer = threading.Thread(target=self._write_all, name="dsv4 prefixes", daemon=True)
         self._writer.start()
 
@@ -96,16 +99,18 @@ class PrefixFiles:
         block = len(path[0].ids) // 4
         if len(path) * block < self.least_tokens:
             return
-        start = 0
+        start, before_it = 0, list[bytes]()
         for depth, node in enumerate(path, 1):
             if node.state is None:
                 continue
             if not self.stored(node.key):
                 before = path[start - 1].key if start else seed
                 try:
-                    self._jobs.put_nowait((node.key, packed_file(path[start:depth], before)))
+                    data = packed_file(path[start:depth], before)
+                    self._jobs.put_nowait((node.key, data, before_it[::-1]))
                 except queue.Full:
                     return
+            before_it.append(node.key)
             start = depth
 
     def _look(self) -> None:
@@ -159,7 +164,7 @@ class PrefixFiles:
             except OSError as error:
                 self.log(f"{self._path(job[0])} cannot be written: {error}")
 
-    def _write(self, key: bytes, data: bytes) -> None:
+    def _write(self, key: bytes, data: bytes, before: list[bytes]) -> None:
         if len(data) > self.limit:
             return
         with self._lock:
@@ -177,6 +182,7 @@ class PrefixFiles:
         new.replace(self._path(key))
         with self._lock:
             self._sizes[key] = len(data)
+        self._used(before)
 
 
 class File:
@@ -265,7 +271,7 @@ def fault_of(data: bytes, key: bytes, into: PrefixCache) -> str | None:
 
 
 def _fill(cells: Sequence[Tensor], data: Tensor) -> None:
-    for cell, part in zip(cells, data.split(len(cells[0])) if cells else (), strict=True):
+    for cell, part in zip(cells, torch.split(data, len(cells[0])) if cells else (), strict=True):
         cell[: len(part)] = part
 
 

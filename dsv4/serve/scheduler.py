@@ -7,6 +7,7 @@ turns out to have ended has wasted a row. Not for concurrent use; `engine.ServeE
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -121,13 +122,15 @@ class Scheduler:
             free = [slot for slot in self.slots if slot.holder is None]
             if not free:
                 return
-            run = self.waiting.popleft()
+            run = self.waiting[
+                0
+            ]  # until it is somewhere else: who is nowhere is not told of a failure
             slot, run.start = self.remembering.choose(run, free)
             self._meet(run)
             slot.holder, slot.used, slot.salt = run, self._turns, run.job.salt
             slot.tokens, slot.prompt = list(run.ids), len(run.ids)
             run.slot = slot
-            self.reading.append(run)
+            self.reading.append(self.waiting.popleft())
 
     def _meet(self, run: Run) -> None:
         """Find who reads the longest beginning that it has too."""
@@ -299,20 +302,19 @@ class Scheduler:
         for some in (self.running, self.reading, self.waiting):
             if run in some:
                 some.remove(run)
+        run.behind = None
+        self._sums.finished[finish] += 1
+        if run.answered:
+            self._count(decode_seconds=self.clock() - run.answered)
+        with contextlib.suppress(Exception):  # whoever asked is not there any more
+            run.tell(tokens, told, finish, error)
         slot = run.slot
         if slot is not None:
             if not run.begun:  # what was there before is not known to be whole any more
                 slot.empty()
-            elif finish is not Finish.FAILED:
-                self.remembering.end(run)
             slot.leave()
-        self._sums.finished[finish] += 1
-        if run.answered:
-            self._count(decode_seconds=self.clock() - run.answered)
-        try:
-            run.tell(tokens, told, finish, error)
-        except Exception:
-            run.ended = True
+            if run.begun and finish is not Finish.FAILED:
+                self.remembering.end(run)
 
     def _count(self, **more: float) -> None:
         sums = {name: getattr(self._sums, name) + value for name, value in more.items()}
