@@ -22,6 +22,7 @@ from dsv4.serve.engine import Options, ServeEngine
 from dsv4.serve.gpu_backend import GpuBackend
 from dsv4.serve.jobs import Finish
 from dsv4.serve.remembering import Memory
+from dsv4.serve.scheduler import Sharing
 from tests.runtime.gpu.test_rewind import FEW, Quick
 from tests.runtime.gpu.test_session import CPU, HostModel
 from tests.serve.harness import Heard, ask, job
@@ -65,7 +66,9 @@ def alone(model: HostModel) -> list[list[int]]:
 
 def serving(model: HostModel, slots: int, **memory: Any) -> ServeEngine:
     backend = GpuBackend(model.engine(CAPACITY, slots=slots, chunk=CHUNK), block=BLOCK)
-    return ServeEngine(backend, Options(queue=100, memory=Memory(**memory)))
+    # No time is left to answers alone: rows come and go while others read.
+    options = Options(queue=100, memory=Memory(**memory), sharing=Sharing(share=0.0))
+    return ServeEngine(backend, options)
 
 
 def all_of(engine: ServeEngine, **more: Any) -> list[Heard]:
