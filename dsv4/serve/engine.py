@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable
 
 from dsv4.formats.errors import QueueFull, RuntimeRefusal
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.model import Model
 from dsv4.serve.backend import Backend
+from dsv4.serve.cpu_backend import CpuBackend
+from dsv4.serve.gpu_backend import GpuBackend
 from dsv4.serve.jobs import Event, Job, Ticket
 from dsv4.serve.prefix_cache import PrefixCache
 from dsv4.serve.prefix_files import PrefixFiles
@@ -33,6 +37,17 @@ class Options:
     root: bytes = b""
     sharing: Sharing = dataclasses.field(default_factory=Sharing)
     memory: Memory = dataclasses.field(default_factory=Memory)
+
+
+def backend_of(
+    model: Model | GpuModel, slots: int, max_seq_len: int | None = None, *, chunk: int | None = None
+) -> Backend:
+    """What runs a loaded model. chunk: most tokens of a prompt that a GPU reads at once; rings of
+    every slot hold so many. Raises as `GpuModel.engine` and `CpuBackend` do.
+    """
+    if isinstance(model, Model):
+        return CpuBackend(model, slots, max_seq_len)
+    return GpuBackend(model.engine(max_seq_len, slots=slots, chunk=chunk))
 
 
 class ServeEngine:

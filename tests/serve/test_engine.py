@@ -15,7 +15,7 @@ from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.runtime.snapshots import SlotMemory
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.cpu_backend import CpuBackend
-from dsv4.serve.engine import Options, ServeEngine
+from dsv4.serve.engine import Options, ServeEngine, backend_of
 from dsv4.serve.jobs import Event, Finish
 from tests.serve import small
 from tests.serve.harness import Heard, ask, job
@@ -133,6 +133,13 @@ def engine() -> Iterator[ServeEngine]:
     one = ServeEngine(small.backend(2), Options(queue=1))
     yield one
     one.close(finish=False)
+
+
+def test_a_model_of_the_cpu_is_run_there() -> None:
+    """With blocks of the size of its own ratios and window."""
+    backend = backend_of(small.model(), 2, 200)
+    assert isinstance(backend, CpuBackend)
+    assert (backend.slots, backend.capacity, backend.block) == (2, 200, 128)
 
 
 def test_a_stop_id_ends_the_answer_untold(engine: ServeEngine) -> None:

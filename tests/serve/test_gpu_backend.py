@@ -18,7 +18,7 @@ from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.snapshots import SlotMemory
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
-from dsv4.serve.engine import Options, ServeEngine
+from dsv4.serve.engine import Options, ServeEngine, backend_of
 from dsv4.serve.gpu_backend import GpuBackend
 from dsv4.serve.jobs import Finish
 from dsv4.serve.remembering import Memory
@@ -266,4 +266,4 @@ def test_a_planted_fault_is_noticed(
 
 def test_chunks_that_are_too_short_are_refused(model: HostModel) -> None:
     with pytest.raises(RuntimeRefusal, match="chunks of a prompt have 32 tokens"):
-        GpuBackend(model.engine(CAPACITY, slots=1, chunk=32))
+        backend_of(model, 1, CAPACITY, chunk=32)
