@@ -154,7 +154,8 @@ class Scheduler:
             self._begin(run, slot)
         limit = self._pace.most
         if answering:
-            limit = self._pace.tokens(self.sharing.max_pause - self._round_seconds)
+            # The token behind the chunk is told when the round after it has begun.
+            limit = self._pace.tokens(self.sharing.max_pause - 2 * self._round_seconds)
         position = slot.position
         end = chunk_end(position, len(run.ids), limit, self.backend.block, self.backend.least_chunk)
         self.backend.read(
