@@ -125,6 +125,7 @@ class PrefixFiles:
                     status = entry.stat()
                     found.append((status.st_mtime_ns, bytes.fromhex(stem), status.st_size))
         self._sizes.update((key, size) for _, key, size in sorted(found))
+        self._make_room(0)
 
     def _path(self, key: bytes) -> Path:
         return self.place / f"{key.hex()}{SUFFIX}"
@@ -164,14 +165,17 @@ class PrefixFiles:
             except OSError as error:
                 self.log(f"{self._path(job[0])} cannot be written: {error}")
 
-    def _write(self, key: bytes, data: bytes, before: list[bytes]) -> None:
-        if len(data) > self.limit:
-            return
+    def _make_room(self, nbytes: int) -> None:
         with self._lock:
-            while sum(self._sizes.values()) + len(data) > self.limit:
+            while self._sizes and sum(self._sizes.values()) + nbytes > self.limit:
                 oldest, _ = self._sizes.popitem(last=False)
                 with contextlib.suppress(OSError):
                     self._path(oldest).unlink()
+
+    def _write(self, key: bytes, data: bytes, before: list[bytes]) -> None:
+        if len(data) > self.limit:
+            return
+        self._make_room(len(data))
         new = self._path(key).with_suffix(f"{SUFFIX}.new")
         handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "wb") as file:
