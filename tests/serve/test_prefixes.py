@@ -126,8 +126,12 @@ def test_salts_do_not_meet() -> None:
     engine.close(finish=True)
 
 
-def test_two_who_come_together_read_what_they_share_once() -> None:
-    engine = serving(slots=3)
+def test_two_who_come_together_read_what_they_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though long prompts, which these are here, take turns."""
+    monkeypatch.setattr("dsv4.serve.order.SHORT", 16)
+    backend = small.backend(3)
+    backend.chunk = 32
+    engine = ServeEngine(backend)
     gate = ask(engine, job(IDS[300:310], 30))
     heard = [ask(engine, job(IDS[:150], 4, logprobs=2)) for _ in range(2)]
     for one in heard:
