@@ -41,10 +41,14 @@ from dsv4.commands.options import (
 )
 from dsv4.commands.parity import bench_parity
 from dsv4.commands.run import run
+from dsv4.commands.serve import serve
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
-ORDER = ("plan", "convert", "validate", "repair", "inspect", "run", "tiny", "kernels", "bench")
+ORDER = (
+    *("plan", "convert", "validate", "repair", "inspect", "run", "serve", "tiny"),
+    *("kernels", "bench"),
+)
 EPILOG = """
 \b
 Exit codes: 0 done; 1 a check failed; 2 bad usage or input; 3 out of space or
@@ -102,6 +106,7 @@ def cli() -> None:
     dsv4 convert --hf CHECKPOINT --out ./packed   pack (no GPU needed)
     dsv4 validate ./packed --source CHECKPOINT    prove it, tensor by tensor
     dsv4 run ./packed                             talk
+    dsv4 serve ./packed                           answer OpenAI's and Anthropic's clients
 
     CHECKPOINT is a directory, or a hub id such as deepseek-ai/DeepSeek-V4-Flash.
     """
@@ -371,5 +376,6 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
 
 bench.add_command(bench_parity)
 cli.add_command(run)
+cli.add_command(serve)
 cli.add_command(bench)
 cli.add_command(kernels)

@@ -1,0 +1,238 @@
+"""A request of a conversation from its body to its last byte, the same for all protocols.
+
+Reading, rendering and encoding run on a thread of the pool; jobs are taken before the first byte of
+a stream, so that whatever is refused has its own status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from dsv4.serve.answer import Answer
+from dsv4.serve.body import read_json
+from dsv4.serve.courses import course_of
+from dsv4.serve.face import Body, Face, Read, Usage, Wire
+from dsv4.serve.jobs import Engine, Event, Finish, Job
+from dsv4.serve.prompts import Prompt, encode
+from dsv4.serve.record import Record
+from dsv4.serve.refusal import Refusal, invalid, too_long
+from dsv4.serve.replay import keys
+from dsv4.serve.runs import Runs
+from dsv4.serve.server import Server
+from dsv4.serve.sse import EventStream, until_gone
+from dsv4.serve.steering import Course, Without
+
+CLIENT_LEFT = 499
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that was read: what the engine is asked for, and who asked."""
+
+    read: Read
+    prompt: Prompt
+    course: Course
+    max_new_tokens: int
+    salt: bytes
+
+
+def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, salt: bytes) -> Asked:
+    """Read, render and encode a body. Raises Refusal."""
+    model = server.model
+    model.check_name(body.get("model"))
+    with _as_refusals():
+        read = face.read(body, model, id)
+        if any(message.image_sources for message in read.request.conversation.messages):
+            raise invalid("messages", "this model reads no images, and the request has some")
+        prompt = encode(read.request.conversation, model.text, server.memory, salt)
+    length = _length(server, engine.max_seq_len, read, len(prompt.ids))
+    return Asked(read, prompt, course_of(read, model), length, salt)
+
+
+@contextlib.contextmanager
+def _as_refusals() -> Iterator[None]:
+    """The recipe raises ValueError or TypeError for some bodies that it does not take."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise Refusal(400, f"the request cannot be read: {error}") from None
+
+
+def _length(server: Server, room: int, read: Read, prompt: int) -> int:
+    """Most tokens of the answer. Raises Refusal for a prompt that leaves too little room."""
+    left, asked = room - prompt, read.max_tokens
+    if left < 1 or (asked is not None and asked > left and not read.cuts):
+        raise too_long(prompt, asked, room)
+    if asked is None:
+        own = server.model.settings.new_tokens(prompt)
+        usual = left if read.fills else read.request.resolve_max_tokens(prompt, room)
+        asked = usual if own is None else max(min(own, usual), 1)
+    return min(asked, left, server.limits.tokens or left)
+
+
+class Exchange:
+    """One request under way. Made on the event loop; raises what `Engine.submit` does."""
+
+    def __init__(self, server: Server, engine: Engine, asked: Asked, wire: Wire, record: Record):
+        self._server, self._asked, self.wire, self._record = server, asked, wire, record
+        read, model = asked.read, server.model
+        jobs = [_job(server, asked, index) for index in range(read.knobs.n)]
+        self.runs = Runs(engine, jobs, record, server.metrics, server.limits.seconds)
+        server.runs.add(self.runs)
+        self._answers = [
+            Answer(
+                read.request,
+                read.generator(),
+                model.tokenizer,
+                model.stop_ids,
+                logprobs=read.knobs.logprobs is not None,
+            )
+            for _ in jobs
+        ]
+        self._opened = [False] * len(jobs)
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Any]]:
+        """(choice, what the recipe made) as it comes. Raises Refusal for an answer that fails."""
+        if self.wire.early:
+            for index in range(len(self._answers)):
+                for chunk in self._open(index):
+                    yield index, chunk
+        while self.runs.open:
+            index, event = await self.runs.next()
+            for chunk in [*self._open(index), *self._answers[index].feed(event)]:
+                yield index, chunk
+            self._conclude(index, event)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The answer as bytes on the wire."""
+        wire, usage = self.wire, self.usage
+        try:
+            async for index, chunk in self.chunks():
+                name, data = wire.response.sse_event_name(chunk), json.loads(chunk.to_json())
+                for part in wire.events(index, name, data, usage()):
+                    yield part
+            self._remember()
+            for part in wire.end(usage()):
+                yield part
+        except Refusal as refusal:
+            self._record.error = refusal.message
+            yield wire.error(refusal)
+        finally:
+            self.runs.cancel()
+
+    async def whole(self) -> Body:
+        """The answer in one piece."""
+        read, wire, prompt = self._asked.read, self.wire, len(self._asked.prompt.ids)
+        parts: list[list[Any]] = [[] for _ in range(read.knobs.n)]
+        try:
+            async for index, chunk in self.chunks():
+                parts[index].append(chunk)
+        finally:
+            self.runs.cancel()
+        choices = []
+        for index, chunks in enumerate(parts):
+            response = wire.response(
+                wire.id, wire.model, wire.created, prompt, self.runs.cached(index)
+            )
+            for chunk in chunks:
+                response.accumulate(chunk)
+            choices.append(json.loads(response.to_json()))
+        result = wire.whole(choices, self.usage())
+        self._remember()
+        return result
+
+    def usage(self) -> Usage:
+        """As far as it is known."""
+        count = len(self._answers)
+        generated = [self.runs.generated(index) for index in range(count)]
+        cached = max(self.runs.cached(index) for index in range(count))
+        return Usage(len(self._asked.prompt.ids), cached, generated)
+
+    def _open(self, index: int) -> list[Any]:
+        if self._opened[index]:
+            return []
+        self._opened[index] = True
+        tokens, cached = len(self._asked.prompt.ids), self.runs.cached(index)
+        return self._answers[index].open(tokens, cached, self._server.model.fingerprint)
+
+    def _conclude(self, index: int, event: Event) -> None:
+        if self._answers[index].done:
+            self.runs.end(index)
+            self._record.finish = (event.finish or Finish.STOP).value
+        elif event.finish is not None:
+            self._record.finish = event.finish.value
+            raise Refusal(500, event.error or "the answer was cancelled by the server")
+
+    def _remember(self) -> None:
+        asked = self._asked
+        if asked.prompt.before is None:
+            return
+        for index, answer in enumerate(self._answers):
+            if answer.done and not answer.stopped:
+                said, calls = answer.said(), self.wire.call_ids.get(index, [])
+                self._server.memory.keep(
+                    keys(asked.salt, asked.prompt.before, said.content, calls), said
+                )
+
+
+def _job(server: Server, asked: Asked, index: int) -> Job:
+    model, read, knobs = server.model, asked.read, asked.read.knobs
+    constraint: Any = None if asked.course.free else asked.course.steer(model.text)
+    if knobs.banned or knobs.min_tokens:
+        constraint = Without(
+            model.vocab,
+            never=knobs.banned,
+            late=model.stop_ids,
+            least=knobs.min_tokens,
+            inner=constraint,
+        )
+    return Job(
+        ids=asked.prompt.ids,
+        sampler=read.knobs.sampler(model.settings, model.text.vocab_size, index),
+        max_new_tokens=asked.max_new_tokens,
+        stop_ids=frozenset() if knobs.ignore_eos else model.stop_ids,
+        logprobs=knobs.logprobs,
+        constraint=constraint,
+        salt=asked.salt,
+    )
+
+
+async def converse(request: Request, server: Server, face: Face, record: Record) -> ASGIApp:
+    """Answer a request in the protocol of `face`. Raises what `refusal_of` knows."""
+    engine = server.engine
+    body = await read_json(request, server.limits.body)
+    record.model = server.model.names[0]
+    id, salt = face.id_prefix + uuid.uuid4().hex, request.scope["dsv4.salt"]
+    asked = await asyncio.to_thread(prepare, server, engine, face, body, id, salt)
+    wire = face.wire(asked.read, server.model.names[0], id, int(time.time()))
+    exchange = Exchange(server, engine, asked, wire, record)
+    if asked.read.stream:
+        return EventStream(exchange.stream(), wire.keep_alive, exchange.runs.cancel)
+    return await unless_gone(request, exchange.whole(), exchange.runs)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Body], runs: Runs) -> Response:
+    """What `work` makes as JSON; nothing, and the jobs cancelled, once the client has left."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(until_gone(request.receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return JSONResponse(working.result())
+        return Response(status_code=CLIENT_LEFT)
+    finally:
+        runs.cancel()
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
