@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,15 +15,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv4.serve.chat import Chat
-from dsv4.serve.exchange import converse
+from dsv4.serve.completions import complete
+from dsv4.serve.exchange import converse, count_tokens
 from dsv4.serve.face import Face
 from dsv4.serve.gate import Gate
+from dsv4.serve.messages import Messages
 from dsv4.serve.metrics import CONTENT_TYPE
 from dsv4.serve.record import LOG, Record
 from dsv4.serve.refusal import Refusal, refusal_of
+from dsv4.serve.responses import Responses
 from dsv4.serve.server import Server, Stage
 
-FACES: dict[str, Face] = {"/v1/chat/completions": Chat()}
+FACES: dict[str, Face] = {
+    "/v1/chat/completions": Chat(),
+    "/v1/responses": Responses(),
+    "/v1/messages": Messages(),
+}
 
 
 class _Post:
@@ -30,7 +38,7 @@ class _Post:
 
     def __init__(
         self,
-        answer: Callable[[Request, Record], Awaitable[ASGIApp]],
+        answer: Callable[..., Awaitable[ASGIApp]],
         body_of: Callable[[Refusal], dict[str, Any]],
     ) -> None:
         self._answer, self._body_of = answer, body_of
@@ -39,7 +47,7 @@ class _Post:
         """Answer, whatever happens."""
         record: Record = scope["dsv4.record"]
         try:
-            response = await self._answer(Request(scope, receive), record)
+            response = await self._answer(Request(scope, receive), record=record)
         except Exception as error:
             refusal = refusal_of(error)
             if refusal is None:
@@ -65,6 +73,10 @@ def make_app(server: Server) -> Starlette:
     ]
     for path, face in FACES.items():
         routes.append(Route(path, _converse(server, face), methods=["POST"]))
+    completing = _Post(partial(complete, server=server), Refusal.openai)
+    counting = _Post(partial(count_tokens, server=server), Refusal.anthropic)
+    routes.append(Route("/v1/completions", completing, methods=["POST"]))
+    routes.append(Route("/v1/messages/count_tokens", counting, methods=["POST"]))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Gate, server=server)],
@@ -75,10 +87,7 @@ def make_app(server: Server) -> Starlette:
 
 
 def _converse(server: Server, face: Face) -> _Post:
-    async def answer(request: Request, record: Record) -> ASGIApp:
-        return await converse(request, server, face, record)
-
-    return _Post(answer, face.refusal_body)
+    return _Post(partial(converse, server=server, face=face), face.refusal_body)
 
 
 def _server(request: Request) -> Server:

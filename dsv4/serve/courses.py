@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from deepseek_recipe import ToolDefinition
 
@@ -41,6 +43,25 @@ def course_of(read: Read, model: ServedModel) -> Course:
     elif tools and dsml is not None:
         calls = _calls(grammars, "start: calls\n", tools, dsml, several=several, after_mark=True)
     return Course(model.vocab, thinking, think_end, answer, calls, dsml, budget)
+
+
+def answer_grammar(response_format: Any, model: ServedModel) -> Grammar | None:
+    """Of a completion's `response_format`; None for free text. Raises Refusal 400."""
+    if response_format is None or response_format == {"type": "text"}:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    schema = ""
+    if kind == "json_schema":
+        inner = response_format.get("json_schema")
+        if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
+            raise invalid("response_format", "response_format has no json_schema.schema")
+        schema = json.dumps(inner["schema"], ensure_ascii=False)
+    elif kind != "json_object":
+        raise invalid(
+            "response_format", "response_format is not of type text, json_object or json_schema"
+        )
+    start = "start: document\n" + json_rule("document", schema)
+    return model.grammars.compile(start, "response_format")
 
 
 def _tools(read: Read) -> list[ToolDefinition]:

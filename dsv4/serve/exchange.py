@@ -24,14 +24,15 @@ from dsv4.serve.body import read_json
 from dsv4.serve.courses import course_of
 from dsv4.serve.face import Body, Face, Read, Usage, Wire
 from dsv4.serve.jobs import Engine, Event, Finish, Job
+from dsv4.serve.messages import Messages
 from dsv4.serve.prompts import Prompt, encode
 from dsv4.serve.record import Record
-from dsv4.serve.refusal import Refusal, invalid, too_long
+from dsv4.serve.refusal import Refusal, too_long
 from dsv4.serve.replay import keys
 from dsv4.serve.runs import Runs
 from dsv4.serve.server import Server
 from dsv4.serve.sse import EventStream, until_gone
-from dsv4.serve.steering import Course, Without
+from dsv4.serve.steering import Course, constraint_of
 
 CLIENT_LEFT = 499
 
@@ -53,8 +54,6 @@ def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, sal
     model.check_name(body.get("model"))
     with _as_refusals():
         read = face.read(body, model, id)
-        if any(message.image_sources for message in read.request.conversation.messages):
-            raise invalid("messages", "this model reads no images, and the request has some")
         prompt = encode(read.request.conversation, model.text, server.memory, salt)
     length = _length(server, engine.max_seq_len, read, len(prompt.ids))
     return Asked(read, prompt, course_of(read, model), length, salt)
@@ -188,22 +187,13 @@ class Exchange:
 
 def _job(server: Server, asked: Asked, index: int) -> Job:
     model, read, knobs = server.model, asked.read, asked.read.knobs
-    constraint: Any = None if asked.course.free else asked.course.steer(model.text)
-    if knobs.banned or knobs.min_tokens:
-        constraint = Without(
-            model.vocab,
-            never=knobs.banned,
-            late=model.stop_ids,
-            least=knobs.min_tokens,
-            inner=constraint,
-        )
     return Job(
         ids=asked.prompt.ids,
         sampler=read.knobs.sampler(model.settings, model.text.vocab_size, index),
         max_new_tokens=asked.max_new_tokens,
         stop_ids=frozenset() if knobs.ignore_eos else model.stop_ids,
         logprobs=knobs.logprobs,
-        constraint=constraint,
+        constraint=constraint_of(asked.course, knobs, model.text, model.stop_ids),
         salt=asked.salt,
     )
 
@@ -220,6 +210,20 @@ async def converse(request: Request, server: Server, face: Face, record: Record)
     if asked.read.stream:
         return EventStream(exchange.stream(), wire.keep_alive, exchange.runs.cancel)
     return await unless_gone(request, exchange.whole(), exchange.runs)
+
+
+async def count_tokens(request: Request, server: Server, record: Record) -> ASGIApp:
+    """`POST /v1/messages/count_tokens`: by the code that answers, without an answer."""
+    body = await read_json(request, server.limits.body)
+    model, salt = server.model, request.scope["dsv4.salt"]
+    model.check_name(body.get("model"))
+
+    def count() -> int:
+        with _as_refusals():
+            read = Messages().count(body, model)
+            return len(encode(read.request.conversation, model.text, server.memory, salt).ids)
+
+    return JSONResponse({"input_tokens": await asyncio.to_thread(count)})
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Body], runs: Runs) -> Response:

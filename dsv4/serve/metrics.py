@@ -1,6 +1,7 @@
 """What a server measures, for Prometheus.
 
-The names are vLLM's where they mean the same, so that boards work. Buckets are vLLM's too. A job is measured by its `Meter`: from being taken to its last event.
+The names and buckets are vLLM's where they mean the same, so that boards work. A job is measured by
+its `Meter`: from being taken to its last event.
 """
 
 from __future__ import annotations

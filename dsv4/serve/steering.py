@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.grammars import Grammar, Matcher
 from dsv4.serve.jobs import Constraint
+from dsv4.serve.knobs import Knobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,18 @@ class Without:
     def ended(self) -> bool:
         """Whether nothing may follow."""
         return self._inner is not None and self._inner.ended
+
+
+def constraint_of(
+    course: Course, knobs: Knobs, text: Text, stop_ids: Collection[int]
+) -> Constraint | None:
+    """For one answer; None where every token may always come."""
+    steering = None if course.free else course.steer(text)
+    if not knobs.banned and not knobs.min_tokens:
+        return steering
+    return Without(
+        course.vocab, never=knobs.banned, late=stop_ids, least=knobs.min_tokens, inner=steering
+    )
 
 
 def _allowed(vocab: int, without: Collection[int]) -> Tensor:
