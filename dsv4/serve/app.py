@@ -21,6 +21,7 @@ from dsv4.serve.face import Face
 from dsv4.serve.gate import Gate
 from dsv4.serve.messages import Messages
 from dsv4.serve.metrics import CONTENT_TYPE
+from dsv4.serve.page import page
 from dsv4.serve.record import LOG, Record
 from dsv4.serve.refusal import Refusal, refusal_of
 from dsv4.serve.responses import Responses
@@ -53,7 +54,7 @@ class _Post:
             if refusal is None:
                 LOG.error("request %s failed", record.id, exc_info=error)
                 refusal = Refusal(500, f"the server failed; its log has request {record.id}")
-            record.error = refusal.message
+            record.error = refusal.for_the_log
             response = JSONResponse(
                 self._body_of(refusal), status_code=refusal.status, headers=refusal.headers
             )
@@ -69,7 +70,7 @@ def make_app(server: Server) -> Starlette:
         Route("/v1", _probe, methods=["GET"]),
         Route("/v1/models", _models, methods=["GET"]),
         Route("/v1/models/{name:path}", _one_model, methods=["GET"]),
-        Route("/", _probe, methods=["GET"]),
+        Route("/", _page if server.page else _probe, methods=["GET"]),
     ]
     for path, face in FACES.items():
         routes.append(Route(path, _converse(server, face), methods=["POST"]))
@@ -115,6 +116,10 @@ async def _metrics(request: Request) -> Response:
 
 async def _probe(request: Request) -> Response:
     return PlainTextResponse(f"dsv4 serves {_server(request).model.names[0]}\n")
+
+
+async def _page(request: Request) -> Response:
+    return page()
 
 
 async def _models(request: Request) -> Response:

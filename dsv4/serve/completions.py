@@ -215,7 +215,7 @@ class Completion:
                 yield sse.event(self._head | {"choices": [], "usage": self._usage()})
             yield sse.DONE
         except Refusal as refusal:
-            self._record.error = refusal.message
+            self._record.error = refusal.for_the_log
             yield sse.event(refusal.openai())
         finally:
             self.runs.cancel()

@@ -125,7 +125,7 @@ class Exchange:
             for part in wire.end(usage()):
                 yield part
         except Refusal as refusal:
-            self._record.error = refusal.message
+            self._record.error = refusal.for_the_log
             yield wire.error(refusal)
         finally:
             self.runs.cancel()

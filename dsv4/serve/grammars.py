@@ -110,7 +110,7 @@ def calls_rule(
         heads.append(f"call_{number}")
         rules += _call(f"call_{number}", tool, mark)
     invokes = "invoke+" if several else "invoke"
-    begin = "" if after_mark else f'/\\n*/ "<" {mark} '
+    begin = "" if after_mark else f'/\\n{{0,2}}/ "<" {mark} '
     rules += [
         f'{name}: {begin}"tool_calls>\\n" {invokes} "</" {mark} "tool_calls>"\n',
         f"call: {' | '.join(heads)}\n",

@@ -36,18 +36,20 @@ class _Listener(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises RuntimeRefusal for an address that cannot be had."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except OSError as error:
-        raise RuntimeRefusal(
-            f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
-            "another --port, or 0 for a free one, may do"
-        ) from None
-    made.listen(_BACKLOG)
+    with contextlib.ExitStack() as undo:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = found[0]
+            made = undo.enter_context(socket.socket(family, kind, protocol))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            made.listen(_BACKLOG)
+        except OSError as error:
+            raise RuntimeRefusal(
+                f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
+                "another --port, or 0 for a free one, may do"
+            ) from None
+        undo.pop_all()
     return made
 
 

@@ -51,6 +51,13 @@ class Refusal(Exception):
         self.retry_after = retry_after
 
     @property
+    def for_the_log(self) -> str:
+        """What happened, without what the client wrote, which the message may quote."""
+        if self.status >= 500:
+            return self.message
+        return " ".join(filter(None, (self.code or str(self.status), self.param)))
+
+    @property
     def headers(self) -> dict[str, str]:
         """Whether and when the clients' libraries try again."""
         if self.retry_after is not None:
@@ -117,9 +124,12 @@ def _converted(error: ConversionError) -> Refusal:
         found = json.loads(error.body)["error"]
     except (ValueError, KeyError, TypeError):
         return Refusal(error.status_code, str(error))
+    message, param = str(found.get("message") or error), found.get("param")
+    if param is None and message.startswith("Invalid json schema"):
+        param = "response_format"  # the recipe names no field
     return Refusal(
         error.status_code,
-        str(found.get("message") or error),
-        param=found.get("param"),
+        message,
+        param=param,
         code=found.get("code"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,8 +17,9 @@ ASK: Any = [{"role": "user", "content": "weather?"}]
 
 
 @pytest.fixture
-def client(served: Live) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0)
+def client(served: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as made:
+        yield made
 
 
 def chunks(served: Live, **fields: Any) -> list[dict[str, Any]]:

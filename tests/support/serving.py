@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import queue
 import threading
@@ -63,9 +64,9 @@ class ScriptedEngine:
     """An `Engine` that says what `script` says: ids for a job, ended by a stop id, or a sentence of
     failure.
 
-    A mask that forbids the next id is honoured: the lowest id that it allows comes instead, which is
-    told in `swerved`. cached: tokens that it claims to have had. step: waits so long before each
-    token. hold: while set, nothing is told but cancels.
+    A mask that forbids the next id is honoured: the lowest id that it allows comes instead, and
+    `swerved` tells of both. cached: tokens that it claims to have had. step: waits so long before
+    each token. hold: while set, nothing is told but cancels.
     """
 
     def __init__(
@@ -127,7 +128,8 @@ class ScriptedEngine:
         if isinstance(said, str):
             yield Event(finish=Finish.FAILED, error=said)
             return
-        for count, wanted in enumerate([*said, *sorted(job.stop_ids)[:1]], 1):
+        end = min(job.stop_ids, default=EOS)
+        for count, wanted in enumerate(itertools.chain(said, itertools.repeat(end)), 1):
             if self.step:
                 time.sleep(self.step)
             while self.hold.is_set() and not ticket.cancelled.is_set():
@@ -148,7 +150,6 @@ class ScriptedEngine:
             yield Event((token,), told, finish=finish)
             if finish is not None:
                 return
-        yield Event(finish=Finish.LENGTH)
 
     def _drawn(self, job: Job, wanted: int) -> int:
         mask = None if job.constraint is None else job.constraint.mask()
