@@ -25,6 +25,7 @@ from dsv4.serve.courses import course_of
 from dsv4.serve.face import Body, Face, Read, Usage, Wire
 from dsv4.serve.jobs import Engine, Event, Finish, Job
 from dsv4.serve.messages import Messages
+from dsv4.serve.model import ServedModel
 from dsv4.serve.prompts import Prompt, encode
 from dsv4.serve.record import Record
 from dsv4.serve.refusal import Refusal, too_long
@@ -43,8 +44,7 @@ class Asked:
 
     read: Read
     prompt: Prompt
-    course: Course
-    max_new_tokens: int
+    jobs: tuple[Job, ...]
     salt: bytes
 
 
@@ -55,8 +55,10 @@ def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, sal
     with _as_refusals():
         read = face.read(body, model, id)
         prompt = encode(read.request.conversation, model.text, server.memory, salt)
-    length = _length(server, engine.max_seq_len, read, len(prompt.ids))
-    return Asked(read, prompt, course_of(read, model), length, salt)
+    most = _length(server, engine.max_seq_len, read, len(prompt.ids))
+    course = course_of(read, model)
+    jobs = (_job(model, read, prompt, course, most, salt, n) for n in range(read.knobs.n))
+    return Asked(read, prompt, tuple(jobs), salt)
 
 
 @contextlib.contextmanager
@@ -86,8 +88,7 @@ class Exchange:
     def __init__(self, server: Server, engine: Engine, asked: Asked, wire: Wire, record: Record):
         self._server, self._asked, self.wire, self._record = server, asked, wire, record
         read, model = asked.read, server.model
-        jobs = [_job(server, asked, index) for index in range(read.knobs.n)]
-        self.runs = Runs(engine, jobs, record, server.metrics, server.limits.seconds)
+        self.runs = Runs(engine, asked.jobs, record, server.metrics, server.limits.seconds)
         server.runs.add(self.runs)
         self._answers = [
             Answer(
@@ -97,31 +98,33 @@ class Exchange:
                 model.stop_ids,
                 logprobs=read.knobs.logprobs is not None,
             )
-            for _ in jobs
+            for _ in asked.jobs
         ]
-        self._opened = [False] * len(jobs)
+        self._opened = [False] * len(asked.jobs)
 
-    async def chunks(self) -> AsyncIterator[tuple[int, Any]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, list[Any]]]:
         """(choice, what the recipe made) as it comes. Raises Refusal for an answer that fails."""
         if self.wire.early:
             for index in range(len(self._answers)):
-                for chunk in self._open(index):
-                    yield index, chunk
+                yield index, self._open(index)
         while self.runs.open:
             index, event = await self.runs.next()
-            for chunk in [*self._open(index), *self._answers[index].feed(event)]:
-                yield index, chunk
+            chunks = [*self._open(index), *self._answers[index].feed(event)]
             self._conclude(index, event)
+            yield index, chunks
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer as bytes on the wire."""
         wire, usage = self.wire, self.usage
         try:
-            async for index, chunk in self.chunks():
-                name, data = wire.response.sse_event_name(chunk), json.loads(chunk.to_json())
-                for part in wire.events(index, name, data, usage()):
-                    yield part
-            self._remember()
+            async for index, chunks in self.pieces():
+                for left, chunk in enumerate(chunks, 1 - len(chunks)):
+                    if not left and self._answers[index].done:
+                        # Before a client learns of the end, for its next request may be fast.
+                        await self._remember(index)
+                    name, data = wire.response.sse_event_name(chunk), json.loads(chunk.to_json())
+                    for part in wire.events(index, name, data, usage()):
+                        yield part
             for part in wire.end(usage()):
                 yield part
         except Refusal as refusal:
@@ -135,8 +138,8 @@ class Exchange:
         read, wire, prompt = self._asked.read, self.wire, len(self._asked.prompt.ids)
         parts: list[list[Any]] = [[] for _ in range(read.knobs.n)]
         try:
-            async for index, chunk in self.chunks():
-                parts[index].append(chunk)
+            async for index, chunks in self.pieces():
+                parts[index] += chunks
         finally:
             self.runs.cancel()
         choices = []
@@ -148,7 +151,8 @@ class Exchange:
                 response.accumulate(chunk)
             choices.append(json.loads(response.to_json()))
         result = wire.whole(choices, self.usage())
-        self._remember()
+        for index in range(len(choices)):
+            await self._remember(index)
         return result
 
     def usage(self) -> Usage:
@@ -173,28 +177,33 @@ class Exchange:
             self._record.finish = event.finish.value
             raise Refusal(500, event.error or "the answer was cancelled by the server")
 
-    def _remember(self) -> None:
-        asked = self._asked
-        if asked.prompt.before is None:
+    async def _remember(self, index: int) -> None:
+        asked, answer = self._asked, self._answers[index]
+        if asked.prompt.before is None or answer.stopped:
             return
-        for index, answer in enumerate(self._answers):
-            if answer.done and not answer.stopped:
-                said, calls = answer.said(), self.wire.call_ids.get(index, [])
-                self._server.memory.keep(
-                    keys(asked.salt, asked.prompt.before, said.content, calls), said
-                )
+        said = await asyncio.to_thread(answer.said)
+        calls = self.wire.call_ids.get(index, [])
+        self._server.memory.keep(keys(asked.salt, asked.prompt.before, said.content, calls), said)
 
 
-def _job(server: Server, asked: Asked, index: int) -> Job:
-    model, read, knobs = server.model, asked.read, asked.read.knobs
+def _job(
+    model: ServedModel,
+    read: Read,
+    prompt: Prompt,
+    course: Course,
+    most: int,
+    salt: bytes,
+    choice: int,
+) -> Job:
+    knobs = read.knobs
     return Job(
-        ids=asked.prompt.ids,
-        sampler=read.knobs.sampler(model.settings, model.text.vocab_size, index),
-        max_new_tokens=asked.max_new_tokens,
+        ids=prompt.ids,
+        sampler=knobs.sampler(model.settings, model.text.vocab_size, choice),
+        max_new_tokens=most,
         stop_ids=frozenset() if knobs.ignore_eos else model.stop_ids,
         logprobs=knobs.logprobs,
-        constraint=constraint_of(asked.course, knobs, model.text, model.stop_ids),
-        salt=asked.salt,
+        constraint=constraint_of(course, knobs, model.text, model.stop_ids),
+        salt=salt,
     )
 
 

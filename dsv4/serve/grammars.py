@@ -6,6 +6,7 @@ with `</` before the token ｜DSML｜; everything else in it, `</` included, is 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.refusal import invalid
 
 MAX_SCHEMA_CHARACTERS = 256 * 1024
+MAX_COMPILED = 32  # grammars that are kept
 _DSML = SpecialToken.Dsml.default_str()
 
 
@@ -42,28 +44,33 @@ class Grammars:
             json.dumps(document, ensure_ascii=False), n_vocab=vocab, eos_token=sorted(stop_ids)
         )
         self.dsml = text.token_id(_DSML)
+        # An agent asks with the same tools again and again.
+        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def compile(self, lark: str, field: str) -> Grammar:
         """Raises Refusal 400 naming `field` for a schema that cannot be a grammar."""
         if len(lark) > MAX_SCHEMA_CHARACTERS:
             raise invalid(field, f"{field} is longer than {MAX_SCHEMA_CHARACTERS} characters")
-        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
-        problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizer)
-        if problem and not problem.startswith("WARNING"):
-            shown = " ".join(problem.split())[:300]
+        matcher = self._compiled(lark)
+        if matcher.is_error():
+            shown = " ".join(matcher.get_error().split())[:300]
             raise invalid(field, f"{field} cannot be made a grammar: {shown}")
-        return Grammar(self._tokenizer, grammar, self.vocab)
+        return Grammar(matcher, self.vocab)
+
+    def _compile(self, lark: str) -> llguidance.LLMatcher:
+        grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+        return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
 
 
 class Grammar:
     """One that was compiled."""
 
-    def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, vocab: int) -> None:
-        self._tokenizer, self._grammar, self._vocab = tokenizer, grammar, vocab
+    def __init__(self, beginning: llguidance.LLMatcher, vocab: int) -> None:
+        self._beginning, self._vocab = beginning, vocab
 
     def matcher(self) -> Matcher:
         """At the grammar's beginning."""
-        return Matcher(llguidance.LLMatcher(self._tokenizer, self._grammar), self._vocab)
+        return Matcher(self._beginning.deep_copy(), self._vocab)
 
 
 class Matcher:
