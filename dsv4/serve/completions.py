@@ -201,7 +201,7 @@ class Completion:
             piece = choice.feed(event)
             if choice.done:
                 self.runs.end(index)
-                self._record.finish = piece and piece["finish_reason"]
+                self._record.finish = None if piece is None else piece["finish_reason"]
             if piece is not None:
                 yield piece
 

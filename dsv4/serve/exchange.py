@@ -63,10 +63,10 @@ def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, sal
 
 @contextlib.contextmanager
 def _as_refusals() -> Iterator[None]:
-    """The recipe raises ValueError or TypeError for some bodies that it does not take."""
+    """The recipe raises errors of Python's for some bodies that it does not take."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise Refusal(400, f"the request cannot be read: {error}") from None
 
 

@@ -52,8 +52,8 @@ def test_reasoning_comes_apart_and_under_both_names(client: openai.OpenAI, scrip
     whole = client.chat.completions.create(model="tiny", messages=ASK, extra_body=thinking)
     message = whole.choices[0].message.model_dump()
     assert message["reasoning"] == message["reasoning_content"] == "think hard"
-    details = whole.usage and whole.usage.completion_tokens_details
-    assert details is not None and details.reasoning_tokens == 3
+    assert whole.usage is not None and whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 3
 
 
 def test_a_tool_call_round_trip(client: openai.OpenAI, served: Live, script: Script) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,7 +28,7 @@ ROUTES = {
 
 
 def gauges(served: Live) -> dict[str, float]:
-    page = httpx2.get(f"{served.url}/metrics").text
+    page = served.client.get(f"{served.url}/metrics").text
     return {
         sample.name: sample.value
         for family in text_string_to_metric_families(page)
@@ -54,9 +53,9 @@ def guarded(script: Script) -> Iterator[Live]:
 
 def test_everything_needs_a_key_but_health(guarded: Live) -> None:
     for path in ("/health", "/ready", "/"):
-        assert httpx2.get(guarded.url + path).status_code == 200
+        assert guarded.client.get(guarded.url + path).status_code == 200
     for path in ("/metrics", "/v1/models", "/v1", "/nowhere", "/v1/models/tiny"):
-        assert httpx2.get(guarded.url + path).status_code == 401, path
+        assert guarded.client.get(guarded.url + path).status_code == 401, path
     for path, body in ROUTES.items():
         assert guarded.post(path, body).status_code == 401
         assert guarded.post(path, body, authorization="Bearer wrong").status_code == 401
@@ -89,7 +88,7 @@ def test_names_that_are_not_this_machines(script: Script) -> None:
     access = Access(hosts=frozenset({"localhost", "127.0.0.1"}))
     with live(ScriptedEngine(script), access=access) as served:
         for host, status in (("evil.example", 403), ("", 403), ("localhost:8000", 200)):
-            answer = httpx2.get(f"{served.url}/v1/models", headers={"host": host})
+            answer = served.client.get(f"{served.url}/v1/models", headers={"host": host})
             assert answer.status_code == status, host
 
 
@@ -117,7 +116,7 @@ def test_ids_of_requests_come_back(served: Live) -> None:
 def test_bodies_that_cannot_be_read(script: Script, raw: bytes, status: int) -> None:
     with live(ScriptedEngine(script), limits=Limits(body=1000 if status == 413 else 1 << 20)) as it:
         for path in ROUTES:
-            answer = httpx2.post(it.url + path, content=raw)
+            answer = it.client.post(it.url + path, content=raw)
             assert answer.status_code == status, answer.text
             error = answer.json()["error"]
             assert "Traceback" not in error["message"]
@@ -129,7 +128,7 @@ def test_a_body_that_grows_beyond_the_bound(script: Script) -> None:
         def parts() -> Iterator[bytes]:
             yield from [b" " * 600] * 3
 
-        answer = httpx2.post(f"{served.url}/v1/chat/completions", content=parts())
+        answer = served.client.post(f"{served.url}/v1/chat/completions", content=parts())
         assert answer.status_code == 413
 
 
@@ -171,7 +170,9 @@ def test_a_stream_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_SECONDS", 0.02)
     served.engine.hold.set()
-    with httpx2.stream("POST", served.url + path, json=ROUTES[path] | {"stream": True}) as answer:
+    with served.client.stream(
+        "POST", served.url + path, json=ROUTES[path] | {"stream": True}
+    ) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["cache-control"] == "no-cache"
         got = b""
@@ -220,34 +221,34 @@ def test_the_log_has_figures_and_nothing_that_was_said(
 def test_a_server_that_loads(script: Script) -> None:
     with live(None, served_model()) as served:
         served.server.phase = "weights"
-        state = httpx2.get(f"{served.url}/ready")
+        state = served.client.get(f"{served.url}/ready")
         assert state.status_code == 503 and state.json()["phase"] == "weights"
-        assert httpx2.get(f"{served.url}/health").status_code == 200
+        assert served.client.get(f"{served.url}/health").status_code == 200
         for path, body in ROUTES.items():
             answer = served.post(path, body)
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
         served.server.ready(ScriptedEngine(script))
-        assert httpx2.get(f"{served.url}/ready").status_code == 200
+        assert served.client.get(f"{served.url}/ready").status_code == 200
         assert served.post("/v1/chat/completions", CHAT).status_code == 200
 
 
 def test_an_engine_that_has_failed(served: Live) -> None:
     served.engine.failure = "CUDA error 700"
-    assert httpx2.get(f"{served.url}/health").status_code == 503
+    assert served.client.get(f"{served.url}/health").status_code == 503
     answer = served.post("/v1/chat/completions", CHAT)
     assert answer.status_code == 503 and "700" in answer.json()["error"]["message"]
 
 
 def test_a_server_that_ends_takes_nothing_more(served: Live) -> None:
     served.server.drain()
-    assert httpx2.get(f"{served.url}/ready").status_code == 503
+    assert served.client.get(f"{served.url}/ready").status_code == 503
     answer = served.post("/v1/chat/completions", CHAT)
     assert answer.status_code == 503 and answer.headers["connection"] == "close"
 
 
 def test_routes_that_are_not_there(served: Live) -> None:
     assert served.post("/v1/messages/batches", {}).json()["error"]["type"] == "not_found_error"
-    assert httpx2.get(f"{served.url}/v1/chat/completions").status_code == 405
+    assert served.client.get(f"{served.url}/v1/chat/completions").status_code == 405
     assert served.post("/v1/embeddings", {}).json()["error"]["code"] is None
 
 

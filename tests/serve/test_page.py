@@ -44,7 +44,7 @@ class _Parts(HTMLParser):
 
 @pytest.fixture
 def page(served: Live) -> httpx2.Response:
-    return httpx2.get(served.url)
+    return served.client.get(served.url)
 
 
 def test_its_policy_names_its_own_parts_and_no_others(page: httpx2.Response) -> None:
@@ -85,4 +85,4 @@ def test_its_script_parses(page: httpx2.Response, tmp_path: Path) -> None:
 
 def test_it_can_be_turned_off(script: Script) -> None:
     with live(ScriptedEngine(script), page=False) as served:
-        assert "<script>" not in httpx2.get(served.url).text
+        assert "<script>" not in served.client.get(served.url).text

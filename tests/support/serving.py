@@ -175,10 +175,11 @@ class Live:
     server: Server
     engine: ScriptedEngine
     text: Text
+    client: httpx2.Client
 
     def post(self, path: str, body: object, **headers: str) -> httpx2.Response:
         """One request."""
-        return httpx2.post(self.url + path, json=body, headers=headers, timeout=30)
+        return self.client.post(self.url + path, json=body, headers=headers)
 
     def raw(self, path: str, body: dict[str, object]) -> str:
         """A whole stream as it is on the wire."""
@@ -222,8 +223,10 @@ def live(
     while not runner.started:
         time.sleep(0.005)
     port = runner.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield Live(f"http://127.0.0.1:{port}", server, engine, server.model.text)  # type: ignore[arg-type]
+        with httpx2.Client(timeout=30, verify=False, trust_env=False) as client:
+            yield Live(url, server, engine, server.model.text, client)  # type: ignore[arg-type]
     finally:
         runner.should_exit = True
         thread.join(10)
