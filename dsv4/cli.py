@@ -39,7 +39,6 @@ from dsv4.commands.options import (
     validate_options,
     workers_option,
 )
-from dsv4.commands.parity import bench_parity
 from dsv4.commands.run import run
 from dsv4.commands.serve import serve
 from dsv4.convert.sources.open import check_name
@@ -374,7 +373,6 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
-bench.add_command(bench_parity)
 cli.add_command(run)
 cli.add_command(serve)
 cli.add_command(bench)

@@ -11,14 +11,12 @@ import click
 
 import dsv4
 from dsv4.commands.console import err, notice
-from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
     from dsv4.serve.server import Access
 
 EFFORTS = ("none", "low", "high", "max")
-EXTRA = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
 
 @click.command()
@@ -127,7 +125,6 @@ def serve(directory: Path, **options: Any) -> None:
     """
     access = _access(options)
     refuse_no_store(directory)
-    _require_extra()
     from dsv4.runtime.cuda_driver import wake
     from dsv4.runtime.threads import choose_threads, wait_asleep
 
@@ -182,7 +179,6 @@ def _access(options: dict[str, Any]) -> Access:
             f"--host {options['host']} is reached from other machines and there is no --api-key; "
             "give one, or --no-auth to let everybody in"
         )
-    _require_extra()
     from dsv4.serve.server import Access
 
     names = frozenset(name.lower() for name in options["hosts"])
@@ -196,14 +192,3 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _require_extra() -> None:
-    import importlib.util
-
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeRefusal(
-            f"{', '.join(missing)} cannot be imported, which a server needs; "
-            "pip install 'dsv4[serve]' brings it"
-        )

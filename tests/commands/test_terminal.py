@@ -311,7 +311,7 @@ def test_the_guard_notices_torch(tiny_source: Path) -> None:
     assert "torch" in done.stderr and done.returncode == 1
 
 
-@pytest.mark.parametrize("command", ["kernels", "decode", "prompt", "parity"])
+@pytest.mark.parametrize("command", ["kernels", "decode", "prompt"])
 def test_a_bench_names_itself_where_there_is_no_gpu(command: str) -> None:
     assert f"`dsv4 bench {command}` needs one" in refused("bench", command)
 

@@ -39,13 +39,14 @@ def talking(script: Script) -> Iterator[Live]:
 
 
 def opened(browser: Any, served: Live, complaints: list[str], width: int = 375) -> Any:
+
+    def elsewhere(url: str) -> list[str]:
+        return [] if url.startswith(served.url) else [url]
+
     page = browser.new_page(viewport={"width": width, "height": 700}, color_scheme="dark")
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "request",
-        lambda request: request.url.startswith(served.url) or complaints.append(request.url),
-    )
+    page.on("request", lambda request: complaints.extend(elsewhere(request.url)))
     page.goto(served.url)
     page.wait_for_function("document.getElementById('state').textContent === 'ready'")
     return page
