@@ -8,7 +8,8 @@ Workers and finishers share the launch (see `roles`). A worker takes 32 experts 
 `weight_operands`) and a part of the columns, for eight tokens at once, and sends its sums to a
 mailbox. A finisher per token has a thread for each expert, which adds that expert's sums in the
 workers' order; one warp then picks the best, one after another: the highest score, the lowest
-number among equal ones.
+number among equal ones. Experts that do not fill a tile of 128 rows are read as copies of the last
+one, whose sums nobody sends; threads that do not fill a warp look after no expert.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
+from dsv4.kernels.core.sizes import MAX_EXPERTS, MAX_TOP_K, SCALE_TILE_ROWS
 from dsv4.kernels.device import async_copies, global_memory, mailbox, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.elementary import sqrt_softplus
@@ -68,12 +70,17 @@ class Router:
     ) -> None:
         self.kind, self.experts, self.hidden = kind, experts, hidden
         self.top_k, self.hashed, self.scaling, self.warps = top_k, hashed, scaling, warps
-        self.operand = OPERANDS[kind](experts, hidden, slabs)
+        self.operand = OPERANDS[kind](experts, hidden, slabs, experts % SCALE_TILE_ROWS == 0)
         self.parts = hidden // STEP // warps
-        self.bands = experts // 32
+        self.bands = -(-experts // SCALE_TILE_ROWS) * BANDS
+        self.finishing = -(-experts // LANES) * LANES  # threads
         self.roles = Roles(self.bands * self.parts, pdl)
-        if experts % 128 or hidden % (STEP * warps) or top_k > LANES:
+        if hidden % (STEP * warps):
             raise ValueError(f"a gate of {experts} x {hidden} does not divide into {warps} warps")
+        if not top_k <= experts <= MAX_EXPERTS or top_k > MAX_TOP_K:
+            raise ValueError(
+                f"{top_k} of {experts} experts, expected at most {MAX_TOP_K} of {MAX_EXPERTS}"
+            )
 
     @cute.jit
     def __call__(
@@ -88,7 +95,7 @@ class Router:
     ) -> None:
         self.kernel(x, gate, choice, topk_idx, topk_weights, letters).launch(
             grid=[self.roles.ctas(Int32(x.shape[0])), 1, 1],
-            block=[max(32 * self.warps, self.experts), 1, 1],
+            block=[max(32 * self.warps, self.finishing), 1, 1],
             stream=stream,
             use_pdl=self.roles.pdl,
         )
@@ -106,7 +113,7 @@ class Router:
         self.roles.begin()
         smem = cutlass.memory.SmemAllocator()
         sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps, 2)), 16)
-        found = smem.allocate_tensor(Float32, cute.make_layout((self.experts, 2, 2)), 16)
+        found = smem.allocate_tensor(Float32, cute.make_layout((self.finishing, 2, 2)), 16)
         copies = smem.allocate(self.operand.pieces * PIECE_BYTES * self.warps, 128).toint()
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
@@ -116,7 +123,7 @@ class Router:
             if thread < 32 * self.warps:
                 self._work(x, gate, letters, sums, copies, slices)
         else:
-            if thread < self.experts:
+            if thread < self.finishing:
                 self._finish(choice, topk_idx, topk_weights, letters, found, finisher)
 
     @cute.jit
@@ -197,13 +204,17 @@ class Router:
             g, quarter, col = item % 8, (item // 8) % 4, item // 32
             source = ((quarter // 2) * 4 + (quarter % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
             token = group * GROUP + col
-            if (item < SUMS) & (token < tokens):
+            row = (band // BANDS) * 128 + (band % BANDS) * 8 + g + 32 * quarter
+            if (item < SUMS) & (token < tokens) & self._exists(row):
                 total = sums[source, 0, parity]
                 for warp in range_constexpr(1, self.warps):
                     total += sums[source, warp, parity]
-                row = (band // BANDS) * 128 + (band % BANDS) * 8 + g + 32 * quarter
                 place = (token * self.parts + part) * self.experts + row
                 mailbox.send(letters.iterator + place, total * factor)
+
+    def _exists(self, expert: Int32) -> Any:
+        """Whether there is such an expert, where not all tiles and warps are full."""
+        return True if self.experts % SCALE_TILE_ROWS == 0 else expert < self.experts
 
     @cute.jit
     def _finish(
@@ -218,20 +229,22 @@ class Router:
         thread, _, _ = cute.arch.thread_idx()
         bias = Float32(0.0)
         if cutlass.const_expr(not self.hashed):
-            bias = choice[0][thread]
+            bias = choice[0][cutlass.min(thread, self.experts - 1)]
         self.roles.wait()
         tokens = Int32(topk_idx.shape[0])
         parity = Int32(0)
         for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
-            logit = mailbox.receive(
-                letters.iterator + token * self.parts * self.experts + thread,
-                self.parts,
-                self.experts,
-            )
+            logit = Float32(0.0)
+            if self._exists(thread):
+                logit = mailbox.receive(
+                    letters.iterator + token * self.parts * self.experts + thread,
+                    self.parts,
+                    self.experts,
+                )
             affinity = sqrt_softplus(logit)
             found[thread, 0, parity] = affinity
             found[thread, 1, parity] = affinity + bias
-            cute.arch.barrier(barrier_id=2, number_of_threads=self.experts)
+            cute.arch.barrier(barrier_id=2, number_of_threads=self.finishing)
             if thread < LANES:
                 expert = self._listed(choice, token)
                 if cutlass.const_expr(not self.hashed):
@@ -260,8 +273,11 @@ class Router:
     def _best(self, found: Any, parity: Int32) -> Int32:
         """Lane k: the expert of the k-th highest score. A lane looks after neighbouring experts."""
         lane = cute.arch.lane_idx()
-        count = self.experts // LANES
+        count = self.finishing // LANES
         keys = [_ordered(found[lane * count + i, 1, parity]) for i in range(count)]
+        if cutlass.const_expr(self.experts % LANES != 0):
+            there = [Int32(lane * count + i < self.experts) for i in range(count)]
+            keys = [Uint32(cutlass.select_(t != 0, k, Uint32(0))) for t, k in zip(there, keys)]
         chosen = Int32(0)
         for k in range_constexpr(self.top_k):
             highest = keys[0]
