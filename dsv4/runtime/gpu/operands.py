@@ -118,11 +118,21 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SharedExpert:
-    """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in FP8."""
+    """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in any format."""
 
     w1: MatrixOperand
     w2: MatrixOperand
     w3: MatrixOperand
+
+    @property
+    def in_one_launch(self) -> bool:
+        """Whether the kernel of a step's experts reads it too: FP8, w2 in slabs."""
+        weights = self.w1.weight, self.w3.weight, self.w2.weight
+        return [(one.kind, one.slabs) for one in weights] == [
+            ("fp8", 1),
+            ("fp8", 1),
+            ("fp8", SLABS),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,7 +267,7 @@ class _Reader:
         return Experts(
             _stack(f"{own}experts.w13", w13, 1, INTERLEAVE),
             _stack(f"{own}experts.w2", w2, SLABS, 0),
-            SharedExpert(*(self.fp8(f"{own}shared_experts.{name}") for name in ("w1", "w2", "w3"))),
+            SharedExpert(*(self.matrix(f"{own}shared_experts.{n}") for n in ("w1", "w2", "w3"))),
         )
 
     def parameter(self, name: str) -> Tensor:
@@ -269,12 +279,6 @@ class _Reader:
         if tensor.dtype != dtype:
             raise RuntimeRefusal(f"{name} is {tensor.dtype}, kernels read {dtype}")
         return tensor
-
-    def fp8(self, name: str) -> MatrixOperand:
-        found = self.matrix(name)
-        if found.weight.kind != "fp8":
-            raise RuntimeRefusal(f"{name}.weight is {found.weight.kind}, kernels read FP8 there")
-        return found
 
     def matrix(self, name: str) -> MatrixOperand:
         found = self.weights.matrix(f"{name}.weight")

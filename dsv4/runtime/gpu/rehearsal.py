@@ -1,6 +1,6 @@
 """What a model launches, found without a GPU: its plan is carried out on tensors without memory.
 
-So kernels are built for every model that recipe `standard` makes, and looked for before a store is
+So kernels are built for the released models and for any store, and looked for before one is
 loaded. Every launch is checked as if it happened.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.kernels.ops.xxh3.contract import xxh3
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.activations import CAPACITIES, first
 from dsv4.runtime.gpu.engine import META, Buffers
@@ -21,14 +21,14 @@ from dsv4.runtime.gpu.operands import Model
 from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import SIZES, ChunkPass
 from dsv4.runtime.gpu.program import arguments
-from dsv4.runtime.gpu.standard import standard_model
 from dsv4.runtime.positions import RopeTable, RopeTables
 from dsv4.runtime.text.sampling import Sampler
 
 
-def all_kernels(config: ModelConfig) -> Iterator[Kernel]:
-    """What a model of recipe `standard` needs; some more than once."""
-    model = standard_model(config).different_layers()
+def all_kernels(model: Model) -> Iterator[Kernel]:
+    """What a model needs, whatever the length of its sequences; some more than once."""
+    model = model.different_layers()
+    yield xxh3()  # compares what is loaded with its checksums
     yield draw_kernel(model)
     for capacity in CAPACITIES:
         for rows in range(1, MAX_ROWS + 1):

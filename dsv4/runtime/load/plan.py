@@ -19,7 +19,7 @@ from typing import Literal
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice, whole
-from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.specs import ArraySpec, FileSpec
 
 ALIGNMENT = 4096
@@ -105,7 +105,7 @@ class LoadPlan:
         return sum(placed.nbytes for placed in self.arrays.values())
 
 
-def part_of(store: PackedStore, path: str) -> Part | None:
+def part_of(store: Nodes, path: str) -> Part | None:
     """Which part the array at `path` belongs to; None: none that a model reads."""
     group, _, member = path.rpartition("/")
     stacked = group in store.contents.stacks
@@ -116,9 +116,7 @@ def part_of(store: PackedStore, path: str) -> Part | None:
     return Part.EXPERTS if stacked else Part.CORE
 
 
-def plan_load(
-    store: PackedStore, parts: Collection[Part] = EVERYTHING, share: Share = ALONE
-) -> LoadPlan:
+def plan_load(store: Nodes, parts: Collection[Part] = EVERYTHING, share: Share = ALONE) -> LoadPlan:
     """Place `share` of the arrays of `parts`. Raises RuntimeRefusal when there are none."""
     arrays: dict[str, Placed] = {}
     at = 0
@@ -135,7 +133,7 @@ def plan_load(
     return LoadPlan(arrays, at)
 
 
-def _ranges(spec: ArraySpec, group: str, store: PackedStore, share: Share) -> list[ByteRange]:
+def _ranges(spec: ArraySpec, group: str, store: Nodes, share: Share) -> list[ByteRange]:
     if share.world == 1:
         return whole(spec)
     stacked = group in store.contents.stacks

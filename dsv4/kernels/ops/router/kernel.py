@@ -276,8 +276,10 @@ class Router:
         count = self.finishing // LANES
         keys = [_ordered(found[lane * count + i, 1, parity]) for i in range(count)]
         if cutlass.const_expr(self.experts % LANES != 0):
-            there = [Int32(lane * count + i < self.experts) for i in range(count)]
-            keys = [Uint32(cutlass.select_(t != 0, k, Uint32(0))) for t, k in zip(there, keys)]
+            keys = [
+                Uint32(cutlass.select_(lane * count + i < self.experts, keys[i], Uint32(0)))
+                for i in range(count)
+            ]
         chosen = Int32(0)
         for k in range_constexpr(self.top_k):
             highest = keys[0]
