@@ -5,10 +5,11 @@ The kernels refuse the same sizes themselves, when they are compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.plain_text import SHOWN
 from dsv4.kernels.core.sizes import MAX_EXPERTS, MAX_TOP_K
 from dsv4.kernels.reference.sampling import MAX_VOCAB
 
@@ -66,6 +67,10 @@ def refusals(config: ModelConfig) -> Iterator[str]:
             yield found
     latent = config.o_groups * config.o_lora_rank
     if latent % COLUMNS:
-        yield (
-            f"o_groups x o_lora_rank is {latent}, the GPU's kernels take multiples of {COLUMNS}"
-        )
+        yield (f"o_groups x o_lora_rank is {latent}, the GPU's kernels take multiples of {COLUMNS}")
+
+
+def few(sentences: Sequence[str]) -> str:
+    """Of many sentences the first ones, as one."""
+    more = len(sentences) - SHOWN
+    return "; ".join(sentences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

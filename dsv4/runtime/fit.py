@@ -12,11 +12,14 @@ Time of a token, one row, no draft:
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.plain_text import counted, size
 from dsv4.formats.store.matrix_views import Nodes
+from dsv4.kernels.limits import few, refusals
 from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.engine import SessionSizes, session_sizes
 from dsv4.runtime.load.arena import HEADROOM
@@ -29,10 +32,10 @@ from dsv4.runtime.load.expert_sizes import (
     residents,
     uniform_misses,
 )
-from dsv4.runtime.load.outline import MODEL
-from dsv4.runtime.load.plan import ALONE, Part, Share, part_of, plan_load
+from dsv4.runtime.load.plan import ALONE, MODEL, Part, Share, part_of, plan_load
 from dsv4.runtime.machines import KNOWN, Gpu
 from dsv4.runtime.session import capacity_of
+from dsv4.runtime.text.request import DEFAULT_MAX_SEQ_LEN
 
 EXPERTS_IN_HOST_MEMORY = False
 """Whether `dsv4 run` keeps experts that do not fit in host memory."""
@@ -41,12 +44,12 @@ MOST_GPUS = 1
 
 Experts = Literal["auto", "resident"] | int
 
-_KINDS = {  # of core weights: what a path holds
-    "embedding": ("embed",),
-    "head": ("head",),
-    "router gates": ("/ffn/gate",),
-    "shared experts": ("shared_experts",),
-    "attention": ("/attn/",),
+_KINDS = {  # of core weights: what their paths match
+    "embedding": "^embed/",
+    "head": "^head/",
+    "router gates": "/ffn/gate/",
+    "shared experts": "/shared_experts/",
+    "attention": "/attn/",
 }
 OTHERS = "norms and connections"
 
@@ -82,11 +85,14 @@ class Needs:
 def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> Needs:
     """What a store takes of a GPU, for a sequence of `context` tokens or as many as `run` takes.
 
-    Raises RuntimeRefusal for a length that the model cannot have, FormatError for a share that its
-    arrays cannot be cut into.
+    Raises RuntimeRefusal for sizes that no kernel takes and for a length that the model cannot
+    have, FormatError for a share that its arrays cannot be cut into.
     """
     config = store.config
-    capacity = capacity_of(config, context)
+    if refused := list(refusals(config)):
+        raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
+    wanted = min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    capacity = capacity_of(config, context or wanted)
     core = dict.fromkeys((*_KINDS, OTHERS), 0)
     tables = 0
     for path, placed in plan_load(store, {Part.CORE}, share).arrays.items():
@@ -107,12 +113,7 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
 
 
 def _kind(path: str) -> str:
-    whole = f"/{path}"
-    for kind, words in _KINDS.items():
-        if any(whole.startswith(f"/{word}") if word[0] != "/" and kind != "shared experts"
-               else word in whole for word in words):
-            return kind
-    return OTHERS
+    return next((kind for kind, shape in _KINDS.items() if re.search(shape, path)), OTHERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,9 @@ class Fit:
                 f"{size(self.free)}"
             )
         elif self.elsewhere and self.asked == "resident":
-            found.append(f"it needs {size(self.needs.whole)}, {self.gpu.name} has {size(self.free)}")
+            found.append(
+                f"it needs {size(self.needs.whole)}, {self.gpu.name} has {size(self.free)}"
+            )
         elif self.elsewhere and not EXPERTS_IN_HOST_MEMORY:
             found.append(
                 f"it needs {size(self.needs.whole)}, {self.gpu.name} has {size(self.free)}, and "
@@ -204,7 +207,10 @@ class Fit:
         return self.needs.core_read + self.chosen_read + self.needs.cache_read
 
     def arithmetic(self) -> Iterator[str]:
-        """How tokens_per_second comes about, line by line."""
+        """How tokens_per_second comes about, line by line; of one GPU."""
+        if self.gpus > 1:
+            yield "not known: what GPUs tell each other takes time, too"
+            return
         own, gpu, choices = self.needs, self.gpu, self.needs.top_k * self.layers
         measured = "measured" if gpu.measured else "not measured, by data sheet"
         yield (
@@ -233,7 +239,7 @@ class Fit:
             "needed_bytes": self.needs.whole,
             "experts_elsewhere": self.elsewhere,
             "pinned_bytes": self.pinned,
-            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second": self.tokens_per_second if self.gpus == 1 else None,
             "arithmetic": list(self.arithmetic()),
         }
         own["needs"]["session"] = self.needs.session._asdict()

@@ -1,4 +1,4 @@
-"""GPUs by name, and what of their figures was measured: for plans of machines that are elsewhere."""
+"""GPUs by name, and which of their figures were measured: to plan for a machine elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ class Gpu:
     @property
     def free(self) -> int:
         """Bytes for weights and caches, where nothing else runs."""
-        return self.memory - CONTEXT
+        return max(self.memory - CONTEXT, 0)
+
+    def of(self, memory: int) -> Gpu:
+        """The same with other memory."""
+        return dataclasses.replace(self, memory=memory)
 
 
 KNOWN = (
@@ -56,6 +60,14 @@ def find(name: str) -> Gpu:
     )
 
 
+def like(name: str, memory: int) -> Gpu:
+    """The GPU that calls itself `name`; one that is not known has the rates of an H100."""
+    try:
+        return find(name).of(memory)
+    except RuntimeRefusal:
+        return dataclasses.replace(unknown(memory), name=name)
+
+
 def unknown(memory: int) -> Gpu:
-    """A card of `memory` bytes of which nothing else is known: the rates of an H100."""
-    return dataclasses.replace(KNOWN[0], name="a GPU", memory=memory, measured=False)
+    """A card of which nothing but its memory is known: the rates of an H100."""
+    return dataclasses.replace(KNOWN[0], name="GPU", memory=memory, measured=False)

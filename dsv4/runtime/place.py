@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dsv4.formats.errors import KernelError, OutOfSpaceError
+from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.load import require_kernels
@@ -42,17 +42,17 @@ def choose_place(wanted: Device, store: PackedStore) -> Place:
             raise no_gpu()
         return Place("cpu")
     try:
-        library = Library(default_location(), architecture(torch.device("cuda")))
-        require_kernels(store.config, library)
-    except KernelError as error:
+        library = Library(default_location(), architecture(torch.device("cuda")), store.root)
+        require_kernels(store, library)
+    except (KernelError, RuntimeRefusal) as error:
         if wanted == "cuda":
-            raise KernelError(f"{error}; --device cpu needs no kernels") from None
+            raise type(error)(f"{error}; --device cpu needs no kernel") from None
         _require_memory(store, error)
         return Place("cpu", f"the GPU is not used: {error}; running on the CPU, which is slow")
     return Place("cuda")
 
 
-def _require_memory(store: PackedStore, reason: KernelError) -> None:
+def _require_memory(store: PackedStore, reason: Exception) -> None:
     needed = plan_load(store, {Part.CORE, Part.EXPERTS}).nbytes
     free, machine = free_memory(torch.device("cpu"))
     if needed > free:

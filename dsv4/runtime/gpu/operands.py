@@ -7,7 +7,7 @@ have shapes and formats alone. They are views: no byte is moved or changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -193,16 +193,17 @@ def nbytes(*groups: Any) -> int:
     return sum(one.nbytes for group in groups for one in parts(group, Tensor))
 
 
-def read_model(weights: DeviceWeights) -> Model:
-    """The operands of all layers and of the head.
+def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> Model:
+    """The operands of all layers, or of some, and of the head.
 
     Raises RuntimeRefusal naming a tensor whose format no kernel reads.
     """
     read = _Reader(weights)
+    which = range(weights.config.num_hidden_layers) if layers is None else layers
     return Model(
         weights.config,
         read.plain("embed.weight", torch.bfloat16),
-        tuple(read.layer(index) for index in range(weights.config.num_hidden_layers)),
+        tuple(read.layer(index) for index in which),
         read.connection("hc_head", "norm.weight"),
         read.matrix("head"),
     )
