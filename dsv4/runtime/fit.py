@@ -16,12 +16,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.plain_text import counted, size
 from dsv4.formats.store.matrix_views import Nodes
-from dsv4.kernels.limits import few, refusals
 from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.engine import SessionSizes, session_sizes
+from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.load.arena import HEADROOM
 from dsv4.runtime.load.expert_sizes import (
     Counts,
@@ -89,8 +88,7 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
     have, FormatError for a share that its arrays cannot be cut into.
     """
     config = store.config
-    if refused := list(refusals(config)):
-        raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
+    refuse_sizes(store)
     wanted = min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
     capacity = capacity_of(config, context or wanted)
     core = dict.fromkeys((*_KINDS, OTHERS), 0)

@@ -78,7 +78,7 @@ def make_store(
     Raises OutOfSpaceError when it does not fit, ConflictError when there is something else.
     """
     begin = time.perf_counter()
-    plan = make_plan(_Headers(config, draft), make_recipe(recipe))
+    plan = plan_store(config, recipe, draft)
     require_space(out.parent, plan.output_bytes)
     results = {
         unit.key: result
@@ -92,6 +92,13 @@ def make_store(
         root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION, _ORIGIN))
     files = sum(1 for _ in plan.files())
     return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin)
+
+
+def plan_store(
+    config: ModelConfig, recipe: str = DEFAULT_RECIPE, draft: DraftKind = DraftKind.NONE
+) -> Plan:
+    """What a conversion of the release with this configuration would write."""
+    return make_plan(_Headers(config, draft), make_recipe(recipe))
 
 
 def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> ModelConfig:

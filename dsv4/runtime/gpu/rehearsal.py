@@ -30,15 +30,19 @@ from dsv4.runtime.positions import RopeTable, RopeTables
 from dsv4.runtime.text.sampling import Sampler
 
 
+def refuse_sizes(store: Nodes) -> None:
+    """Raise RuntimeRefusal for a model of sizes that no kernel takes."""
+    if refused := list(refusals(store.config)):
+        raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
+
+
 def outlined_model(store: Nodes) -> Model:
     """The operands of a store without their bytes: of the first layer of every kind, in which
     something is of another kind, format or shape.
 
-    Raises RuntimeRefusal for sizes that no kernel takes, or naming a tensor in a format that none
-    reads.
+    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads.
     """
-    if refused := list(refusals(store.config)):
-        raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
+    refuse_sizes(store)
     kinds: dict[int, list[object]] = {
         layer: [store.config.compress_ratio(layer), store.config.is_hash_layer(layer), not layer]
         for layer in range(store.config.num_hidden_layers)
