@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 GPUS = ("h100", "h200", "h100-nvl", "h20", "b200")
 
 
-class Experts(click.ParamType[str]):
+class Experts(click.ParamType[str | int]):
     """Where routed experts lie: auto, resident, or the bytes that they may take of a GPU."""
 
     name = "experts"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | int:  # type: ignore[override]
+    ) -> str | int:
         """A word, or bytes; refuses what is neither."""
         return value if value in ("auto", "resident") else Size().convert(value, param, ctx)
 

@@ -38,7 +38,7 @@ def build_kernels(
     unusual: bool,
     workers: int | None,
 ) -> None:
-    """Compile what these stores need, or without any every kernel of the released models' shapes.
+    """Compile what these stores need, or else every kernel of the releases.
 
     --operations, --models and --checks are of the released models. Of a store only the metadata is
     read: zarr.json and dsv4.complete suffice.
