@@ -67,7 +67,7 @@ def test_sizes_that_no_kernel_takes_are_not_a_kernel_to_build(
     store: PackedStore, gpu: pytest.MonkeyPatch
 ) -> None:
     gpu.setattr(place, "refuse_sizes", refuse_sizes)
-    sentence = "no GPU runs packed: hidden_size is 64, the GPU's kernels take multiples of 1024"
+    sentence = "no GPU runs packed: hidden_size is 256, the GPU's kernels take multiples of 1024"
     chosen = choose_place("auto", store)
     assert chosen.device == "cpu" and sentence in str(chosen.notice)
     assert "kernels build" not in str(chosen.notice)
