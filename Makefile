@@ -25,11 +25,14 @@ test: $(VENV)/test.stamp
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2
 
-# Lint, types and the tests that need no process of their own.
+# Lint, types and tests that take seconds: what is said and promised, names, numbers, the house.
+FAST := tests/formats/numeric tests/docs/test_cli_reference.py tests/test_public_face.py \
+	tests/test_house.py
+
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy --no-error-summary
-	$(BIN)/python -m pytest -n 2 -m "not long" tests/formats/numeric tests/docs/test_cli_reference.py
+	$(BIN)/python -m pytest -n 2 -m "not long" -k "not lint_and_types and not runs_without" $(FAST)
 
 clean:
 	rm -rf $(VENV) demo
@@ -45,7 +48,7 @@ $(VENV)/torch.stamp: $(BIN)/python
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e .
+	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e ".[all]"
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml

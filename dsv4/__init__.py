@@ -28,9 +28,24 @@ if TYPE_CHECKING:
     from dsv4.runtime.startup_clock import Mark
     from dsv4.validate.engine import validate
     from dsv4.validate.repair import repair
-else:
-    # Both names are packages and functions: each package's module is callable.
-    from dsv4 import convert, validate
+
+# "convert" and "validate" are packages, and functions that `dsv4.convert(...)` calls. Importing a
+# package binds its name here, once: that is done now and undone, so that `__getattr__` answers with
+# the function. `from dsv4.convert import engine` goes through sys.modules and does not mind;
+# only a dotted path from here (`import dsv4.convert.engine as e`) would meet the function instead.
+for _package in ("convert", "validate"):
+    importlib.import_module(f"dsv4.{_package}")
+    globals().pop(_package, None)
+
+_WHERE = {
+    "convert": "dsv4.convert.engine",
+    "validate": "dsv4.validate.engine",
+    "repair": "dsv4.validate.repair",
+    "NVFP4Tensor": "dsv4.formats.numeric.nvfp4",
+    "dequantize_nvfp4": "dsv4.formats.numeric.nvfp4",
+    "quantize_nvfp4": "dsv4.formats.numeric.nvfp4",
+}
+"""Names that are imported when they are first used, by module."""
 
 __all__ = [
     "Dsv4Error",
@@ -97,9 +112,14 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """`repair`, and the functions and types of `formats.nvfp4`, imported on first use."""
-    if name == "repair":
-        return importlib.import_module("dsv4.validate.repair").repair
-    if name in ("NVFP4Tensor", "dequantize_nvfp4", "quantize_nvfp4"):
-        return getattr(importlib.import_module("dsv4.formats.numeric.nvfp4"), name)
-    raise AttributeError(f"module 'dsv4' has no attribute {name!r}")
+    """The functions and types of `_WHERE`.
+
+    Raises MissingExtraError where the half that has them is not installed, AttributeError for any
+    other name.
+    """
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dsv4' has no attribute {name!r}")
+    from dsv4.extras import missing_ones_named
+
+    with missing_ones_named():
+        return getattr(importlib.import_module(_WHERE[name]), name)

@@ -40,7 +40,6 @@ from dsv4.commands.options import (
     validate_options,
     workers_option,
 )
-from dsv4.commands.parity import bench_parity
 from dsv4.commands.run import run
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
@@ -385,7 +384,6 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
-bench.add_command(bench_parity)
 cli.add_command(fit)
 cli.add_command(run)
 cli.add_command(bench)

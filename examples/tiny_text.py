@@ -82,7 +82,7 @@ def corpus() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def sample_of(rest: list[tuple[str, str]]) -> str:
-    """The start of the held-out text, tests left out: what `dsv4 bench quality` reads."""
+    """The start of the held-out text, tests left out: what `benchmarks quality` reads."""
     texts = (text.strip() + "\n" for path, text in rest if "test" not in path)
     return "\n".join(texts)[:SAMPLE_BYTES]
 

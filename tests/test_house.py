@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.imports import circles, import_graph
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dsv4"
 MAX_FILE_LINES = 500
@@ -24,6 +26,32 @@ ALLOWED = {
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
+LEAST_FILE_LINES = 40  # of a module that one other module imports
+
+# Lines that the parts of the package may have: what they have, rounded up to 100. A feature raises
+# a number in the commit that needs it. All three miss their targets: the book had 16,400 when its
+# target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
+# not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
+MOST_LINES = {
+    # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
+    "the book": (
+        20_800,
+        ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
+    ),
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4.
+    "kernels": (15_000, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 31,000.
+    "the wheel": (46_000, ("**",)),
+}
+SLIVERS = {
+    "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",
+}
+# Circles that are left; each is closed by an import for types alone.
+CIRCLES = [
+    {"dsv4.kernels.ops.experts.contract", "dsv4.kernels.ops.experts.reference"},
+    {"dsv4.kernels.ops.kv_cache.contract", "dsv4.kernels.ops.kv_cache.reference"},
+    {f"dsv4.runtime.gpu.{name}" for name in ("engine", "model", "rehearsal", "session")},
+]
 OFFLINE_LIBRARIES = {"zarr", "safetensors", "huggingface_hub", "blake3"}
 ONLINE_ENTRY = """
 import sys
@@ -71,8 +99,15 @@ def test_rooms_import_only_their_neighbours(room: str) -> None:
     for path in modules:
         for name in _imports(path):
             parts = name.split(".")
-            if parts[0] == "dsv4" and len(parts) > 1 and parts[1] != "callable_package":
+            if parts[0] == "dsv4" and len(parts) > 1:
                 assert parts[1] in ALLOWED[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_package_does_not_use_what_is_beside_it() -> None:
+    for path in _modules():
+        for name in _imports(path):
+            outside = name.split(".")[0] in ("benchmarks", "tests", "examples")
+            assert not outside, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_the_online_half_names_no_offline_library() -> None:
@@ -102,6 +137,48 @@ def test_files_and_functions_stay_readable() -> None:
                 if length > MAX_FUNCTION_LINES:
                     long.append(f"{path.relative_to(ROOT)}: {node.name} has {length} lines")
     assert long == []
+
+
+@pytest.mark.parametrize("part", MOST_LINES)
+def test_the_package_has_the_size_that_it_promises(part: str) -> None:
+    most, folders = MOST_LINES[part]
+    paths = {path for folder in folders for path in PACKAGE.glob(f"{folder}/*.py")}
+    lines = sum(len(path.read_text().splitlines()) for path in paths)
+    assert lines <= most, f"{part} has {lines} lines, at most {most} are promised"
+    assert lines > 0.9 * most, f"{part} has {lines} lines: lower its number, which is {most}"
+
+
+def test_no_sliver_has_a_single_importer() -> None:
+    graph = import_graph(PACKAGE)
+    small = set()
+    for path in _modules():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        importers = [other for other, used in graph.items() if name in used]
+        if len(path.read_text().splitlines()) < LEAST_FILE_LINES and len(importers) == 1:
+            small.add(name)
+    assert small == SLIVERS.keys(), "a module this small belongs into the one that imports it"
+
+
+def test_no_modules_import_each_other() -> None:
+    found = sorted(map(sorted, circles(import_graph(PACKAGE))))
+    assert found == sorted(map(sorted, CIRCLES))
+
+
+def test_circles_and_importers_are_found(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    for name, text in {
+        "__init__": "from package import a",
+        "a": "from package.b import f",
+        "b": "def f():\n    import package.c",
+        "c": "from package import a, d",
+        "d": "import package.e",
+        "e": "",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+    graph = import_graph(package)
+    assert graph["package.c"] == {"package.a", "package.d"}
+    assert circles(graph) == [{"package.a", "package.b", "package.c"}]
 
 
 def test_every_module_and_public_function_says_what_it_is() -> None:

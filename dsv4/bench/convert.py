@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,8 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import dsv4
-from dsv4.bench.lanes import LANES, RECIPES, Run, swizzle
-from dsv4.bench.stages import STAGES, Seconds
+from dsv4.bench.lanes import LANES, Run, swizzle
 from dsv4.convert.sources.local import LocalSource
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import ConfigError, StoreError
@@ -60,17 +58,6 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of a recipe: median seconds per GB of source over all threads."""
-
-    recipe: str
-    stage: str
-    wall_per_gb: float
-    cpu_per_gb: float
-    calls: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Throughput:
     """What one model's layers gave."""
 
@@ -81,7 +68,6 @@ class Throughput:
     rounds: int
     workers: int
     lines: tuple[Line, ...]
-    stages: tuple[Stage, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +89,7 @@ def throughput(
         raise ConfigError("layers, workers and rounds have to be at least 1, experts 0 or more")
     whole = MODELS[model]
     experts = experts or whole.n_routed_experts
-    config = real_shapes.few_layers(whole, layers, experts, real_shapes.SMALL_VOCABULARY)
+    config = real_shapes.fresh_layers(whole, layers, experts, real_shapes.SMALL_VOCABULARY)
     require_space(directory, int(COPIES * real_shapes.checkpoint_bytes(config)))
     measured: dict[str, list[_Measured]] = {lane: [] for lane in LANES}
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:
@@ -115,8 +101,7 @@ def throughput(
             for lane in LANES:
                 measured[lane].append(_measure(lane, source, out, workers, judge))
     lines = tuple(_line(lane, measured, nbytes) for lane in LANES)
-    stages = tuple(_stages(measured, nbytes))
-    return Throughput(model, layers, experts, nbytes, rounds, workers, lines, stages)
+    return Throughput(model, layers, experts, nbytes, rounds, workers, lines)
 
 
 def _measure(lane: str, source: Path, out: Path, workers: int, judge: Judge) -> _Measured:
@@ -128,9 +113,7 @@ def _measure(lane: str, source: Path, out: Path, workers: int, judge: Judge) -> 
         elapsed = time.perf_counter() - begin
         if done.returncode:
             raise StoreError(f"{lane} failed: {done.stderr.strip().splitlines()[-1]}")
-        raw = json.loads(done.stdout)
-        stages = {stage: Seconds(**seconds) for stage, seconds in raw.pop("stages").items()}
-        run = Run(**raw, stages=stages)
+        run = Run(**json.loads(done.stdout))
         start_up = elapsed - run.seconds - run.warm_up_seconds
         return _Measured(run, start_up, judge.correct(lane, out))
     finally:
@@ -243,13 +226,3 @@ def _line(lane: str, measured: dict[str, list[_Measured]], nbytes: int) -> Line:
         max(run.peak_rss for run in runs),
         all(m.correct for m in measured[lane]),
     )
-
-
-def _stages(measured: dict[str, list[_Measured]], nbytes: int) -> Iterator[Stage]:
-    for recipe in RECIPES:
-        for stage in STAGES:
-            spent = [m.run.stages[stage] for m in measured[recipe]]
-            wall = statistics.median(seconds.wall for seconds in spent)
-            cpu = statistics.median(seconds.cpu for seconds in spent)
-            gb = nbytes / 1e9
-            yield Stage(recipe, stage, wall / gb, cpu / gb, spent[-1].calls)

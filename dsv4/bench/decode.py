@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.bench.transformers_peer import Rivals, rivals
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
@@ -83,13 +82,11 @@ class Report:
     context: int
     steps: tuple[Step, ...]
     agreement: Agreement | None
-    rivals: Rivals | None = None
 
     @property
     def right(self) -> bool:
         """Whether nothing that was compared differs by more than it may."""
-        compared = (self.agreement, self.rivals)
-        return all(one is None or one.right for one in compared)
+        return self.agreement is None or self.agreement.right
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
@@ -107,20 +104,29 @@ def decode(
     context: int,
     rows: Sequence[int],
     check: bool,
-    transformers: bool = False,
 ) -> Report:
-    """Measure steps of `rows` tokens after `context` others; check: compare logits first.
-
-    transformers: its model on the same weights, too.
-    """
+    """Measure steps of `rows` tokens after `context` others; check: compare logits first."""
     weights = RandomWeights(config, device)
     gpu = GpuModel(weights, library, device)
     session = gpu.session(context + MAX_ROWS, chunk=0)
+    return measure(session, weights, model, context, rows, check=check)
+
+
+def measure(
+    session: GpuSession,
+    weights: RandomWeights,
+    model: str,
+    context: int,
+    rows: Sequence[int],
+    *,
+    check: bool = True,
+) -> Report:
+    """The same with a session that is there, of a model of `weights`."""
     agreement = compare(session, weights) if check else None
-    machine = measure_machine(device)
+    machine = measure_machine(session.model.device)
     steps = tuple(time_steps(session, context, rows, machine))
-    others = rivals(session, weights, context) if transformers else None
-    return Report(machine, model, config.num_hidden_layers, context, steps, agreement, others)
+    layers = session.model.config.num_hidden_layers
+    return Report(machine, model, layers, context, steps, agreement)
 
 
 class MeasuredStep:

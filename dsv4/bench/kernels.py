@@ -58,7 +58,7 @@ class Machine:
 def open_library(device: torch.device, location: Path | None, command: str) -> Library:
     """The kernels built for `device`. Raises KernelError without a GPU, which `command` needs."""
     if not torch.cuda.is_available():
-        raise KernelError(f"torch sees no CUDA device here; `dsv4 bench {command}` needs one")
+        raise KernelError(f"torch sees no CUDA device here; `{command}` needs one")
     return Library(location or default_location(), architecture(device))
 
 

@@ -9,7 +9,6 @@ Run as `python -m dsv4.bench.lanes LANE SRC OUT WORKERS`; prints one JSON docume
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4.bench.stages import Seconds, watch
 from dsv4.convert.engine import convert
 from dsv4.formats.store.durable import sync_directory, sync_file
 
@@ -37,10 +35,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(w[123])\.(weight|scale)")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a lane: seconds without start-up, on a core, and the process's peak memory.
-
-    stages: of dsv4's own lanes, seconds over all threads by stage.
-    """
+    """One run of a lane: seconds without start-up, on a core, and the process's peak memory."""
 
     seconds: float
     warm_up_seconds: float
@@ -48,7 +43,6 @@ class Run:
     page_faults: int
     base_rss: int
     peak_rss: int
-    stages: dict[str, Seconds]
 
 
 def copy(source: Path, out: Path) -> None:
@@ -116,18 +110,16 @@ def run(lane: str, source: Path, out: Path, workers: int) -> Run:
     _warm_up(out, sum(path.stat().st_size for path in source.iterdir()))
     warm_up = time.perf_counter() - begin
     work: dict[str, Callable[[Path, Path], None]] = {"copy": copy, "today": today}
-    stages: dict[str, Seconds] = {}
-    with watch() if lane in RECIPES else contextlib.nullcontext(stages) as stages:
-        before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        if lane in RECIPES:
-            convert(source, out, lane, workers)
-        else:
-            torch.set_num_threads(workers)
-            work[lane](source, out)
-        seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    if lane in RECIPES:
+        convert(source, out, lane, workers)
+    else:
+        torch.set_num_threads(workers)
+        work[lane](source, out)
+    seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     faults = after.ru_minflt - before.ru_minflt
-    return Run(seconds, warm_up, cpu, faults, base, peak_rss(), stages)
+    return Run(seconds, warm_up, cpu, faults, base, peak_rss())
 
 
 def _warm_up(out: Path, nbytes: int) -> None:

@@ -42,9 +42,8 @@ from dsv4.bench.machine_rates import (
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.mapped_files import map_file
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.specs import ELEMENTS, ArraySpec, FileSpec
+from dsv4.formats.store.specs import ALIGNMENT, ELEMENTS, ArraySpec, FileSpec
 from dsv4.runtime.load import LoadReport, Settings, load_weights, plan_load
-from dsv4.runtime.load.files import DIRECT_ALIGNMENT
 from dsv4.synthetic.disk_space import require_space
 
 FILE_BYTES = 4 << 30  # of a safetensors file, about
@@ -299,7 +298,7 @@ def _write_one(
             places.append((file, at))
             at += file.payload_nbytes
     raw = json.dumps(header).encode()
-    raw += b" " * (-(len(raw) + 8) % DIRECT_ALIGNMENT)
+    raw += b" " * (-(len(raw) + 8) % ALIGNMENT)
     with path.open("wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
     data = 8 + len(raw)

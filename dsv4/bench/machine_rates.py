@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dsv4.formats.store.specs import FileSpec
-from dsv4.runtime.load.files import DIRECT_ALIGNMENT
+from dsv4.formats.store.specs import ALIGNMENT, FileSpec
 
 BUS_BYTES = 64 << 20
 PIECE = 8 << 20
@@ -63,7 +62,7 @@ def file_rate(
     pieces = [
         (root / file.key, at, min(piece, end - at))
         for file in files
-        if (end := file.payload_nbytes // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT)
+        if (end := file.payload_nbytes // ALIGNMENT * ALIGNMENT)
         for at in range(0, end, piece)
     ]
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from dsv4.bench.kernels import Machine, measure_machine
-from dsv4.bench.parity import ON_A_GPU
-from dsv4.bench.parity_logits import Distance, distance, forward_whole, random_ids, reference
+from dsv4.bench.logits import (
+    ON_A_GPU,
+    Distance,
+    distance,
+    forward_whole,
+    random_ids,
+    reference,
+)
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library

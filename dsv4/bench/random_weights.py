@@ -13,22 +13,24 @@ from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind, Kind, parameters
+from dsv4.formats.model.recipes import cut_by_columns, make_recipe
 from dsv4.formats.numeric.operands import (
     FP8_BLOCK,
+    INTERLEAVE,
     NVFP4_K_ALIGN,
     SF_ROWS,
     SF_TILE_BYTES,
+    SLABS,
     Fp8Matrix,
     Matrix,
     Nvfp4Matrix,
 )
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
 from dsv4.runtime.gpu.weights import Nvfp4Stack
 
 CODE_RMS = 8.5625**0.5  # of uniform E2M1 codes
 E4M3_ONE, E4M3_TWO = 0x38, 0x40  # codes of 1 and 2
 SCALE_RMS = 1.52  # of uniform E4M3 codes from 1 to 2
-BY_COLUMNS = ("attn.wo_b", "shared_experts.w2")  # stored as slabs
+STANDARD = make_recipe("standard")
 
 
 class RandomWeights:
@@ -53,7 +55,7 @@ class RandomWeights:
         if name not in self._made:
             parameter = self._shapes[name]
             rows, cols = parameter.shape
-            if name == "head.weight" or name.endswith("ffn.gate.weight"):
+            if STANDARD.rounds(name):
                 self._made[name] = self._nvfp4(name, rows, cols)
             elif parameter.kind is Kind.LINEAR:
                 self._made[name] = self._fp8(name, rows, cols)
@@ -111,7 +113,7 @@ class RandomWeights:
 
     def _fp8(self, name: str, rows: int, cols: int) -> Fp8Matrix:
         rng = self._generator(name)
-        slabs = SLABS if any(part in name for part in BY_COLUMNS) else 1
+        slabs = SLABS if cut_by_columns(name) else 1
         values = torch.randn(slabs, rows, cols // slabs, generator=rng, device=self.device)
         codes = (values * 64).to(torch.float8_e4m3fn)
         exponent = 127 - 6 - round(0.5 * (cols - 1).bit_length())

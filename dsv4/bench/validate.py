@@ -25,7 +25,7 @@ from dsv4.synthetic.disk_space import require_space
 from dsv4.synthetic.real_shapes import (
     SMALL_VOCABULARY,
     checkpoint_bytes,
-    few_layers,
+    fresh_layers,
     write_checkpoint,
 )
 from dsv4.validate.checks.content import (
@@ -56,7 +56,7 @@ class Pass:
 def real_store(model: str, directory: Path, experts: int) -> Iterator[Path]:
     """A store of one layer of `model` below `directory`, removed afterwards."""
     whole = MODELS[model]
-    config = few_layers(whole, 1, experts or whole.n_routed_experts, SMALL_VOCABULARY)
+    config = fresh_layers(whole, 1, experts or whole.n_routed_experts, SMALL_VOCABULARY)
     require_space(directory, int(ROOM * checkpoint_bytes(config)))
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-", dir=directory) as scratch:
         source, store = Path(scratch, "source"), Path(scratch, "store")

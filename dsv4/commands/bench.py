@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 
-from dsv4.commands.console import err, print_json, show, write_report
+from dsv4.commands.console import err, print_json, show
 from dsv4.commands.options import (
     Device,
     Size,
-    Target,
     models_option,
     numbers,
     operations_option,
@@ -27,34 +26,10 @@ from dsv4.formats.model.releases import MODELS
 
 @click.group()
 def bench() -> None:
-    """Measure this machine, dsv4, and what others do.
+    """Measure what dsv4 does on this machine.
 
     Each line is a figure, its bound, the fraction of it, and whether the result was right.
     """
-
-
-@bench.command("quantize")
-@click.option("--elements", type=click.IntRange(min=1 << 16), default=1 << 23, show_default=True)
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> None:
-    """Rounding to NVFP4 beside its peers: relative MSE, then speed."""
-    from dsv4.bench.quantize import quality, speed
-    from dsv4.commands.bench_tables import quality_table, speed_table
-
-    qualities = quality(elements, seeds)
-    speeds = speed(elements, threads)
-    if as_json:
-        print_json(
-            {
-                "quality": [dataclasses.asdict(line) for line in qualities],
-                "speed": [dataclasses.asdict(line) for line in speeds],
-            }
-        )
-        return
-    show(quality_table(qualities, seeds))
-    show(speed_table(speeds, threads))
 
 
 @bench.command("convert")
@@ -68,15 +43,14 @@ def bench_quantize(elements: int, seeds: int, threads: int, as_json: bool) -> No
 def bench_convert(model: str, directory: Path, as_json: bool, **sizes: int) -> None:
     """Conversion of real layer shapes beside a plain copy and beside today's path."""
     from dsv4.bench.convert import throughput
-    from dsv4.commands.bench_tables import throughput_tables
+    from dsv4.commands.bench_tables import throughput_table
 
     models = ("flash", "pro") if model == "both" else (model,)
     found = [throughput(name, directory, **sizes) for name in models]
     if as_json:
         print_json({"models": [dataclasses.asdict(one) for one in found]})
         return
-    for table in (table for one in found for table in throughput_tables(one)):
-        show(table)
+    show(*(throughput_table(one) for one in found))
 
 
 @bench.command("validate")
@@ -107,30 +81,22 @@ def bench_validate(
 @bench.command("kernels")
 @operations_option
 @models_option
-@click.option("--rows", help="Tokens at once.  [default: 1,2,4,8, and 2048 without --peers]")
+@click.option("--rows", default="1,2,4,8,2048", show_default=True, help="Tokens at once.")
 @click.option("--shape", default="", help="Only shapes whose name contains this.")
 @click.option("--checks", "unusual", is_flag=True, help="Unusual inputs; checked, not timed.")
-@click.option("--peers", is_flag=True, help="Only what torch, Triton and humming-kernels do too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_kernels(
     operations: tuple[str, ...],
     models: tuple[str, ...],
-    rows: str | None,
+    rows: str,
     shape: str,
     unusual: bool,
-    peers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
     """Every GPU kernel on real shapes: correctness, time, fraction of this GPU's bound."""
-    from dsv4.kernels.ops.gemv.contract import MAX_ROWS
-
-    if peers:
-        few = numbers("1,2,4,8" if rows is None else rows, most=MAX_ROWS)
-        _kernel_peers(models, few, shape, location, as_json)
-        return
-    counts = numbers("1,2,4,8,2048" if rows is None else rows)
+    counts = numbers(rows)
     import torch
 
     from dsv4.bench.kernels import measure, measure_machine, open_library
@@ -138,7 +104,7 @@ def bench_kernels(
     from dsv4.kernels.ops import cases, checks
 
     device = torch.device("cuda")
-    library = open_library(device, location, "kernels")
+    library = open_library(device, location, "dsv4 bench kernels")
     machine = measure_machine(device)
     chosen = [
         case
@@ -167,43 +133,12 @@ def bench_kernels(
         raise SystemExit(1)
 
 
-def _kernel_peers(
-    models: tuple[str, ...], rows: list[int], shape: str, location: Path | None, as_json: bool
-) -> None:
-    import torch
-
-    from dsv4.bench.kernel_peers import compare
-    from dsv4.bench.kernels import measure_machine, open_library
-    from dsv4.commands.bench_tables import peer_line, peers_table
-
-    device = torch.device("cuda")
-    library = open_library(device, location, "kernels")
-    machine, lines = measure_machine(device), []
-    for model in models:
-        found = compare(MODELS[model], model, rows, library, machine, device, shapes=shape)
-        for line in found:
-            lines.append(line)
-            err.print(peer_line(line))
-    if as_json:
-        print_json(
-            {
-                "machine": dataclasses.asdict(machine),
-                "lines": [dataclasses.asdict(line) for line in lines],
-            }
-        )
-    else:
-        show(peers_table(lines, machine))
-    if not all(line.right for line in lines if line.peer == "dsv4"):
-        raise SystemExit(1)
-
-
 @bench.command("decode")
 @click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
 @click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
-@click.option("--transformers", is_flag=True, help="Its model in BF16 on the same weights, too.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_decode(
@@ -212,7 +147,6 @@ def bench_decode(
     context: int,
     rows: str,
     no_check: bool,
-    transformers: bool,
     location: Path | None,
     as_json: bool,
 ) -> None:
@@ -224,10 +158,10 @@ def bench_decode(
 
     from dsv4.bench.decode import decode, few_layers
     from dsv4.bench.kernels import open_library
-    from dsv4.commands.bench_tables import decode_table, rivals_table
+    from dsv4.commands.bench_tables import decode_table
 
     device = torch.device("cuda")
-    library = open_library(device, location, "decode")
+    library = open_library(device, location, "dsv4 bench decode")
     config = few_layers(MODELS[model], layers)
     report = decode(
         config,
@@ -237,14 +171,11 @@ def bench_decode(
         context=context,
         rows=counts,
         check=not no_check,
-        transformers=transformers,
     )
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
         show(decode_table(report))
-        if report.rivals is not None:
-            show(rivals_table(report.rivals, report.steps))
     if not report.right:
         raise SystemExit(1)
 
@@ -268,7 +199,7 @@ def bench_prompt(
     from dsv4.commands.bench_tables import prompt_table
 
     device = torch.device("cuda")
-    library = open_library(device, location, "prompt")
+    library = open_library(device, location, "dsv4 bench prompt")
     config, sizes = few_layers(MODELS[model], layers), numbers(chunks, least=0)
     report = measure(config, model, library, device, tokens=tokens, chunks=sizes)
     if as_json:
@@ -369,29 +300,4 @@ def bench_load(
         for table in loading_tables(found):
             show(table)
     if not all(line.correct for line in found.lines):
-        raise SystemExit(1)
-
-
-@bench.command("quality")
-@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--tokens", type=click.IntRange(min=512), default=8192, show_default=True)
-@click.option("--text", type=click.Path(path_type=Path), help="Held-out text; DIR/heldout.txt.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--plot", type=Target(), metavar="FILE", help="Write an SVG here.")
-def bench_quality(
-    directory: Path, tokens: int, text: Path | None, as_json: bool, plot: Path | None
-) -> None:
-    """What each recipe costs the trained checkpoint DIRECTORY, on text it has not seen."""
-    from dsv4.bench.quality import quality
-    from dsv4.bench.quality_table import cost_plot, cost_table
-
-    found = quality(directory, text, tokens, progress=lambda name: err.print(f"measuring {name}"))
-    if plot is not None:
-        write_report(plot, cost_plot(found))
-    if as_json:
-        print_json({"native_holds": found.native_holds, **dataclasses.asdict(found)})
-    else:
-        show(cost_table(found))
-    if not found.native_holds:
-        err.print("native differs from the source by more than 1e-4 of perplexity")
         raise SystemExit(1)

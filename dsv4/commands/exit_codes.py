@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from dsv4.commands.console import err
+from dsv4.extras import missing_ones_named
 from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.plain_text import printable
 
@@ -39,7 +40,8 @@ def terminate(number: int, frame: FrameType | None) -> NoReturn:
 def endings() -> Iterator[None]:
     """Leave the process as the module says."""
     try:
-        yield
+        with missing_ones_named():
+            yield
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_USAGE)

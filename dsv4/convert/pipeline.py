@@ -17,8 +17,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from dsv4.convert.memory import Budget
 from dsv4.convert.outputs.base import Unit
 from dsv4.convert.outputs.results import Result
@@ -36,6 +34,7 @@ from dsv4.formats.errors import Dsv4Error, SourceError
 from dsv4.formats.model.safetensors_header import TensorEntry
 from dsv4.formats.store.extents import Batch, Sink
 from dsv4.formats.store.specs import FileSpec
+from dsv4.formats.threads import one_torch_thread
 
 COMMIT_BYTES = 128 << 20
 
@@ -93,8 +92,10 @@ class Workshop:
         self._readers = ThreadPoolExecutor(self._budget.streams, "reader")
         self._workers = ThreadPoolExecutor(self._budget.workers, "worker")
         self._committer = ThreadPoolExecutor(1, "ledger")
-        torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a unit is short work, and other units keep the cores busy
+        with one_torch_thread():  # a unit is short work, and other units keep the cores busy
+            self._run_parts(parts)
+
+    def _run_parts(self, parts: Iterable[Part]) -> None:
         try:
             passes = [self._readers.submit(self._read, part) for part in parts]
             self._wait(passes)
@@ -109,8 +110,6 @@ class Workshop:
             raise
         else:
             self._close(cancel=False)
-        finally:
-            torch.set_num_threads(torch_threads)
 
     def _close(self, *, cancel: bool) -> None:
         """Finish, or `cancel`, what is in flight; keep what is finished."""

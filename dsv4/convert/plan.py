@@ -20,6 +20,7 @@ from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.recipes import KEEP_GATES, Recipe, Role, role_of
 from dsv4.formats.model.source_inventory import Inventory, check_inventory
 from dsv4.formats.model.source_tensor import INTEGERS, Encoding, SourceTensor
+from dsv4.formats.plain_text import natural_key
 from dsv4.formats.store.specs import FileSpec
 
 _EXPERT = re.compile(r"(?P<prefix>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123])\.weight")
@@ -145,13 +146,6 @@ def _dequantised(outputs: Sequence[Output]) -> Iterator[str]:
             f"{kinds} in a form that no kernel takes for them; they are stored as BF16, each value "
             "the nearest one, and the summary names those that lost something"
         )
-
-
-def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
-    """Sorts `layers/2` before `layers/10`."""
-    return tuple(
-        (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"[/.]", path)
-    )
 
 
 def _single(tensor: SourceTensor, recipe: Recipe, config: ModelConfig, *, values: bool) -> Output:

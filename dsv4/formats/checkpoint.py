@@ -21,6 +21,7 @@ from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.numeric.layouts import deinterleave_rows, dequantize, unpack_fp8, unpack_nvfp4
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4
 from dsv4.formats.numeric.operands import FP8_BLOCK, SF_ROWS, Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.plain_text import natural_key
 from dsv4.formats.store.nodes import QuantizedGroup
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import ATTRIBUTE, PLAIN_LAYOUT
@@ -168,7 +169,7 @@ class PackedCheckpoint:
             if name in places:
                 raise StoreError(f"{self.store.root}: tensor {name} is stored twice")
             places[name] = _Place(stack.path, stack, projection, expert)
-        return dict(sorted(places.items(), key=lambda item: _natural(item[0])))
+        return dict(sorted(places.items(), key=lambda item: natural_key(item[0])))
 
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)
@@ -295,13 +296,3 @@ def _source_range(files: list[Any], index: int, begin: int, end: int) -> dict[st
 
 def _free_fields(own: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in own.items() if key not in _OF_A_NODE}
-
-
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts layer 2 before layer 10."""
-    return tuple(map(_natural_part, name.split(".")))
-
-
-@functools.lru_cache(maxsize=4096)  # a model's names are made of a few hundred words and numbers
-def _natural_part(part: str) -> tuple[int, int | str]:
-    return (0, int(part)) if part.isdigit() else (1, part)

@@ -16,6 +16,10 @@ class ConfigError(Dsv4Error):
     """The model configuration is missing a field, contradicts itself, or is not DeepSeek-V4."""
 
 
+class MissingExtraError(Dsv4Error):
+    """What was asked for needs an extra of dsv4 that is not installed."""
+
+
 class SourceError(Dsv4Error):
     """The source checkpoint is malformed, incomplete, or holds something unexplained."""
 

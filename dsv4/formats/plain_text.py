@@ -1,10 +1,22 @@
-"""Text for people: a stranger's made safe to show; sizes, counts, times, lists, each one way."""
+"""Text for people: a stranger's made safe to show; sizes, times, lists, orders, each one way."""
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 
 SHOWN = 3  # of many names, those that a sentence lists
+
+
+def natural_key(path: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key of a tensor's name or a node's path that puts layer 2 before layer 10."""
+    return tuple(map(_natural_part, re.split(r"[/.]", path)))
+
+
+@functools.lru_cache(maxsize=4096)  # a model's names are made of a few hundred words and numbers
+def _natural_part(part: str) -> tuple[int, int | str]:
+    return (0, int(part)) if part.isdigit() else (1, part)
 
 
 def printable(text: str, limit: int | None = None) -> str:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
-from dsv4.runtime.cache import SLACK, allocate
+from dsv4.runtime.cache import SLACK, LayerCache, allocate
 from dsv4.runtime.positions import RopeTables, Step
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
-
-if TYPE_CHECKING:
-    from dsv4.runtime.model import Model
 
 # Room of a session that names no length. Flash keeps about 7 KB per token in BF16.
 DEFAULT_MAX_SEQ_LEN = 32768
@@ -203,6 +200,21 @@ class SequenceBase(abc.ABC):
             )
 
 
+class SessionModel(Protocol):
+    """What a `Session` needs of its model (see `runtime.model.Model`)."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def head(self) -> Callable[..., Tensor]:
+        """`[T, m, D]` -> logits, float32 `[T, vocab]`."""
+
+    def forward(self, step: Step, caches: tuple[LayerCache, ...]) -> Tensor:
+        """Run one step through all layers -> the last layer's streams `[T, m, D]`."""
+
+
 class Session(SequenceBase):
     """A sequence that grows by `forward`. Not for concurrent use; a model serves many sessions.
 
@@ -211,7 +223,7 @@ class Session(SequenceBase):
 
     slack = SLACK
 
-    def __init__(self, model: Model, max_seq_len: int | None = None) -> None:
+    def __init__(self, model: SessionModel, max_seq_len: int | None = None) -> None:
         capacity = capacity_of(model.config, max_seq_len)
         super().__init__(model.config, capacity, model.device)
         self.model = model

@@ -44,7 +44,7 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def few_layers(
+def fresh_layers(
     config: ModelConfig, layers: int, experts: int | None = None, vocabulary: int | None = None
 ) -> ModelConfig:
     """`config` with `layers` scored CSA and HCA layers only; fewer experts and tokens if asked.

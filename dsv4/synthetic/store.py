@@ -45,7 +45,7 @@ from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.specs import ArraySpec, FileSpec
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.synthetic.disk_space import require_space
-from dsv4.synthetic.real_shapes import few_layers, shards_of
+from dsv4.synthetic.real_shapes import fresh_layers, shards_of
 from dsv4.synthetic.tiny import hub_config
 
 GLOBAL_SCALE = 2.0**-8
@@ -104,7 +104,7 @@ def plan_store(
 def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> ModelConfig:
     """The configuration of `layers` layers of "flash" or "pro"; 0: as many as the release has."""
     whole = MODELS[model]
-    return few_layers(whole, layers, experts or None, vocabulary or None)
+    return fresh_layers(whole, layers, experts or None, vocabulary or None)
 
 
 def _results(plan: Plan) -> Iterator[tuple[str, Result]]:

@@ -12,9 +12,9 @@ import stat
 from io import BufferedReader
 
 from dsv4.formats.store import digest
+from dsv4.formats.store.damage import symbolic_link
 from dsv4.formats.store.durable import PIECE_BYTES
 from dsv4.formats.store.file_digest import FileDigest
-from dsv4.formats.store.integrity import symbolic_link
 from dsv4.formats.store.manifest import FileRecord
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import FileSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4.convert.exactness import Inexact
 from dsv4.formats.plain_text import size
-from dsv4.formats.store.integrity import repaired_by
+from dsv4.formats.store.damage import repaired_by
 from dsv4.formats.version import TOOL
 
 SCALE_OCTAVES = ("zero", *range(-9, 9))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv4.bench import prompt
-from dsv4.bench.parity_logits import distance, forward_whole, random_ids, reference
+from dsv4.bench.logits import distance, forward_whole, random_ids, reference
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.kernels.core.contract import Buffers
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel

@@ -17,6 +17,7 @@ from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime.text.chat import Template, Turn
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.runtime.threads import SMALL_STEP, step_nbytes
+from tests.support import warm_commands
 
 TIMEOUT = 240
 NO_TORCH = "raise RuntimeError('torch was imported')\n"
@@ -25,7 +26,9 @@ NO_TORCH = "raise RuntimeError('torch was imported')\n"
 def run(
     *arguments: str | Path, stdin: bytes = b"", **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """`dsv4 run` in a process of its own."""
+    """`dsv4 run` in a process of its own; with another environment, from the interpreter on."""
+    if not environment:
+        return warm_commands.run("run", *arguments, stdin=stdin, seconds=TIMEOUT)
     return subprocess.run(
         [sys.executable, "-m", "dsv4", "run", *map(str, arguments)],
         input=stdin,

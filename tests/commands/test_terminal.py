@@ -311,7 +311,7 @@ def test_the_guard_notices_torch(tiny_source: Path) -> None:
     assert "torch" in done.stderr and done.returncode == 1
 
 
-@pytest.mark.parametrize("command", ["kernels", "decode", "prompt", "parity"])
+@pytest.mark.parametrize("command", ["kernels", "decode", "prompt"])
 def test_a_bench_names_itself_where_there_is_no_gpu(command: str) -> None:
     assert f"`dsv4 bench {command}` needs one" in refused("bench", command)
 
@@ -380,24 +380,32 @@ def test_a_dry_run_writes_nothing_and_names_the_damage(
 
 
 SLOW = """
-import sys, time
+import sys, threading
 from dsv4.convert.sources import local as local_source
+from dsv4.validate import watch
 from dsv4.validate.checks import content, inversion
 content.PIECE_BYTES = 1024
 inversion.TILE_BYTES = 128 * 64 * 4
+stopped = threading.Event()
+stop = watch.Watch.stop
+def stop_and_tell(self):
+    stop(self)
+    stopped.set()
+watch.Watch.stop = stop_and_tell
+def piece():
+    sys.stderr.write("piece\\n"); sys.stderr.flush()
+    stopped.wait(60)
 if sys.argv[1] == "content":
     payload = content.ChunkDigests.payload
     def slow(self, *args):
-        sys.stderr.write("piece\\n"); sys.stderr.flush()
-        time.sleep(0.5)
+        piece()
         payload(self, *args)
     content.ChunkDigests.payload = slow
 else:
     read = local_source.LocalSource.read_into
     def slow(self, file, position, view, what):
         if what == "embed.weight":
-            sys.stderr.write("piece\\n"); sys.stderr.flush()
-            time.sleep(4.0)
+            piece()
         read(self, file, position, view, what)
     local_source.LocalSource.read_into = slow
 sys.argv = ["dsv4", *sys.argv[2:]]
@@ -421,9 +429,9 @@ def test_ctrl_c_ends_a_validation_in_the_middle_of_a_file(
         while "piece" not in (line := process.stderr.readline()):
             assert line, process.poll()
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    # By four threads, half a second each, of hundreds; or by one, four seconds each, of twelve.
-    assert errors.count("piece") <= (32 if phase == "content" else 5)
+        _, errors = process.communicate(timeout=120)
+    # What was being read when the signal came: by four threads, of hundreds; or by one, of twelve.
+    assert errors.count("piece") <= (4 if phase == "content" else 1)
     assert process.returncode == 130
     assert errors.endswith("dsv4: interrupted\n") and "Traceback" not in errors
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import dsv4
+from dsv4.convert import cluster
 from dsv4.formats.errors import ChangedSourceError, ClusterError, ConfigError
 from dsv4.formats.store.specs import JOURNAL, MARKER
 from dsv4.synthetic.tiny import TINY, write_tiny
@@ -128,7 +129,7 @@ def _scale_of_an_expert(directory: Path) -> int:
 def test_no_scheduler_is_said_at_once(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4.convert.cluster.SECONDS_TO_CONNECT", 1)
+    monkeypatch.setattr(cluster, "SECONDS_TO_CONNECT", 1)
     with pytest.raises(ClusterError, match="no dask scheduler answers at tcp://127"):
         dsv4.convert(checkpoint, tmp_path / "out", scheduler="tcp://127.0.0.1:9")
 

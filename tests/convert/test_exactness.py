@@ -23,7 +23,7 @@ from dsv4.formats.errors import ExactnessError, FormatError, StoreError
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.model.recipes import make_recipe
 from dsv4.formats.model.releases import FLASH
-from dsv4.synthetic.real_shapes import few_layers
+from dsv4.synthetic.real_shapes import fresh_layers
 from dsv4.synthetic.tiny import hub_config, write_tiny
 from tests.conftest import MakeSource
 from tests.convert.header_source import HeaderSource
@@ -220,7 +220,7 @@ class _OnTheHub(HeaderSource):
 
 
 def test_a_plan_downloads_no_gigabytes() -> None:
-    source = _OnTheHub(hub_config(few_layers(FLASH, 1), DraftKind.NONE), DraftKind.NONE)
+    source = _OnTheHub(hub_config(fresh_layers(FLASH, 1), DraftKind.NONE), DraftKind.NONE)
     look = look_at_scales(make_plan(source, make_recipe("native")), source)
     assert (look.looked_at, look.inexact) == (0, ())
     # 256 experts of three matrices of 2048 x 4096, a byte for 32 columns

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsv4.formats.model.releases import MODELS
-from dsv4.synthetic.real_shapes import SMALL_VOCABULARY, few_layers, write_checkpoint
+from dsv4.synthetic.real_shapes import SMALL_VOCABULARY, fresh_layers, write_checkpoint
 
 GIB = 1 << 30
 TOLERANCE = 0.10
@@ -44,7 +44,7 @@ def peak(tmp_path: Path) -> Peak:
     ) -> int:
         source, out = tmp_path / model, tmp_path / f"{model}-{recipe}-{workers}"
         if not source.exists():
-            write_checkpoint(source, few_layers(MODELS[model], 1, experts or None, vocabulary))
+            write_checkpoint(source, fresh_layers(MODELS[model], 1, experts or None, vocabulary))
         numbers = map(str, (workers, memory))
         command = [sys.executable, "-c", MEASURED, str(source), str(out), recipe, *numbers]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

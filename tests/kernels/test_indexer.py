@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.formats.numeric.codecs import e2m1_decode, e8m0_decode, unpack_nibbles
 from dsv4.kernels.core.contract import Buffers, Case
+from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.indexer.contract import (
     case,
@@ -16,7 +19,8 @@ from dsv4.kernels.ops.indexer.contract import (
     checks,
     choice_case,
     index_scores,
-    index_topk,
+    merge_topk,
+    part_topk,
 )
 from dsv4.kernels.ops.indexer.inputs import Rows, Values, coarse, equal, normal, wide
 from dsv4.kernels.ops.indexer.reference import queries
@@ -118,8 +122,8 @@ def test_machine_code_of_scores(arch: str) -> None:
     assert code.resources["REG"] <= 255
 
 
-@pytest.mark.parametrize(("stage", "turns", "part"), [("parts", 8, 16384), ("merge", 8, 16384)])
-def test_machine_code_of_the_choice(stage: str, turns: int, part: int) -> None:
-    code = machine_code(index_topk(PRO, stage, turns, part), "sm_90a")
+@pytest.mark.parametrize("topk", [part_topk, merge_topk])
+def test_machine_code_of_the_choice(topk: Callable[..., Kernel]) -> None:
+    code = machine_code(topk(PRO, turns=8, part=16384), "sm_90a")
     assert code.spilled == 0
     assert code.resources["REG"] <= 128  # 512 threads of a CTA

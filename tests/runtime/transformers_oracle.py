@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Indexer
 
-from dsv4.bench.transformers_peer import its_config, its_name
+from benchmarks.transformers_peer import its_config, its_name
 from dsv4.formats.model.config import ModelConfig
 
 

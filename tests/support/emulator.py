@@ -104,7 +104,7 @@ class Emulator(Library):
         return _values(case.expect(buffers))
 
     def _indexer(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        if "stage" not in given:
+        if "ctas" in given:  # the scores; the others choose
             blocks = torch.zeros(len(buffers["scores"]), self.config.index_topk)
             found = indexer_reference.expect(self.config, buffers | {"blocks": blocks})
             return {"scores": found["scores"].value}

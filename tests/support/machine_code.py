@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import re
 import struct
@@ -18,13 +19,31 @@ _EXECUTABLE = 4  # SHF_EXECINSTR
 
 
 class MachineCode(NamedTuple):
-    """ptx: the text; resources: REG, STACK, LOCAL, … of the one function, by cuobjdump; nbytes: of
-    its instructions.
-    """
+    """ptx: the text; cubin: what ptxas made of it, an ELF file of 64 bits with one function."""
 
     ptx: str
-    resources: dict[str, int]
-    nbytes: int
+    cubin: bytes
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """REG, STACK, LOCAL, … of the function, as cuobjdump reports them."""
+        return resources(self.cubin)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the instructions."""
+        return len(instructions(self.cubin))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the instructions: no name, no debug information, no metadata is in it."""
+        return hashlib.sha256(instructions(self.cubin)).hexdigest()
+
+    @property
+    def ptx_digest(self) -> str:
+        """SHA-256 of the PTX without comments and without the names of its functions."""
+        text = re.sub(r"//.*|\bkernel_\w+", "", self.ptx)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def spilled(self) -> int:
@@ -38,10 +57,10 @@ def machine_code(kernel: Kernel, arch: str) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         options = f"--keep-ptx --keep-cubin --dump-dir {folder}"
         artifacts = compile_kernel(kernel, arch, options).artifacts
-        cubin: bytes = artifacts.CUBIN
-        return MachineCode(artifacts.PTX, resources(cubin), instruction_bytes(cubin))
+        return MachineCode(artifacts.PTX, artifacts.CUBIN)
 
 
+@functools.cache
 def resources(cubin: bytes) -> dict[str, int]:
     """Resource usage of the one kernel in `cubin`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -52,12 +71,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def instruction_bytes(cubin: bytes) -> int:
-    """Size of the executable sections of `cubin`, an ELF file of 64 bits."""
+def instructions(cubin: bytes) -> bytes:
+    """The executable sections of `cubin`, one after another."""
     (sections,) = struct.unpack_from("<Q", cubin, 40)
     size, count = struct.unpack_from("<HH", cubin, 58)
-    headers = (struct.unpack_from("<IIQQQQ", cubin, sections + size * i) for i in range(count))
-    return sum(header[5] for header in headers if header[2] & _EXECUTABLE)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + size * i) for i in range(count)]
+    return b"".join(
+        cubin[offset : offset + length]
+        for _, _, flags, _, offset, length in headers
+        if flags & _EXECUTABLE
+    )
 
 
 @functools.cache

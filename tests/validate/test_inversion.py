@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dsv4
+from dsv4.convert.outputs import dense
 from dsv4.convert.outputs.rounding import round_tiles
 from dsv4.convert.sources.open import open_source
 from dsv4.formats.checkpoint import PackedCheckpoint, values_of
@@ -21,7 +22,7 @@ from dsv4.formats.model.releases import PRO
 from dsv4.formats.numeric.codecs import e2m1_encode, pack_nibbles
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
 from dsv4.formats.numeric.operands import Fp8Matrix
-from dsv4.synthetic.real_shapes import few_layers, write_checkpoint
+from dsv4.synthetic.real_shapes import fresh_layers, write_checkpoint
 from dsv4.validate.checks import inversion, rounding
 from dsv4.validate.checks.rounding import largest_error
 from dsv4.validate.checks.router_gates import INPUTS, agreement, unit_inputs
@@ -48,7 +49,7 @@ def _values(stored: NVFP4Tensor | Fp8Matrix | torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def pro() -> Iterator[tuple[Path, Path]]:
     """One layer of Pro's real shapes with eight experts, and its store."""
-    config = few_layers(PRO, 1, experts=8, vocabulary=1024)
+    config = fresh_layers(PRO, 1, experts=8, vocabulary=1024)
     with tempfile.TemporaryDirectory() as scratch:  # a gigabyte that is not to be kept
         hub, packed = Path(scratch) / "hub", Path(scratch) / "packed"
         write_checkpoint(hub, config)
@@ -138,7 +139,7 @@ def _worse(tiny_source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: 
                 codes, scales = rounded.codes ^ 1, rounded.scales
             yield start, values, NVFP4Tensor(codes, scales, rounded.global_scale, rounded.shape)
 
-    monkeypatch.setattr("dsv4.convert.outputs.dense.round_tiles", worse)
+    monkeypatch.setattr(dense, "round_tiles", worse)
     dsv4.convert(tiny_source, out)
     monkeypatch.undo()
     return dsv4.validate(out, source=tiny_source)

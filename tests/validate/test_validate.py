@@ -16,6 +16,7 @@ import dsv4
 from dsv4.convert.engine import convert
 from dsv4.convert.outputs.plain import Fp8Output
 from dsv4.formats.errors import NoStoreError, SourceError
+from dsv4.formats.store.integrity import verify
 from dsv4.synthetic.tiny import write_tiny
 from tests.support.oracles import stored_tensors
 
@@ -229,7 +230,7 @@ def test_what_a_hub_leaves_in_a_store_is_a_notice(store: Path) -> None:
     (sentence,) = report.notices
     assert sentence.startswith(f"{len(FOREIGN)} files are not the store's")
     opened = dsv4.open(store).store
-    opened.verify()
+    verify(opened)
     assert dsv4.repair(store).files == []
     (store / "head/codes/c/0/0").unlink()
     assert not dsv4.validate(store).ok

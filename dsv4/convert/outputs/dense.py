@@ -20,11 +20,12 @@ from dsv4.convert.outputs.base import (
     of_one,
 )
 from dsv4.convert.outputs.decode import read_nvfp4
-from dsv4.convert.outputs.partition import cut_by_columns, nvfp4_row_units, nvfp4_slabs
+from dsv4.convert.outputs.partition import aligned, nvfp4_row_units, nvfp4_slabs
 from dsv4.convert.outputs.plain import write_slabs
 from dsv4.convert.outputs.results import Outcome, Result
 from dsv4.convert.outputs.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.sources.base import Reader
+from dsv4.formats.model.recipes import cut_by_columns
 from dsv4.formats.model.source_tensor import Encoding, SourceTensor
 from dsv4.formats.numeric.layouts import pack_nvfp4
 from dsv4.formats.numeric.loss import Loss
@@ -130,7 +131,7 @@ def nvfp4_arrays(
     per_shard = tuple(size // shards for size in stack)
     codes_chunk = (rows // row_units, half // slabs)
     scales_chunk = (-(-row_tiles // row_units), col_tiles // slabs, SF_TILE_BYTES)
-    if row_units == slabs == shards == 1 and not _aligned(rows * half):
+    if row_units == slabs == shards == 1 and not aligned(rows * half):
         # Nothing to cut: a small stack is one file and one chunk.
         one = stack
     codes = ArraySpec(
@@ -145,7 +146,3 @@ def nvfp4_arrays(
         f"{path}/scales", (*stack, *tiles), "e4m3", (*one, *scales_chunk), (*per_shard, *tiles)
     )
     return codes, scales
-
-
-def _aligned(size: int) -> bool:
-    return size % 4096 == 0

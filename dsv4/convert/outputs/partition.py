@@ -9,21 +9,18 @@ bytes; where a shape does not allow 8 units it gets fewer, or one.
 from __future__ import annotations
 
 import math
-import re
 
-from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
+from dsv4.formats.numeric.operands import (
+    FP8_BLOCK,
+    INTERLEAVE,
+    NVFP4_K_ALIGN,
+    SF_ROWS,
+    SF_TILE_BYTES,
+    SLABS,
+)
+from dsv4.formats.store.specs import ALIGNMENT
 
-MAX_DEGREE = 8
-ALIGNMENT = 4096
 MIN_SHARD_BYTES = 1 << 20
-INTERLEAVE = 8  # rows r and r+8 of a wgmma accumulator live in one thread: gate beside up
-
-_CUT_BY_COLUMNS = re.compile(r"(?:.*\.)?(?:wo_b|w2)\.weight")
-
-
-def cut_by_columns(name: str) -> bool:
-    """Whether tensor parallelism cuts the hub-named matrix `name` along its input columns."""
-    return _CUT_BY_COLUMNS.fullmatch(name) is not None
 
 
 def interleave_of(intermediate: int) -> int:
@@ -39,7 +36,7 @@ def nvfp4_slabs(rows: int, cols: int) -> int:
         if rest or per_slab % NVFP4_K_ALIGN:
             continue
         tiles = row_tiles * (per_slab // NVFP4_K_ALIGN) * SF_TILE_BYTES
-        if _aligned(rows * per_slab // 2, tiles):
+        if aligned(rows * per_slab // 2, tiles):
             return degree
     return 1
 
@@ -55,10 +52,10 @@ def nvfp4_row_units(rows: int, cols: int) -> int:
     tiles, rest = divmod(rows, SF_ROWS)
     if rest:
         return 1
-    for units in (MAX_DEGREE, tiles):
+    for units in (SLABS, tiles):
         if units <= tiles and tiles % units == 0:
             per_unit = tiles // units
-            if _aligned(*(per_unit * size for size in tile_bytes)):
+            if aligned(*(per_unit * size for size in tile_bytes)):
                 return units
     return 1
 
@@ -67,7 +64,7 @@ def fp8_slabs(rows: int, cols: int) -> int:
     """K-slabs of an FP8 `[rows, cols]` matrix cut by columns (whole 128-column blocks)."""
     for degree in _degrees():
         per_slab, rest = divmod(cols, degree)
-        if not rest and per_slab % FP8_BLOCK == 0 and _aligned(rows * per_slab):
+        if not rest and per_slab % FP8_BLOCK == 0 and aligned(rows * per_slab):
             return degree
     return 1
 
@@ -76,7 +73,7 @@ def row_units(rows: int, row_bytes: int, multiple: int = 1) -> int:
     """Units along the rows of a row-major matrix, each a whole number of `multiple` rows."""
     for degree in _degrees():
         per_unit, rest = divmod(rows, degree)
-        if not rest and per_unit % multiple == 0 and _aligned(per_unit * row_bytes):
+        if not rest and per_unit % multiple == 0 and aligned(per_unit * row_bytes):
             return degree
     return 1
 
@@ -90,8 +87,9 @@ def expert_shards(experts: int, bytes_per_expert: int) -> int:
 
 
 def _degrees() -> tuple[int, ...]:
-    return (MAX_DEGREE, 4, 2)
+    return (SLABS, 4, 2)
 
 
-def _aligned(*sizes: int) -> bool:
+def aligned(*sizes: int) -> bool:
+    """Whether all `sizes` are whole pages, and not 0."""
     return all(size > 0 and size % ALIGNMENT == 0 for size in sizes)

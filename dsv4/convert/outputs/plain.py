@@ -20,10 +20,11 @@ from dsv4.convert.outputs.base import (
     of_one,
     tile_rows,
 )
-from dsv4.convert.outputs.partition import cut_by_columns, fp8_slabs, row_units
+from dsv4.convert.outputs.partition import fp8_slabs, row_units
 from dsv4.convert.outputs.results import Outcome, Result
 from dsv4.convert.outputs.verbatim import checked, widened
 from dsv4.convert.sources.base import Reader
+from dsv4.formats.model.recipes import cut_by_columns
 from dsv4.formats.model.source_tensor import INTEGERS, SourceTensor
 from dsv4.formats.numeric.layouts import to_slabs
 from dsv4.formats.numeric.operands import FP8_BLOCK

@@ -33,8 +33,6 @@ from dsv4.convert.outputs.base import (
 from dsv4.convert.outputs.decode import read_fp8, read_mxfp4, read_nvfp4
 from dsv4.convert.outputs.dense import nvfp4_arrays
 from dsv4.convert.outputs.partition import (
-    ALIGNMENT,
-    cut_by_columns,
     expert_shards,
     fp8_slabs,
     interleave_of,
@@ -48,6 +46,7 @@ from dsv4.convert.outputs.rounding import PEAK_BYTES, round_tiles
 from dsv4.convert.outputs.verbatim import checked
 from dsv4.convert.sources.base import Reader
 from dsv4.formats.errors import SourceError
+from dsv4.formats.model.recipes import cut_by_columns
 from dsv4.formats.model.source_tensor import Encoding, SourceTensor
 from dsv4.formats.numeric.layouts import interleave_rows, pack_fp8, pack_nvfp4
 from dsv4.formats.numeric.loss import Loss
@@ -57,7 +56,7 @@ from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_BLOCK
 from dsv4.formats.numeric.zeros import is_zero, nvfp4_is_zero
 from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.nodes import EXPERT, LINEAGE_COLUMNS
-from dsv4.formats.store.specs import ELEMENTS, LAYOUT_OF, ArraySpec, path_of
+from dsv4.formats.store.specs import ALIGNMENT, ELEMENTS, LAYOUT_OF, ArraySpec, path_of
 
 _ABSENT = (-1, -1, -1)  # lineage of a scale that the source does not have
 

@@ -40,12 +40,14 @@ _ROLES = (
 )
 
 
+_CUT_BY_COLUMNS = re.compile(r"(?:.*\.)?(?:wo_b|w2)\.weight")
+
 KEEP_GATES = "*.gate.weight"
 
 SAME_EXPERTS = {"standard": (80.2, 100.0), "nvfp4": (73.1, 79.6)}
 """Per cent of (token, layer) that go to the source's experts: gates rounded, gates kept.
 
-Measured by `dsv4 bench quality examples/tiny-dsv4`, see README.
+Measured by `python -m benchmarks quality examples/tiny-dsv4`, see docs/results.md.
 """
 
 
@@ -55,6 +57,11 @@ def role_of(name: str) -> Role:
         if pattern.fullmatch(name):
             return role
     return Role.OTHER
+
+
+def cut_by_columns(name: str) -> bool:
+    """Whether tensor parallelism cuts the hub-named matrix `name` along its input columns."""
+    return _CUT_BY_COLUMNS.fullmatch(name) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dsv4.formats.numeric.operands import (
     Matrix,
     Nvfp4Matrix,
 )
+from dsv4.formats.store.specs import FP8_LAYOUT, NVFP4_LAYOUT, PLAIN_LAYOUT
 
 SF_COLS = NVFP4_K_ALIGN // NVFP4_BLOCK
 _SF_INNER_ROWS = 32
@@ -180,7 +181,7 @@ LAYOUTS: Mapping[str, Layout] = types.MappingProxyType(
         layout.id: layout
         for layout in (
             Layout(
-                "nvfp4.kmajor.sf32x4x4",
+                NVFP4_LAYOUT,
                 pack_nvfp4,
                 unpack_nvfp4,
                 {
@@ -189,12 +190,12 @@ LAYOUTS: Mapping[str, Layout] = types.MappingProxyType(
                 },
             ),
             Layout(
-                "fp8.block128",
+                FP8_LAYOUT,
                 pack_fp8,
                 unpack_fp8,
                 {"slabs": f"K-slabs, each [N, K/slabs]; scales per {FP8_BLOCK}x{FP8_BLOCK} uncut"},
             ),
-            Layout("plain", _keep, _keep, {}),
+            Layout(PLAIN_LAYOUT, _keep, _keep, {}),
         )
     }
 )

@@ -22,6 +22,8 @@ NVFP4_K_ALIGN = 64  # columns of one scale tile; codes are zero-padded to it
 SF_ROWS = 128
 SF_TILE_BYTES = 512
 FP8_BLOCK = 128
+SLABS = 8  # of a matrix that is cut by columns, where its shape allows
+INTERLEAVE = 8  # rows r and r+8 of a wgmma accumulator live in one thread: gate beside up
 
 
 @dataclasses.dataclass(frozen=True)

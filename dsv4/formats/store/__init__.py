@@ -3,7 +3,8 @@
 Reading (`schema`, `reader`) needs no Zarr library. Writing is `dsv4.formats.store.writer`.
 """
 
-from dsv4.formats.store.integrity import Damage, check_root, damage
+from dsv4.formats.store.damage import Damage
+from dsv4.formats.store.integrity import check_root, damage
 from dsv4.formats.store.mapped_files import StoredArray
 from dsv4.formats.store.matrix_views import ExpertStack
 from dsv4.formats.store.reader import PackedStore

@@ -1,24 +1,22 @@
-"""Finding damage: files that are missing, short, long, altered or unlisted, and a false root.
+"""Finding damage in a whole store: files that are altered or unlisted, and a false root.
 
-`sizes` is what every open costs (one lstat a file), `symbolic_link` what the first use of a file
-costs besides its checksums; `damage` reads every byte; `check_root` recomputes the Merkle root
-from the metadata alone.
+`damage` reads every byte, and `verify` refuses what it finds; `check_root` recomputes the Merkle
+root from the metadata alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import shlex
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsv4.formats.errors import StoreError
 from dsv4.formats.store import digest
+from dsv4.formats.store.damage import Damage, refuse, sizes
 from dsv4.formats.store.manifest import content_root
-from dsv4.formats.store.specs import JOURNAL, LOCK, MARKER, NODE_DOCUMENT, FileSpec
+from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.specs import JOURNAL, LOCK, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.zarr_json import (
     MAX_DOCUMENT_BYTES,
     array_document,
@@ -27,73 +25,17 @@ from dsv4.formats.store.zarr_json import (
     parse_json,
 )
 
-if TYPE_CHECKING:
-    from dsv4.formats.store.reader import PackedStore
 
+def verify(store: PackedStore, path: str | None = None) -> None:
+    """Hash every chunk under `path` (array, group or file); None: of the whole store.
 
-LINK_ADVICE = (
-    "it is a link, as in a download's cache; copy the store with `cp -rL`, or download it into a "
-    "directory of its own (`hf download ORG/NAME --local-dir DIR`)"
-)
-
-
-def repaired_by(root: Path) -> str:
-    """What to do about a damaged file of the store in `root`, as the end of a sentence."""
-    return f"`dsv4 repair {shlex.quote(str(root))} --source SRC` makes it whole from its source"
-
-
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    """One fault of a file. chunk: its index, or None when the whole file is concerned.
-
-    repairable: whether `dsv4 repair` can make it whole; it leaves alone what is not the store's.
+    Raises StoreError naming the first faulty file and chunk. With None, files that belong to
+    nothing and altered node documents are refused as well. `damage` lists all.
     """
-
-    key: str
-    chunk: int | None
-    problem: str
-    repairable: bool = True
-
-    def __str__(self) -> str:
-        where = self.key if self.chunk is None else f"{self.key}, chunk {self.chunk}"
-        return f"{where}: {self.problem}"
-
-
-def sizes(root: Path, files: Iterable[FileSpec]) -> Iterator[Damage]:
-    """Files that are missing, of another size, or no regular files (such as symbolic links)."""
-    base = os.fspath(root)
-    for file in files:
-        try:
-            status = os.lstat(f"{base}/{file.key}")
-        except (FileNotFoundError, NotADirectoryError):
-            yield Damage(file.key, None, "the file is missing")
-            continue
-        regular = stat.S_ISREG(status.st_mode)
-        if regular and status.st_size == file.nbytes:
-            continue
-        if stat.S_ISLNK(status.st_mode):
-            yield Damage(file.key, None, LINK_ADVICE, repairable=False)
-        elif not regular:
-            yield Damage(file.key, None, "it is not a regular file")
-        else:
-            found = f"the file has {status.st_size} bytes, expected {file.nbytes}"
-            yield Damage(file.key, None, found)
-
-
-def symbolic_link(root: Path, directory: str, real: set[str]) -> str | None:
-    """The outermost symbolic link on the way from `root` to `directory` below it, or None.
-
-    real: directories known to be none; grows.
-    """
-    if not directory or directory in real:
-        return None
-    parent = directory.rpartition("/")[0]
-    if (above := symbolic_link(root, parent, real)) is not None:
-        return above
-    if (root / directory).is_symlink():
-        return directory
-    real.add(directory)
-    return None
+    try:
+        refuse(store.root, damage(store, path))
+    except StoreError as error:
+        raise StoreError(f"{store.root}: {error}") from None
 
 
 def damage(store: PackedStore, path: str | None = None) -> Iterator[Damage]:

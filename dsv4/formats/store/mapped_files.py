@@ -24,8 +24,8 @@ import xxhash
 from torch import Tensor
 
 from dsv4.formats.errors import StoreError
+from dsv4.formats.store.damage import repaired_by
 from dsv4.formats.store.digest import Digests
-from dsv4.formats.store.integrity import repaired_by
 from dsv4.formats.store.specs import ELEMENTS, ArraySpec, FileSpec
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -14,13 +14,14 @@ import gc
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv4.formats.errors import ConfigError, StoreError
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.store import digest, integrity
+from dsv4.formats.store import digest
+from dsv4.formats.store.damage import LINK_ADVICE, refuse, sizes, symbolic_link
 from dsv4.formats.store.manifest import (
     FileRecord,
     check_manifest,
@@ -102,7 +103,7 @@ class PackedStore(StoredWeights):
                 f"{store.manifest.get('root')!r}; the store was altered"
             )
         if check_files:
-            _refuse_damage(root, integrity.sizes(root, store._files.values()))
+            refuse(root, sizes(root, store._files.values()))
         return store
 
     @property
@@ -125,17 +126,6 @@ class PackedStore(StoredWeights):
                 raise StoreError(f"{self.root}: there is no array {path!r}")
             self._arrays[path] = StoredArray(spec, self.map_file)
         return self._arrays[path]
-
-    def verify(self, path: str | None = None) -> None:
-        """Hash every chunk under `path` (array, group or file); None: of the whole store.
-
-        Raises StoreError naming the first faulty file and chunk. With None, files that belong to
-        nothing and altered node documents are refused as well. `integrity.damage` lists all.
-        """
-        try:
-            _refuse_damage(self.root, integrity.damage(self, path))
-        except StoreError as error:
-            raise StoreError(f"{self.root}: {error}") from None
 
     def files_under(self, path: str | None) -> list[FileSpec]:
         """Files of the array or group `path`, or the one file of that key; None: all files.
@@ -169,7 +159,7 @@ class PackedStore(StoredWeights):
         mapped = self._mapped.get(file.key)
         if mapped is None:
             directory = file.key.rpartition("/")[0]
-            if link := integrity.symbolic_link(self.root, directory, self._real_directories):
+            if link := symbolic_link(self.root, directory, self._real_directories):
                 raise StoreError(f"{self.root}: {link} is a symbolic link, expected a directory")
             mapped = MappedFile(self.root, file, self.chunk_digests(file.key), verify=self._verify)
             if keep:
@@ -191,13 +181,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _refuse_damage(root: Path, faults: Iterable[integrity.Damage]) -> None:
-    first = next(iter(faults), None)
-    if first is not None:
-        advice = f"; {integrity.repaired_by(root)}" if first.repairable else ""
-        raise StoreError(f"{first}{advice}")
 
 
 def _read_marker(root: Path) -> dict[str, Any]:
@@ -225,7 +208,7 @@ def _read_document(path: Path, limit: int) -> bytes:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             link = stat.S_ISLNK(status.st_mode)
-            what = integrity.LINK_ADVICE if link else f"it is not a file of at most {limit} bytes"
+            what = LINK_ADVICE if link else f"it is not a file of at most {limit} bytes"
             raise StoreError(f"{path.name}: {what}")
         return path.read_bytes()
     except OSError as error:

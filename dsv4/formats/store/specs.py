@@ -35,6 +35,12 @@ ASSET_DIRECTORY = "assets"
 LOCK = ".lock"
 PARTIAL_SUFFIX = ".partial"
 
+ALIGNMENT = 4096
+"""Bytes of which units of parallelism, and where files begin in an arena, are multiples.
+
+It is a page, and what reading past the page cache asks for.
+"""
+
 NVFP4_LAYOUT = "nvfp4.kmajor.sf32x4x4"
 FP8_LAYOUT = "fp8.block128"
 PLAIN_LAYOUT = "plain"

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
 from dsv4.formats.plain_text import size
+from dsv4.formats.store.damage import sizes
 from dsv4.formats.store.digest import canonical_json
 from dsv4.formats.store.durable import (
     Directories,
@@ -49,7 +50,7 @@ from dsv4.formats.store.extents import (
     seal,
 )
 from dsv4.formats.store.file_digest import blake3_hex
-from dsv4.formats.store.integrity import is_foreign, sizes, walk
+from dsv4.formats.store.integrity import is_foreign, walk
 from dsv4.formats.store.journal import Journal
 from dsv4.formats.store.manifest import (
     FileRecord,

@@ -112,8 +112,8 @@ class Library:
             import tvm_ffi  # noqa: F401
         except ImportError:
             raise KernelError(
-                "apache-tvm-ffi, which loads kernels, is not installed; "
-                "`pip install 'dsv4[gpu]'` brings it"
+                "apache-tvm-ffi, which loads kernels, is not installed; this needs dsv4[run]: "
+                "pip install 'dsv4[run]'"
             ) from None
         try:
             ctypes.CDLL(str(self.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)

@@ -15,6 +15,8 @@ from cutlass import Int32, cute
 GROUP = 8  # tokens that a worker takes at once: the columns of an MMA
 MAX_SLICES = 8
 MAX_FINISHERS = 128
+WORKER_BARRIER = 1  # of a worker's warps, whose sums it adds
+FINISHER_BARRIER = 2  # of a finisher's, once it has the workers' sums of a token
 
 
 class Roles:

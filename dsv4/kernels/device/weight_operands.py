@@ -11,7 +11,7 @@ MMA's does not matter as long as the activations are read and paired alike (`x_c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, Uint32
@@ -29,17 +29,51 @@ STEP = STEP_COLUMNS
 MMAS = 8  # of 16 columns each
 ROWS_PER_LANE = 4
 ROW_STRIDE = 32
+BAND_SUMS = 256  # of a warp's 32 rows with the eight columns of an MMA
+TILE_BANDS = 4  # bands of 32 rows in a tile of 128, interleaved by eight rows
 
 _SIGNS = 0x80008000
+
+
+class WeightTensors(NamedTuple):
+    """Tensors of a weight, as its format has them (`Operand.tensors`), with FP8 scales or tiled."""
+
+    codes: Any
+    scales: Any = None
+    global_scale: Any = None
+
+
+def first_row(band: Int32) -> Int32:
+    """The first of a band's rows; the others are 1 to 7 and 32, 64 and 96 behind."""
+    return (band // TILE_BANDS) * SCALE_TILE_ROWS + (band % TILE_BANDS) * 8
+
+
+def sum_place(item: Int32) -> tuple[Int32, Int32]:
+    """-> where number `item` of a band's sums lies among a warp's accumulators, kept as
+    `[8][lane]`, and its column of the activations.
+
+    Sums are numbered so that neighbours have neighbouring rows (`sum_row`): threads that take one
+    each then write memory that lies together.
+    """
+    g, quarter, column = item % 8, (item // 8) % 4, item // 32
+    place = ((quarter // 2) * 4 + (quarter % 2) * 2 + column % 2) * 32 + g * 4 + column // 2
+    return place, column
+
+
+def sum_row(band: Int32, item: Int32) -> Int32:
+    """The row of the weight that number `item` of a band's sums is of."""
+    return first_row(band) + item % 8 + ROW_STRIDE * ((item // 8) % 4)
 
 
 class Operand:
     """A weight `[rows, cols]` in `slabs` along its columns. whole: rows are whole tiles of 128.
 
-    pieces: of 16 bytes that a lane reads for a step. factor: what the sums are multiplied by.
-    step_scales: whether a step's sums have a scale of their own, read by `step_scale`.
+    tensors: how many of `WeightTensors` it has. pieces: of 16 bytes that a lane reads for a step.
+    factor: what the sums are multiplied by. step_scales: whether a step's sums have a scale of
+    their own, read by `step_scale`.
     """
 
+    tensors: int
     pieces: int
     factor = 1.0
     step_scales = False
@@ -96,6 +130,7 @@ class Nvfp4Operand(Operand):
     integer instructions for a pair of codes, which on an H200 is near the integer pipe's limit.
     """
 
+    tensors = 3
     pieces = 5
     factor = 2.0**8
 
@@ -159,6 +194,7 @@ def _e2m1_pair(half: Uint32, i: int) -> Uint32:
 class Fp8Operand(Operand):
     """E4M3 codes with one E8M0 scale per 128x128 tile, applied to a step's sums: exact products."""
 
+    tensors = 2
     pieces = 8
     step_scales = True
 
@@ -199,6 +235,7 @@ def _e4m3_pair(word: Uint32, i: int) -> Uint32:
 class Bf16Operand(Operand):
     """Plain bfloat16."""
 
+    tensors = 1
     pieces = 16
 
     def addresses(

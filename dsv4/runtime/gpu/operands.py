@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import AttentionKind, ModelConfig
-from dsv4.formats.numeric.operands import Nvfp4Matrix
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
+from dsv4.formats.numeric.operands import INTERLEAVE, SLABS, Nvfp4Matrix
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.runtime.gpu.weights import DeviceWeights, Nvfp4Stack
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind, Kind, parameters
-from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.model.recipes import cut_by_columns, make_recipe
+from dsv4.formats.numeric.operands import INTERLEAVE, SLABS, Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.kernels.ops.experts.contract import Shape
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, SLABS
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.runtime.gpu.operands import Model, read_model
 from dsv4.runtime.gpu.weights import Nvfp4Stack
 
 META = torch.device("meta")
-SLABBED = ("attn.wo_b.weight", "ffn.shared_experts.w2.weight")  # matrices that are cut by columns
+STANDARD = make_recipe("standard")
 
 
 def standard_model(config: ModelConfig) -> Model:
@@ -47,12 +47,12 @@ class StandardWeights:
         """The head and the gates are NVFP4, compressors and the like plain, all others FP8."""
         one = self._parameters[name]
         rows, cols = one.shape
-        if name == "head.weight" or name.endswith("ffn.gate.weight"):
+        if STANDARD.rounds(name):
             codes, scales, factors = _tensors(Weight("nvfp4", rows, cols))
             return Nvfp4Matrix(codes, scales, factors, rows, cols)
         if one.kind is not Kind.LINEAR:
             return self.tensor(name)
-        slabs = SLABS if name.endswith(SLABBED) else 1
+        slabs = SLABS if cut_by_columns(name) else 1
         codes, scales = _tensors(Weight("fp8", rows, cols, slabs))
         fp8 = codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
         return Fp8Matrix(*fp8, rows, cols)

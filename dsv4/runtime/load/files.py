@@ -20,10 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dsv4.formats.errors import StoreError
-from dsv4.formats.store import integrity
-from dsv4.formats.store.specs import FileSpec
+from dsv4.formats.store.damage import symbolic_link
+from dsv4.formats.store.specs import ALIGNMENT, FileSpec
 
-DIRECT_ALIGNMENT = 4096
 MOSTLY = 0.5  # of a range in the page cache, and it is read through it
 AHEAD = 32  # files that are open before somebody reads them
 SMALLEST_DIRECT = 1 << 20  # below, a plain read is as fast and needs no second descriptor
@@ -108,7 +107,7 @@ class OpenFile:
         return done
 
     def _goes_direct(self, begin: int, memory: memoryview) -> bool:
-        if self._direct is None or begin % DIRECT_ALIGNMENT or len(memory) < SMALLEST_DIRECT:
+        if self._direct is None or begin % ALIGNMENT or len(memory) < SMALLEST_DIRECT:
             return False
         share = cached_share(self._plain, begin, len(memory))
         return share is not None and share < MOSTLY
@@ -116,7 +115,7 @@ class OpenFile:
     def _read_direct(self, begin: int, memory: memoryview) -> int:
         """Whole blocks, as many as the file system gives; -> their bytes."""
         assert self._direct is not None
-        done, end = 0, len(memory) // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+        done, end = 0, len(memory) // ALIGNMENT * ALIGNMENT
         while done < end:
             try:
                 count = os.preadv(self._direct, [memory[done:end]], begin + done)
@@ -125,7 +124,7 @@ class OpenFile:
                     raise
                 break
             done += count
-            if not count or count % DIRECT_ALIGNMENT:
+            if not count or count % ALIGNMENT:
                 break
         return done
 
@@ -169,7 +168,7 @@ class FileTable:
         if found is not None:
             return found
         directory = file.key.rpartition("/")[0]
-        link = integrity.symbolic_link(self._root, directory, self._directories)
+        link = symbolic_link(self._root, directory, self._directories)
         if link:
             raise StoreError(f"{self._root}: {link} is a symbolic link, not a directory")
         opened = OpenFile(self._root, file, direct=self._direct)

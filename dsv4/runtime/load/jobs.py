@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
-from dsv4.formats.store.specs import FileSpec
-from dsv4.runtime.load.plan import ALIGNMENT, Span
+from dsv4.formats.store.specs import ALIGNMENT, FileSpec
+from dsv4.runtime.load.plan import Span
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,12 +23,11 @@ from dsv4.formats.errors import RuntimeRefusal, StoreError
 from dsv4.formats.store.mapped_files import StoredArray
 from dsv4.formats.store.matrix_views import StoredWeights
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.specs import ELEMENTS, FileSpec
+from dsv4.formats.store.specs import ALIGNMENT, ELEMENTS, FileSpec
 from dsv4.runtime.load.arena import Arena, Slot, make_arena
 from dsv4.runtime.load.check import DeviceCheck, find_hash, on_device
 from dsv4.runtime.load.jobs import make_jobs
 from dsv4.runtime.load.plan import (
-    ALIGNMENT,
     ALONE,
     EVERYTHING,
     LoadPlan,

@@ -13,17 +13,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice
 from dsv4.formats.numeric.slices import whole as all_of
+from dsv4.formats.plain_text import natural_key
 from dsv4.formats.store.matrix_views import Nodes
-from dsv4.formats.store.specs import ArraySpec, FileSpec
-
-ALIGNMENT = 4096
+from dsv4.formats.store.specs import ALIGNMENT, ArraySpec, FileSpec
 
 
 class Part(enum.StrEnum):
@@ -122,7 +120,7 @@ def plan_load(store: Nodes, parts: Collection[Part] = EVERYTHING, share: Share =
     """Place `share` of the arrays of `parts`. Raises RuntimeRefusal when there are none."""
     arrays: dict[str, Placed] = {}
     at = 0
-    for path in sorted(store.hierarchy.arrays, key=_natural):
+    for path in sorted(store.hierarchy.arrays, key=natural_key):
         if (part := part_of(store, path)) is None or part not in parts:
             continue
         spec = store.hierarchy.arrays[path]
@@ -159,8 +157,3 @@ def _spans(spec: ArraySpec, ranges: list[ByteRange], at: int) -> Iterator[Span]:
     for part in ranges:
         yield Span(files[part.key], part.begin, part.end, at)
         at += part.nbytes
-
-
-def _natural(path: str) -> list[tuple[int, int | str]]:
-    """Puts layer 2 before layer 10."""
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split("/", path)]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import StoreError
-from dsv4.formats.store import digest, integrity
+from dsv4.formats.store import digest
+from dsv4.formats.store.damage import symbolic_link
 from dsv4.formats.store.file_digest import ChunkDigests
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import FileSpec
@@ -130,7 +131,7 @@ def scan_files(
 ) -> list[Scan]:
     """Read each file once; -> one Scan per file, in their order. Large files are begun first."""
     real: set[str] = set()
-    links = {d: integrity.symbolic_link(store.root, d, real) for d in map(_directory, files)}
+    links = {d: symbolic_link(store.root, d, real) for d in map(_directory, files)}
 
     def scan(number: int) -> Scan:
         file = files[number]

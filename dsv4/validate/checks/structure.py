@@ -11,6 +11,7 @@ from dsv4.formats.errors import Dsv4Error, StoreError
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import detect_draft, parameters
 from dsv4.formats.store import integrity
+from dsv4.formats.store.damage import sizes
 from dsv4.formats.store.text_files import stored_text_files
 from dsv4.validate.checks.coherence import check_layouts
 from dsv4.validate.provenance import describe
@@ -26,7 +27,7 @@ def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
         report.add("root", "manifest", str(error))
     report.count("Merkle root")
     faults = [
-        *integrity.sizes(store.root, store.files_under(None)),
+        *sizes(store.root, store.files_under(None)),
         *integrity.node_faults(store),
         *integrity.unlisted(store),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dsv4.convert.sources import hub as hub_source
+from dsv4.convert.sources import hub_listing
 from dsv4.convert.sources.base import INDEX_FILE
 from dsv4.convert.sources.http import Patience
 from dsv4.formats.errors import NetworkError, SourceError
@@ -174,7 +175,7 @@ def test_a_gigantic_header_is_not_fetched(hub: Loopback, opened: Open) -> None:
 def test_too_many_files_are_refused(
     hub: Loopback, opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv4.convert.sources.hub_listing.MAX_SHARDS", 5)
+    monkeypatch.setattr(hub_listing, "MAX_SHARDS", 5)
     with pytest.raises(SourceError, match="it lists 8 files"):
         opened()
 

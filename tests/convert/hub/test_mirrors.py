@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dsv4.convert.sources import ranges
 from dsv4.convert.sources.http import Patience
 from dsv4.convert.sources.hub import HubSource
 from dsv4.formats.errors import NetworkError, SourceError
@@ -169,7 +170,7 @@ def _tags(make: str) -> Change:
 def test_servers_with_tags_of_their_own_are_believed(
     hub: Loopback, opened: Open, monkeypatch: pytest.MonkeyPatch, lfs: bool, make: str
 ) -> None:
-    monkeypatch.setattr("dsv4.convert.sources.ranges.RANGE_BYTES", 30_000)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", 30_000)
     if not lfs:
         del _listed(hub, SHARD)["lfs"]
     for host in ("hub", "storage"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsv4
-from dsv4.bench.transformers_peer import RENAMES
+from benchmarks.transformers_peer import RENAMES
 from dsv4.cli import tiny
 from dsv4.convert.outputs.results import Outcome
 from dsv4.convert.outputs.stack import ExpertsOutput

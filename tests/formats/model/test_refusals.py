@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv4.bench.transformers_peer import RENAMES
+from benchmarks.transformers_peer import RENAMES
 from dsv4.formats.errors import SourceError
 from dsv4.formats.model import dialects
 from dsv4.formats.model.config import ModelConfig

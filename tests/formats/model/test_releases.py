@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dsv4
-from dsv4.bench.transformers_peer import its_name
+from benchmarks.transformers_peer import its_name
 from tests.formats.model.release_names import RELEASES, describe, goldens, parts
 
 GOLDENS = goldens()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
-from dsv4.bench.transformers_peer import its_config
+from benchmarks.transformers_peer import its_config
 from dsv4.synthetic.tiny import HF_TINY
 from tests.runtime.transformers_oracle import run
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dsv4.formats.errors import NoStoreError, StoreError
-from dsv4.formats.store.integrity import Damage, check_root, damage
+from dsv4.formats.store.damage import Damage
+from dsv4.formats.store.integrity import check_root, damage, verify
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import JOURNAL, LOCK, MARKER
 from tests.formats.store import packing
@@ -163,8 +164,8 @@ def test_an_altered_chunk_is_refused_when_it_is_used(store: Path) -> None:
     assert list(damage(opened)) == [Damage(CODES, 3, "the bytes do not match the checksum")]
     for path in (None, spec.path, "layers/0", CODES):
         with pytest.raises(StoreError, match=f"{CODES}, chunk 3"):
-            opened.verify(path)
-    opened.verify("layers/0/ffn/experts/w13")
+            verify(opened, path)
+    verify(opened, "layers/0/ffn/experts/w13")
     unchecked = PackedStore.open(store, verify=False)
     unchecked.experts(packing.STACK).w2(3)
 
@@ -184,7 +185,7 @@ def test_any_flipped_bit_anywhere_is_found(store: Path, bit: int) -> None:
             path.write_bytes(raw)
             assert [d.key for d in damage(PackedStore.open(store), file.key)] == [file.key]
         path.write_bytes(original)
-    opened.verify()
+    verify(opened)
 
 
 def test_a_swap_of_two_files_is_found(store: Path) -> None:
@@ -212,7 +213,7 @@ def test_unlisted_files_and_altered_nodes_are_found(store: Path) -> None:
         "norm/zarr.json",
     }
     with pytest.raises(StoreError, match=f"`dsv4 repair {store} --source SRC`"):
-        opened.verify()
+        verify(opened)
 
 
 def test_directories_behind_links_are_refused(store: Path) -> None:

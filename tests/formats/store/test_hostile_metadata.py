@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv4.formats.errors import StoreError
-from dsv4.formats.store.integrity import check_root
+from dsv4.formats.store.integrity import check_root, verify
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.zarr_json import parse_root
 from tests.formats.store import packing
@@ -362,7 +362,7 @@ def test_malformed_json(store: Path, case: str) -> None:
 def test_the_editor_itself_is_harmless(store: Path) -> None:
     """So that what the cases above see refused is their edit."""
     packing.edit_metadata(store, lambda document: None)
-    PackedStore.open(store).verify()
+    verify(PackedStore.open(store))
 
 
 _JUNK = st.recursive(

@@ -15,6 +15,7 @@ from typing import Literal
 import pytest
 
 from dsv4.formats.errors import StoreError
+from dsv4.formats.store.integrity import verify
 from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime.load import Settings, load_weights
 from dsv4.runtime.load import files as reading
@@ -159,7 +160,7 @@ def test_interrupted_and_killed_half_way(sample_path: Path) -> None:
     done = run(signal.SIGINT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted 1\n", "")
     assert run(signal.SIGKILL).returncode == -signal.SIGKILL
-    PackedStore.open(sample_path).verify()  # nothing was written
+    verify(PackedStore.open(sample_path))  # nothing was written
 
 
 def test_files_that_do_not_say_what_is_cached_are_read_plainly(

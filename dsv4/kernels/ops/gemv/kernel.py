@@ -26,20 +26,28 @@ from dsv4.kernels.core.sizes import SCALE_TILE_ROWS
 from dsv4.kernels.device import async_copies, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.mma import mma_bf16
-from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
+from dsv4.kernels.device.weight_operands import (
+    BAND_SUMS,
+    MMAS,
+    OPERANDS,
+    STEP,
+    TILE_BANDS,
+    Operand,
+    WeightTensors,
+    first_row,
+    sum_place,
+    sum_row,
+)
 
-SUMS = 256  # 32 rows of the weight by 8 of x
-BANDS = 4  # of 32 rows, interleaved by 8, in a tile
 X_PIECES = 4
 MAX_STEPS = 32  # of one warp: a lane keeps the scale of each
 
 
 class _Part(NamedTuple):
-    """One weight of the launch: its number, its rows, its first operand, the CTAs that read it."""
+    """One weight of the launch: its number, its rows, the CTAs that read it."""
 
     number: int
     n: int
-    operand: int
     first_cta: int
     end_cta: int
 
@@ -57,7 +65,7 @@ class _Alike:
         """The first that works on them, and the one behind the last."""
         return self.parts[0].first_cta, self.parts[-1].end_cta
 
-    def format(self, n: Any) -> Any:
+    def format(self, n: Any) -> Operand:
         """How one of `n` rows is read."""
         whole = all(part.n % SCALE_TILE_ROWS == 0 for part in self.parts)
         return OPERANDS[self.kind](n, self.k, self.slabs, whole)
@@ -66,11 +74,11 @@ class _Alike:
 class _Chosen(NamedTuple):
     """What a CTA works on: pointers to codes, scales and y, rows of the weight, its own 32."""
 
-    format: Any
-    codes: Any
-    scales: Any
-    y: Any
-    n: Any
+    format: Operand
+    codes: cute.Pointer
+    scales: cute.Pointer
+    y: cute.Pointer
+    n: Int32
     band: Int32
 
 
@@ -86,7 +94,9 @@ class Gemv:
     def __init__(self, weights: str, out: str, warps: int, stages: int, pdl: bool) -> None:
         self.out_dtype = {"float32": Float32, "bfloat16": BFloat16}[out]
         self.warps, self.stages, self.pdl = warps, stages, pdl
-        self.alike = self._sorted(weights.split("|"))
+        specs = weights.split("|")
+        self.counts = [OPERANDS[spec.partition(":")[0]].tensors for spec in specs]
+        self.alike = self._sorted(specs)
         if any(one.steps > MAX_STEPS * warps for one in self.alike):
             raise ValueError(f"more than {MAX_STEPS} steps a warp")
         pieces = max(OPERANDS[one.kind].pieces for one in self.alike)
@@ -98,20 +108,18 @@ class Gemv:
         NVFP4 has a global scale besides, and slabs and groups are of a weight's rows: these stand
         alone.
         """
-        kinds: dict[Any, list[tuple[int, int, int]]] = {}
-        taken = 0
+        kinds: dict[Any, list[tuple[int, int]]] = {}
         for number, spec in enumerate(specs):
             kind, *sizes = spec.split(":")
             n, k, slabs, groups = (int(size) for size in sizes)
             alone = number if slabs * groups > 1 or kind == "nvfp4" else -1
-            kinds.setdefault((kind, k, slabs, groups, alone), []).append((number, n, taken))
-            taken += {"nvfp4": 3, "fp8": 2, "bf16": 1}[kind]
+            kinds.setdefault((kind, k, slabs, groups, alone), []).append((number, n))
         found, cta = [], 0
         for (*common, _), weights in kinds.items():
             one = _Alike(*common)
-            for number, n, operand in weights:
-                end = cta + -(-n // SCALE_TILE_ROWS) * BANDS
-                one.parts.append(_Part(number, n, operand, cta, end))
+            for number, n in weights:
+                end = cta + -(-n // SCALE_TILE_ROWS) * TILE_BANDS
+                one.parts.append(_Part(number, n, cta, end))
                 cta = end
             found.append(one)
         self.ctas = cta
@@ -129,47 +137,66 @@ class Gemv:
             cute.arch.griddepcontrol_launch_dependents()
         cta, _, _ = cute.arch.block_idx()
         smem = cutlass.memory.SmemAllocator()
-        sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps)), 16)
+        sums = smem.allocate_tensor(Float32, cute.make_layout((BAND_SUMS, self.warps)), 16)
         rings = smem.allocate(self.stage_bytes * self.stages * self.warps, 128)
         own_ring = rings.toint() + cute.arch.warp_idx() * (self.stage_bytes * self.stages)
         slots = own_ring + cute.arch.lane_idx() * LANE_BYTES
+        weights = self._named(operands)
         for index in range_constexpr(len(self.alike)):
             alike = self.alike[index]
             if (cta >= alike.ctas[0]) & (cta < alike.ctas[1]):
-                own = self._choose(alike, operands, y, cta)
-                factor = None
-                if cutlass.const_expr(alike.kind == "nvfp4"):
-                    factor = operands[alike.parts[0].operand + 2]
+                own = self._choose(alike, weights, y, cta)
+                factor = weights[alike.parts[0].number].global_scale
                 self._run(alike, x, own, factor, sums, slots)
 
+    def _named(self, operands: Any) -> list[WeightTensors]:
+        """The launch's operands by weight, in the order of `weights`."""
+        left = list(operands)
+        found = []
+        for count in self.counts:
+            found.append(WeightTensors(*left[:count]))
+            left = left[count:]
+        return found
+
     @cute.jit
-    def _choose(self, alike: Any, operands: Any, y: Any, cta: Int32) -> Any:
-        """The weight that a CTA works on."""
+    def _choose(self, alike: _Alike, weights: list[WeightTensors], y: Any, cta: Int32) -> _Chosen:
+        """The weight that a CTA works on.
+
+        Addresses are chosen among, not code: a branch for each weight would be a copy of the code.
+        """
         first = alike.parts[0]
-        at, n, first_cta = first.operand, first.n, Int32(first.first_cta)
-        scaled = alike.kind != "bf16"
-        codes, out = operands[at].iterator.toint(), y[first.number].iterator.toint()
-        scales = operands[at + 1].iterator.toint() if scaled else Int64(0)
+        n, first_cta, tensors = first.n, Int32(first.first_cta), weights[first.number]
+        scaled = tensors.scales is not None
+        codes, out = tensors.codes.iterator.toint(), y[first.number].iterator.toint()
+        scales = tensors.scales.iterator.toint() if scaled else Int64(0)
         for index in range_constexpr(1, len(alike.parts)):
             part = alike.parts[index]
             here = cta >= part.first_cta
-            codes = operands[part.operand].iterator.toint() if here else codes
+            codes = weights[part.number].codes.iterator.toint() if here else codes
             if cutlass.const_expr(scaled):
-                scales = operands[part.operand + 1].iterator.toint() if here else scales
+                scales = weights[part.number].scales.iterator.toint() if here else scales
             out = y[part.number].iterator.toint() if here else out
             n = Int32(part.n) if here else Int32(n)
             first_cta = Int32(part.first_cta) if here else first_cta
         space = cute.AddressSpace.gmem
-        codes = cute.make_ptr(operands[at].element_type, codes, space, assumed_align=16)
+        codes = cute.make_ptr(tensors.codes.element_type, codes, space, assumed_align=16)
         scales = cute.make_ptr(Uint8, scales, space)
         out = cute.make_ptr(self.out_dtype, out, space, assumed_align=16)
         own = alike.format(n)
         return _Chosen(own, codes, scales, out, n, cta - first_cta)
 
     @cute.jit
-    def _run(self, alike: Any, x: Any, own: Any, factor: Any, sums: Any, slots: Int32) -> None:
+    def _run(
+        self,
+        alike: _Alike,
+        x: cute.Tensor,
+        own: _Chosen,
+        factor: Any,
+        sums: cute.Tensor,
+        slots: Int32,
+    ) -> None:
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
-        row = (own.band // BANDS) * SCALE_TILE_ROWS + (own.band % BANDS) * 8 + lane // 4
+        row = first_row(own.band) + lane // 4
         count = (alike.steps - warp + self.warps - 1) // self.warps
         for stage in range_constexpr(self.stages - 1):
             if stage < count:
@@ -206,7 +233,9 @@ class Gemv:
         self._finish(own, factor, sums, Int32(x.shape[0]))
 
     @cute.jit
-    def _copy_weight(self, own: Any, row: Int32, step: Int32, slots: Int32, stage: Int32) -> None:
+    def _copy_weight(
+        self, own: _Chosen, row: Int32, step: Int32, slots: Int32, stage: Int32
+    ) -> None:
         slot = slots + stage * self.stage_bytes + X_PIECES * PIECE_BYTES
         t = cute.arch.lane_idx() % 4
         for address in own.format.addresses(own.codes, own.scales, row, step, t):
@@ -215,7 +244,13 @@ class Gemv:
 
     @cute.jit
     def _copy_x(
-        self, own: Any, x_lane: Any, present: Int32, step: Int32, slots: Int32, stage: Int32
+        self,
+        own: _Chosen,
+        x_lane: cute.Pointer,
+        present: Int32,
+        step: Int32,
+        slots: Int32,
+        stage: Int32,
     ) -> None:
         slot, t = slots + stage * self.stage_bytes, cute.arch.lane_idx() % 4
         for piece in range_constexpr(X_PIECES):
@@ -230,7 +265,9 @@ class Gemv:
                 shared_memory.clear(slots + stage * self.stage_bytes + piece * PIECE_BYTES)
 
     @cute.jit
-    def _multiply(self, own: Any, acc: Any, slot: Int32, scale: Float32, turn: Int32) -> None:
+    def _multiply(
+        self, own: Operand, acc: cute.Tensor, slot: Int32, scale: Float32, turn: Int32
+    ) -> None:
         """128 columns into the sums: two tiles of 16 rows, eight MMAs each."""
         x: list[Any] = []
         words: list[Any] = []
@@ -252,26 +289,19 @@ class Gemv:
                     acc[4 * half + c] += sums[c] * cute.arch.shuffle_sync(scale, turn)
 
     @cute.jit
-    def _finish(self, own: Any, factor: Any, sums: Any, rows: Int32) -> None:
+    def _finish(self, own: _Chosen, factor: Any, sums: cute.Tensor, rows: Int32) -> None:
         """Sum over the warps, in their order, and write."""
         thread, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()
-        for turn in range_constexpr(-(-SUMS // (32 * self.warps))):
+        for turn in range_constexpr(-(-BAND_SUMS // (32 * self.warps))):
             item = turn * 32 * self.warps + thread
-            if item < SUMS:
-                # Neighbouring threads write neighbouring rows of the weight.
-                g, quarter, col = item % 8, (item // 8) % 4, item // 32
-                source = ((quarter // 2) * 4 + (quarter % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
+            if item < BAND_SUMS:
+                place, column = sum_place(item)
                 total = Float32(0.0)
                 for warp in range_constexpr(self.warps):
-                    total += sums[source, warp]
-                row = (
-                    (own.band // BANDS) * SCALE_TILE_ROWS
-                    + (own.band % BANDS) * 8
-                    + g
-                    + 32 * quarter
-                )
-                if (col < rows) & (row < own.n):
+                    total += sums[place, warp]
+                row = sum_row(own.band, item)
+                if (column < rows) & (row < own.n):
                     if cutlass.const_expr(factor is not None):
                         total *= Float32(own.format.factor) * factor[0]
-                    (own.y + (col * own.n + row)).store(total.to(self.out_dtype))
+                    (own.y + (column * own.n + row)).store(total.to(self.out_dtype))

@@ -18,6 +18,7 @@ leaves them.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -36,35 +37,55 @@ from dsv4.kernels.device import (
 from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.device.elementary import exp, sigmoid
 from dsv4.kernels.device.mma import mma_bf16
-from dsv4.kernels.device.roles import GROUP, MAX_FINISHERS, Roles
+from dsv4.kernels.device.roles import (
+    FINISHER_BARRIER,
+    GROUP,
+    MAX_FINISHERS,
+    WORKER_BARRIER,
+    Roles,
+)
 from dsv4.kernels.ops.hyper_connections.sinkhorn import sinkhorn
-from dsv4.kernels.ops.hyper_connections.sources import STREAMS, Streams
+from dsv4.kernels.ops.hyper_connections.sources import STREAMS, Sources, Streams
 
-LANES = 4  # of a token in an operand B
+TOKEN_LANES = 4  # of a token in an operand B
 LETTER = 32  # words that a worker sends of a token: the mix, and at SQUARES the sum of squares
 SQUARES = 24
 PADDED = 36  # floats between tokens in shared memory: no bank conflicts
 PIECES = 3  # bfloat16 that a float32 is the sum of
+NORM_BARRIER = 3  # of a finisher's collapsing warps, which share the sum of squares
 
 
 class Weights(NamedTuple):
     """fn: float32 `[24, 4 D]`, for the last place 4 rows; base, scale of the mix; norm `[D]`."""
 
-    fn: Any
-    base: Any
-    scale: Any
-    norm: Any
+    fn: cute.Tensor
+    base: cute.Tensor
+    scale: cute.Tensor
+    norm: cute.Tensor
 
 
 class Outputs(NamedTuple):
     """streams: not those of the sources; x: bfloat16 `[T, D]`; the last place has no more."""
 
-    streams: Any
-    x: Any
+    streams: cute.Tensor
+    x: cute.Tensor
     post: Any = None
     comb: Any = None
 
 
+class Shared(NamedTuple):
+    """Shared memory of a CTA. copies: weights under way (an address); sums: a worker's, by warp;
+    totals, squares: a finisher's, by warp. The last two and sums have two places in turn, so that
+    nobody waits until a token's have been read.
+    """
+
+    copies: Int32
+    sums: cute.Tensor
+    totals: cute.Tensor
+    squares: cute.Tensor
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class Mhc:
     """One place of hyper-connections in the model.
 
@@ -72,46 +93,45 @@ class Mhc:
     post and comb). hidden: D. width: columns of a worker's lane; warps: of a worker; finish_warps:
     of a finisher, that collapse. u_type, u_parts: see `Streams`.
 
-    sources: see `Streams`. weights: fn float32 `[24, 4 D]` (last: 4 rows), base, scale, norm
-    float32 `[D]`. outputs: streams (not those of the sources), x bfloat16 `[T, D]`, and, but for
-    "last", post and comb. letters: float32 `[T, workers, 32]`, zero before and after.
+    The tensors of a launch: sources (see `Streams`), `Weights`, `Outputs`, and letters: float32
+    `[T, workers, 32]`, zero before and after.
     """
 
-    def __init__(
-        self,
-        place: str,
-        hidden: int,
-        width: int,
-        warps: int,
-        finish_warps: int,
-        iterations: int,
-        hc_eps: float,
-        norm_eps: float,
-        u_type: str,
-        u_parts: int,
-        pdl: bool,
-    ) -> None:
-        self.last, self.hidden = place == "last", hidden
-        self.streams = Streams(hidden, place == "first", u_type, u_parts)
-        self.warps, self.finish_warps = warps, finish_warps
-        self.iterations, self.hc_eps, self.norm_eps = iterations, hc_eps, norm_eps
+    place: str
+    hidden: int
+    width: int
+    warps: int
+    finish_warps: int
+    iterations: int
+    hc_eps: float
+    norm_eps: float
+    u_type: str
+    u_parts: int
+    pdl: bool
+
+    def __post_init__(self) -> None:
+        self.last = self.place == "last"
+        self.streams = Streams(self.hidden, self.place == "first", self.u_type, self.u_parts)
         self.rows = STREAMS if self.last else (2 + STREAMS) * STREAMS
         self.bands = -(-self.rows // 8)  # of eight rows of fn
-        self.width = width  # columns of a lane
-        self.piece_bytes = 32 * 4 * width
-        self.workers = hidden // (LANES * width * warps)
-        self.roles = Roles(self.workers, pdl)
-        self.chunks = hidden // 8 // (32 * finish_warps)  # of eight columns, of a finisher's thread
-        whole = hidden == 256 * finish_warps * self.chunks
-        if not whole or hidden % (LANES * width * warps) or self.workers % finish_warps:
-            raise ValueError(f"{hidden} columns do not divide into {warps}, {finish_warps} warps")
+        self.piece_bytes = 32 * 4 * self.width
+        columns = TOKEN_LANES * self.width * self.warps
+        self.workers = self.hidden // columns
+        self.roles = Roles(self.workers, self.pdl)
+        eights = 32 * self.finish_warps  # of columns, that a finisher's threads take at once
+        self.chunks = self.hidden // 8 // eights
+        whole = self.hidden == 8 * eights * self.chunks
+        if not whole or self.hidden % columns or self.workers % self.finish_warps:
+            raise ValueError(
+                f"{self.hidden} columns do not divide into {self.warps}, {self.finish_warps} warps"
+            )
 
     @cute.jit
     def __call__(
         self, sources: Any, weights: Any, outputs: Any, letters: cute.Tensor, stream: cuda.CUstream
     ) -> None:
         self.kernel(sources, weights, outputs, letters).launch(
-            grid=[self.roles.ctas(Int32(outputs[1].shape[0])), 1, 1],
+            grid=[self.roles.ctas(Int32(Outputs(*outputs).x.shape[0])), 1, 1],
             block=[32 * max(self.warps, self.finish_warps + 1), 1, 1],
             stream=stream,
             use_pdl=self.roles.pdl,
@@ -126,37 +146,39 @@ class Mhc:
         sums = smem.allocate_tensor(Float32, cute.make_layout((GROUP * PADDED, self.warps, 2)), 16)
         totals = smem.allocate_tensor(Float32, cute.make_layout((LETTER, self.finish_warps, 2)), 16)
         squares = smem.allocate_tensor(Float32, cute.make_layout((self.finish_warps, 2)), 16)
+        shared = Shared(copies, sums, totals, squares)
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.warp_idx()
-        named, out = Weights(*weights), Outputs(*outputs)
+        named, out, given = Weights(*weights), Outputs(*outputs), self.streams.named(sources)
         slices = self.roles.slices(Int32(out.x.shape[0]))
         finisher = self.roles.finisher(block, slices)
         if finisher < 0:
             if warp < self.warps:
-                self._work(sources, named.fn, out.streams, letters, copies, sums, slices)
+                self._work(given, named.fn, out.streams, letters, shared, slices)
         else:
             if warp < self.finish_warps:
-                self._collapse(sources, named, out.x, letters, copies, totals, squares, finisher)
+                self._collapse(given, named, out.x, letters, shared, finisher)
             if cutlass.const_expr(not self.last):  # noqa: SIM102  (one is of the compiler)
                 if warp == self.finish_warps:
-                    self._coefficients(named, out, totals, finisher)
+                    self._coefficients(named, out, shared.totals, finisher)
 
     @cute.jit
     def _work(
         self,
-        sources: Any,
-        fn: Any,
-        streams: Any,
-        letters: Any,
-        copies: Int32,
-        sums: Any,
+        sources: Sources,
+        fn: cute.Tensor,
+        streams: cute.Tensor,
+        letters: cute.Tensor,
+        shared: Shared,
         slices: Int32,
     ) -> None:
+        """A worker: X' of its columns, and what they add to the mix and to the sum of squares."""
+        copies, sums = shared.copies, shared.sums
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         block, _, _ = cute.arch.block_idx()
         worker = block % self.workers
         g, t = lane // 4, lane % 4
-        column = ((worker * self.warps + warp) * LANES + t) * self.width
+        column = ((worker * self.warps + warp) * TOKEN_LANES + t) * self.width
         slot = copies + warp * (STREAMS * self.bands * self.piece_bytes) + lane * (4 * self.width)
         for band in range_constexpr(self.bands):
             row = (8 * band + g) % self.rows
@@ -197,7 +219,7 @@ class Mhc:
                     sums[(2 * t + c) * PADDED + 8 * band + g, warp, parity] = acc[band][c]
             if t == 0:
                 sums[g * PADDED + SQUARES, warp, parity] = square
-            cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps)
+            cute.arch.barrier(barrier_id=WORKER_BARRIER, number_of_threads=32 * self.warps)
             self._send(letters, sums, group, worker, parity, tokens)
             parity = 1 - parity
 
@@ -233,7 +255,13 @@ class Mhc:
 
     @cute.jit
     def _send(
-        self, letters: Any, sums: Any, group: Int32, worker: Int32, parity: Int32, tokens: Int32
+        self,
+        letters: cute.Tensor,
+        sums: cute.Tensor,
+        group: Int32,
+        worker: Int32,
+        parity: Int32,
+        tokens: Int32,
     ) -> None:
         """Add the warps' sums in their order: one letter for each token."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
@@ -252,7 +280,7 @@ class Mhc:
         return (lane < self.rows) | (lane == SQUARES)
 
     @cute.jit
-    def _receive(self, letters: Any, token: Int32) -> Float32:
+    def _receive(self, letters: cute.Tensor, token: Int32) -> Float32:
         """The sum, in their order, of every `finish_warps`-th letter's word `lane`."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         box = letters.iterator + (token * self.workers + warp) * LETTER + lane
@@ -263,7 +291,7 @@ class Mhc:
         cute.arch.sync_warp()
         return total
 
-    def _mix(self, totals: Any, parity: Int32) -> Float32:
+    def _mix(self, totals: cute.Tensor, parity: Int32) -> Float32:
         """The lane's value of the mix."""
         lane = cute.arch.lane_idx()
         total = totals[lane, 0, parity]
@@ -281,15 +309,15 @@ class Mhc:
     @cute.jit
     def _collapse(
         self,
-        sources: Any,
+        sources: Sources,
         weights: Weights,
-        x: Any,
-        letters: Any,
-        copies: Int32,
-        totals: Any,
-        squares: Any,
+        x: cute.Tensor,
+        letters: cute.Tensor,
+        shared: Shared,
         finisher: Int32,
     ) -> None:
+        """A finisher but for its last warp: x of every token that it takes."""
+        copies, totals, squares = shared.copies, shared.totals, shared.squares
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         threads, thread = 32 * self.finish_warps, warp * 32 + lane
         slot = copies + thread * LANE_BYTES
@@ -312,7 +340,7 @@ class Mhc:
             ]
             totals[lane, warp, parity] = self._receive(letters, token)
             listeners = threads if self.last else threads + 32
-            cute.arch.barrier(barrier_id=2, number_of_threads=listeners)
+            cute.arch.barrier(barrier_id=FINISHER_BARRIER, number_of_threads=listeners)
             mix = self._mix(totals, parity)
             weight = sigmoid(cute.math.fma(mix, scale, base)) + Float32(self.hc_eps)
             pre = [cute.arch.shuffle_sync(weight, j) for j in range(STREAMS)]
@@ -322,7 +350,7 @@ class Mhc:
                 for value in chunk:
                     square = cute.math.fma(value, value, square)
             squares[warp, parity] = cute.arch.warp_reduction_sum(square)
-            cute.arch.barrier(barrier_id=3, number_of_threads=threads)
+            cute.arch.barrier(barrier_id=NORM_BARRIER, number_of_threads=threads)
             total = squares[0, parity]
             for other in range_constexpr(1, self.finish_warps):
                 total += squares[other, parity]
@@ -342,7 +370,7 @@ class Mhc:
 
     @cute.jit
     def _coefficients(
-        self, weights: Weights, outputs: Outputs, totals: Any, finisher: Int32
+        self, weights: Weights, outputs: Outputs, totals: cute.Tensor, finisher: Int32
     ) -> None:
         """post and comb of every token, by one warp beside the others."""
         lane = cute.arch.lane_idx()
@@ -352,7 +380,7 @@ class Mhc:
         parity = Int32(0)
         for token in cutlass.range(finisher, Int32(x.shape[0]), MAX_FINISHERS, unroll=1):
             listeners = 32 * (self.finish_warps + 1)
-            cute.arch.barrier(barrier_id=2, number_of_threads=listeners)
+            cute.arch.barrier(barrier_id=FINISHER_BARRIER, number_of_threads=listeners)
             value = cute.math.fma(self._mix(totals, parity), scale, base)
             if (lane >= STREAMS) & (lane < 2 * STREAMS):
                 post[token, lane - STREAMS] = Float32(2.0) * sigmoid(value)

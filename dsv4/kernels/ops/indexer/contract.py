@@ -9,7 +9,7 @@ DeepSeek-V4's `inference/model.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -31,7 +31,7 @@ from dsv4.kernels.ops.indexer.reference import BLOCK, chosen, expect
 from dsv4.kernels.reference.rope import inverse_frequencies, rope_table
 
 SCORES = "dsv4.kernels.ops.indexer.scores:IndexScores"
-TOPK = "dsv4.kernels.ops.indexer.topk:IndexTopk"
+TOPK = "dsv4.kernels.ops.indexer.topk"
 TURN = 2048  # scores that a CTA of the choice takes at a time
 WHOLE = 4 * TURN  # scores that one CTA chooses from alone
 PARTS = 16  # of a longer row at most, if parts of 2 turns do
@@ -77,38 +77,58 @@ def index_scores(
     )
 
 
-def index_topk(
-    config: ModelConfig, stage: str, turns: int, part: int = 0, pdl: bool = True
-) -> Kernel:
-    """The kernel of the choice, or of a part of it. turns: of 2048 scores that a CTA takes at most.
+def row_topk(config: ModelConfig, turns: int, pdl: bool = True) -> Kernel:
+    """The kernel of the choice from rows that one CTA takes. turns: of 2048 scores it has at most.
 
-    Arguments: position int32 `[T]`, and in a tuple, for stage "whole": scores float32
-    `[T, capacity]`, a multiple of 4; blocks int32 `[T, index_topk]`: ascending, -1 where a row
-    sees fewer. For "parts": scores; part_scores and part_blocks `[T, parts · index_topk]`, of each
-    `part` scores. For "merge": those two; blocks.
+    Arguments: position int32 `[T]`; scores float32 `[T, capacity]`, a multiple of 4; blocks int32
+    `[T, index_topk]`: ascending, -1 where a row sees fewer.
     """
-    topk = config.index_topk
-    scores = Argument("scores", torch.float32, ("rows", "capacity"))
-    role: Role = "out" if stage == "parts" else "in"
-    parts = (
+    return _topk("RowTopk", config, {"turns": turns, "pdl": pdl}, (_SCORES, _blocks(config)))
+
+
+def part_topk(config: ModelConfig, turns: int, part: int, pdl: bool = True) -> Kernel:
+    """The kernel of the choice from each `part` scores, at most `turns` of 2048.
+
+    Arguments: position and scores as of `row_topk`; part_scores float32 and part_blocks int32
+    `[T, parts · index_topk]`.
+    """
+    cut = {"turns": turns, "part": part, "pdl": pdl}
+    return _topk("PartTopk", config, cut, (_SCORES, *_chosen("out")))
+
+
+def merge_topk(config: ModelConfig, turns: int, part: int, pdl: bool = True) -> Kernel:
+    """The kernel of the choice from what `part_topk` chose of each `part` scores.
+
+    Arguments: position, part_scores and part_blocks as of `part_topk`; blocks as of `row_topk`.
+    """
+    cut = {"turns": turns, "part": part, "pdl": pdl}
+    return _topk("MergeTopk", config, cut, (*_chosen("in"), _blocks(config)))
+
+
+_SCORES = Argument("scores", torch.float32, ("rows", "capacity"))
+
+
+def _topk(
+    name: str,
+    config: ModelConfig,
+    cut: Mapping[str, int | bool],
+    operands: tuple[Argument, ...],
+) -> Kernel:
+    sizes = {"ratio": config.csa_ratio, "topk": config.index_topk}
+    position = Argument("position", torch.int32, ("rows",), align=4)
+    return kernel("indexer", f"{TOPK}:{name}", {**sizes, **cut}, (position, *operands))
+
+
+def _chosen(role: Role) -> tuple[Argument, Argument]:
+    """What parts choose."""
+    return (
         Argument("part_scores", torch.float32, ("rows", "chosen"), role),
         Argument("part_blocks", torch.int32, ("rows", "chosen"), role),
     )
-    blocks = Argument("blocks", torch.int32, ("rows", topk), "out")
-    operands = {"whole": (scores, blocks), "parts": (scores, *parts), "merge": (*parts, blocks)}
-    return kernel(
-        "indexer",
-        TOPK,
-        {
-            "ratio": config.csa_ratio,
-            "topk": topk,
-            "stage": stage,
-            "turns": turns,
-            "part": part,
-            "pdl": pdl,
-        },
-        (Argument("position", torch.int32, ("rows",), align=4), operands[stage]),
-    )
+
+
+def _blocks(config: ModelConfig) -> Argument:
+    return Argument("blocks", torch.int32, ("rows", config.index_topk), "out")
 
 
 def part_turns(capacity: int) -> int:
@@ -128,11 +148,11 @@ def choice(config: ModelConfig, capacity: int) -> tuple[Launch, ...]:
     """The launches that choose from up to `capacity` scores."""
     turns = part_turns(capacity)
     if not turns:
-        return (Launch(index_topk(config, "whole", -(-capacity // TURN))),)
+        return (Launch(row_topk(config, -(-capacity // TURN))),)
     merged = -(-chosen_of_parts(config, capacity) // TURN)
     return (
-        Launch(index_topk(config, "parts", turns, turns * TURN)),
-        Launch(index_topk(config, "merge", merged, turns * TURN)),
+        Launch(part_topk(config, turns, turns * TURN)),
+        Launch(merge_topk(config, merged, turns * TURN)),
     )
 
 

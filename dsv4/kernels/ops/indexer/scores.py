@@ -13,7 +13,8 @@ on which warp makes it.
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -42,6 +43,21 @@ M_TILES = HEADS // 16
 STAGE_BYTES = PIECE_BYTES + 32 * 4  # codes, then each lane's copy of its key's scales
 
 
+class Queries(NamedTuple):
+    """A row's, in shared memory: the A operand (an address), and what each head's score counts."""
+
+    operand: Int32
+    factors: cute.Tensor
+
+
+class Keys(NamedTuple):
+    """Addresses of a slot's codes and scales."""
+
+    codes: Int64
+    scales: Int64
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class IndexScores:
     """ratio: tokens per key; ctas: on all of the device, to share rows and keys among.
 
@@ -51,22 +67,22 @@ class IndexScores:
     and none where they are no more than `topk`, as there is nothing to choose.
     """
 
-    def __init__(
-        self,
-        heads: int,
-        width: int,
-        rope: int,
-        ratio: int,
-        topk: int,
-        ctas: int,
-        stages: int,
-        pdl: bool,
-    ) -> None:
-        if (heads, width) != (HEADS, WIDTH) or rope % query.BLOCK:
-            raise ValueError(f"{heads} heads of {width} channels, {rope} of them rotated")
-        self.rope, self.ratio, self.topk = rope, ratio, topk
-        self.ctas, self.stages, self.pdl = ctas, stages, pdl
-        self.scale = width**-0.5 * heads**-0.5
+    heads: int
+    width: int
+    rope: int
+    ratio: int
+    topk: int
+    ctas: int
+    stages: int
+    pdl: bool
+
+    def __post_init__(self) -> None:
+        if (self.heads, self.width) != (HEADS, WIDTH) or self.rope % query.BLOCK:
+            raise ValueError(
+                f"{self.heads} heads of {self.width} channels, {self.rope} of them rotated, "
+                f"expected {HEADS} of {WIDTH} and a multiple of {query.BLOCK}"
+            )
+        self.scale = self.width**-0.5 * self.heads**-0.5
 
     @cute.jit
     def __call__(
@@ -128,10 +144,12 @@ class IndexScores:
             query.fetch_angles(cos, sin, at, self.rope, raw)
             async_copies.commit()
             keys_at = own_slot.to(Int64) * keys.shape[1]
-            key_codes = (keys.iterator + keys_at * KEY_BYTES).toint()
-            key_scales = (scales.iterator + keys_at * PARTS).toint()
+            source = Keys(
+                (keys.iterator + keys_at * KEY_BYTES).toint(),
+                (scales.iterator + keys_at * PARTS).toint(),
+            )
             for stage in range_constexpr(self.stages - 1):
-                self._copy(key_codes, key_scales, stage, visible, own_ring, stage)
+                self._copy(source, stage, visible, own_ring, stage)
                 async_copies.commit()
             async_copies.wait(self.stages - 1)
             cute.arch.sync_warp()
@@ -140,8 +158,7 @@ class IndexScores:
                 factors[head] = self._factor(weight.bitcast(Float32), largest)
             cute.arch.sync_threads()
             if self._first_key(0) < visible:
-                source = (key_codes, key_scales)
-                self._score((operand, factors), source, scores, row, visible, own_ring)
+                self._score(Queries(operand, factors), source, scores, row, visible, own_ring)
 
     def _factor(self, weight: Float32, largest: Uint32) -> Float32:
         """The head's weight as the reference rounds it, times its scale."""
@@ -152,23 +169,15 @@ class IndexScores:
         ) * conversions.e8m0_to_f32(largest)
 
     @cute.jit
-    def _copy(
-        self,
-        codes: Int64,
-        scales: Int64,
-        turn: Int32,
-        visible: Int32,
-        own_ring: Int32,
-        stage: Int32,
-    ) -> None:
+    def _copy(self, keys: Keys, turn: Int32, visible: Int32, own_ring: Int32, stage: Int32) -> None:
         """Ask for eight keys; the last visible one stands for those beyond it."""
         first = self._first_key(turn)
         if first < visible:
             lane = cute.arch.lane_idx()
             key = Int64(cutlass.min(first + lane // PARTS, visible - 1))
             slot = own_ring + stage * STAGE_BYTES
-            async_copies.copy(slot + lane * 16, codes + key * KEY_BYTES + (lane % PARTS) * 16)
-            async_copies.copy(slot + PIECE_BYTES + lane * 4, scales + key * PARTS, 4)
+            async_copies.copy(slot + lane * 16, keys.codes + key * KEY_BYTES + (lane % PARTS) * 16)
+            async_copies.copy(slot + PIECE_BYTES + lane * 4, keys.scales + key * PARTS, 4)
 
     def _first_key(self, turn: Any) -> Int32:
         """Of the warp; few keys are spread over all CTAs before a CTA's second warp has any."""
@@ -179,8 +188,8 @@ class IndexScores:
     @cute.jit
     def _score(
         self,
-        queries: Any,
-        keys: Any,
+        queries: Queries,
+        keys: Keys,
         scores: cute.Tensor,
         row: Int32,
         visible: Int32,
@@ -202,7 +211,7 @@ class IndexScores:
             words = shared_memory.load_words(at + lane * 16, 4)
             packed = shared_memory.load_word(at + PIECE_BYTES + lane * 4)
             free = stage - 1 if stage > 0 else stage + self.stages - 1
-            self._copy(keys[0], keys[1], turn + self.stages - 1, visible, own_ring, free)
+            self._copy(keys, turn + self.stages - 1, visible, own_ring, free)
             async_copies.commit()
             stage = stage + 1 if stage < self.stages - 1 else 0
             sums = self._multiply(a, w, words, packed)

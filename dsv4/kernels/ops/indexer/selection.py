@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -19,11 +19,32 @@ TURN_BYTES = 32 * KEYS * 4  # between a warp's keys
 TIE = 4096  # what a key at the threshold counts as; fewer than this are ever above it
 
 
-class Selection:
-    """What a CTA's rounds share. rounds: histograms, each used once."""
+class Digit(NamedTuple):
+    """value: the digit that the last wanted key has; left: how many of its keys are wanted; exact:
+    1 if that is all of them.
+    """
 
-    def __init__(self, smem: Any, rounds: int) -> None:
+    value: Uint32
+    left: Uint32
+    exact: Uint32
+
+
+class Threshold(NamedTuple):
+    """The last wanted key, and how many equal to it are wanted."""
+
+    limit: Uint32
+    ties: Uint32
+
+
+class Selection:
+    """What a CTA shares. rounds: histograms, each used once; keys: that are chosen from at once;
+    ids: of those that are moved together, which item each was.
+    """
+
+    def __init__(self, smem: Any, rounds: int, keys: int, ids: int) -> None:
         self.rounds = rounds
+        self.keys = smem.allocate(keys * 4, 128).toint()
+        self.ids = smem.allocate(ids * 4, 128).toint()
         self.counts = smem.allocate(rounds * BINS * 4, 128).toint()
         self.totals = smem.allocate_tensor(Uint32, cute.make_layout(WARPS), 16)
         self.found = smem.allocate_tensor(Uint32, cute.make_layout(4), 16)  # read as a vector
@@ -46,9 +67,8 @@ class Selection:
                 shared_memory.count(self.counts + (index * BINS + digit) * 4)
 
     @cute.jit
-    def find(self, wanted: Uint32, index: Int32) -> Any:
-        """-> the digit that the last wanted key has, how many of its keys are wanted, and whether
-        that is all of them (1)."""
+    def find(self, wanted: Uint32, index: Int32) -> Digit:
+        """The digit of the last of `wanted` keys in histogram `index`."""
         thread, _, _ = cute.arch.thread_idx()
         cute.arch.sync_threads()
         digit = BINS - EACH * (thread + 1)
@@ -66,13 +86,13 @@ class Selection:
                 found[2] = Uint32(wanted - before == here)
             before += here
         cute.arch.sync_threads()
-        return found[0], found[1], found[2]
+        return Digit(found[0], found[1], found[2])
 
     @cute.jit
     def threshold(
         self, own: Int32, turns: Int32, wanted: cutlass.Constexpr, first: cutlass.Constexpr
-    ) -> Any:
-        """-> the last wanted key, and how many equal to it are wanted.
+    ) -> Threshold:
+        """Of the CTA's keys, the last of the `wanted` largest.
 
         own: where the thread's keys start in shared memory, four of each of its warp's `turns`;
         first: number of the first histogram. The digit of the last round has a bit of the one
@@ -92,10 +112,10 @@ class Selection:
                     done, prefix, left = Int32(1), prefix - 1, Uint32(0)
                 known = known | (Uint32(BINS - 1) << below)
                 below = Uint32(10) if index == 0 else Uint32(0)
-        return prefix, left
+        return Threshold(prefix, left)
 
     @cute.jit
-    def before(self, own: Uint32) -> Any:
+    def before(self, own: Uint32) -> tuple[Uint32, Uint32]:
         """-> sum of the warps' numbers before this warp's, and of all."""
         lane, warp, totals = cute.arch.lane_idx(), cute.arch.warp_idx(), self.totals
         if lane == 0:
@@ -107,7 +127,7 @@ class Selection:
 
 
 @cute.jit
-def ranks(marks: Any, before: Uint32) -> Any:
+def ranks(marks: Any, before: Uint32) -> tuple[list[Uint32], Uint32]:
     """-> sums of the marks before each of the thread's, and of all up to the warp's last."""
     count = marks[0]
     for i in range_constexpr(1, KEYS):

@@ -10,6 +10,7 @@ No job waits for another. What a row writes does not depend on the rows beside i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -19,38 +20,48 @@ from cutlass import Float32, Float64, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import conversions, global_memory
 from dsv4.kernels.ops.kv_cache import pooling, rows
-from dsv4.kernels.ops.kv_cache.pooling import Compressor, Inputs
-from dsv4.kernels.ops.kv_cache.rows import CHANNELS
+from dsv4.kernels.ops.kv_cache.pooling import Compressor, Inputs, Softmax
+from dsv4.kernels.ops.kv_cache.rows import CHANNELS, Turn
 
 WARPS = 4  # of a team
 TEAM = 32 * WARPS
-GROUPS = 4  # teams that share the slots of a block without overlap
+GROUPS = 4  # teams that share the 128 slots of a block without overlap: 512 KB, 10 us on an H200
 
 
 class Step(NamedTuple):
     """Of all rows: int32 `[T]` positions and slots; tables of angles."""
 
-    position: Any
-    slot: Any
-    cos: Any
-    sin: Any
+    position: cute.Tensor
+    slot: cute.Tensor
+    cos: cute.Tensor
+    sin: cute.Tensor
 
 
 class Latent(NamedTuple):
     """The latent query `[T, L]`, its norm `[L]`; qr: bfloat16 `[T, L]`, written."""
 
-    source: Any
-    norm: Any
-    qr: Any
+    source: cute.Tensor
+    norm: cute.Tensor
+    qr: cute.Tensor
 
 
 class Window(NamedTuple):
     """The key/value vectors `[T, W]`, their norm; rows and scales of the ring, written."""
 
-    source: Any
-    norm: Any
-    rows: Any
-    scales: Any
+    source: cute.Tensor
+    norm: cute.Tensor
+    rows: cute.Tensor
+    scales: cute.Tensor
+
+
+class Shared(NamedTuple):
+    """Shared memory of a CTA. partial: a team's sums of squares, by warp; stages: slots under way
+    (an address); others: what the groups but the first pooled. The last two: of a compressor.
+    """
+
+    partial: cute.Tensor
+    stages: Int32
+    others: cute.Tensor | None = None
 
 
 class Operands(NamedTuple):
@@ -74,6 +85,7 @@ class Operands(NamedTuple):
         return cls(*found)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Append:
     """The launch of one kind of layer.
 
@@ -87,31 +99,34 @@ class Append:
     ring_kv, ring_gate float32 `[S, ring, C]`, entries and scales uint8 `[S, capacity, ...]`.
     """
 
-    def __init__(
-        self,
-        latent: int,
-        width: int,
-        rope: int,
-        ratio: int,
-        overlap: bool,
-        index_width: int,
-        inputs: str,
-        eps: float,
-        pdl: bool,
-    ) -> None:
-        if width != CHANNELS * TEAM or latent % (CHANNELS * TEAM):
-            raise ValueError(f"vectors of {width} and {latent}, expected multiples of 512")
-        if index_width not in (0, CHANNELS * 32) or (index_width > 0) != overlap:
-            raise ValueError(f"indexer keys of {index_width}, expected 128 where blocks overlap")
-        self.latent, self.width, self.nope, self.eps = latent, width, width - rope, eps
-        self.index_nope = index_width - rope
-        self.wide = {"float32": True, "bfloat16": False}[inputs]
-        self.ratio, self.overlap = ratio, overlap
-        self.compressor = Compressor(max(ratio, 1), width, overlap)
-        self.indexer = Compressor(max(ratio, 1), index_width, overlap)
-        self.groups = GROUPS if ratio and not overlap else 1
-        self.jobs = 3 if ratio else 2
-        self.pdl = pdl
+    latent: int
+    width: int
+    rope: int
+    ratio: int
+    overlap: bool
+    index_width: int
+    inputs: str
+    eps: float
+    pdl: bool
+
+    def __post_init__(self) -> None:
+        if self.width != CHANNELS * TEAM or self.latent % (CHANNELS * TEAM):
+            raise ValueError(
+                f"vectors of {self.width} and {self.latent}, expected multiples of 512"
+            )
+        if self.index_width not in (0, CHANNELS * 32) or (self.index_width > 0) != self.overlap:
+            raise ValueError(
+                f"indexer keys of {self.index_width}, expected 128 where blocks overlap"
+            )
+        self.nope, self.index_nope = self.width - self.rope, self.index_width - self.rope
+        self.wide = {"float32": True, "bfloat16": False}[self.inputs]
+        self.compressor = Compressor(max(self.ratio, 1), self.width, self.overlap)
+        self.indexer = Compressor(max(self.ratio, 1), self.index_width, self.overlap)
+        self.groups = GROUPS if self.ratio and not self.overlap else 1
+        # The longest job comes first, and the indexer's, of a warp a row, fills up at the end.
+        order = ["compressor"] if self.ratio else []
+        order += ["latent", "window"] + (["indexer"] if self.overlap else [])
+        self.jobs = {name: number for number, name in enumerate(order)}
 
     @cute.jit
     def __call__(
@@ -123,9 +138,8 @@ class Append:
         operands: Any,
         stream: cuda.CUstream,
     ) -> None:
-        jobs = self.jobs + (1 if self.overlap else 0)
         self.kernel(position, slot, cos, sin, operands).launch(
-            grid=[position.shape[0], jobs, 1],
+            grid=[position.shape[0], len(self.jobs), 1],
             block=[TEAM * self.groups, 1, 1],
             stream=stream,
             use_pdl=self.pdl,
@@ -144,27 +158,27 @@ class Append:
             cute.arch.griddepcontrol_launch_dependents()
         smem = cutlass.memory.SmemAllocator()
         partial = smem.allocate_tensor(Float64, cute.make_layout(WARPS), 16)
-        shared = (Int32(0), partial)
+        shared = Shared(partial, Int32(0))
         if cutlass.const_expr(self.ratio > 0):
             stages = smem.allocate(self.compressor.stage_bytes * TEAM * self.groups, 16)
             shape = (3, CHANNELS, max(self.groups - 1, 1), TEAM)
             strides = (TEAM, 3 * TEAM, 3 * CHANNELS * TEAM, 1)
             layout = cute.make_layout(shape, stride=strides)
-            shared = (stages.toint(), smem.allocate_tensor(Float32, layout, 16))
+            others = smem.allocate_tensor(Float32, layout, 16)
+            shared = Shared(partial, stages.toint(), others)
         row, job, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         step, named = Step(position, slot, cos, sin), Operands.of(operands)
-        # The longest job comes first, and the indexer's, of a warp a row, fills up at the end.
-        if job == self.jobs - 1:
+        if job == self.jobs["window"]:
             self._window(step, named.window, row, thread, partial)
-        if job == self.jobs - 2:
+        if job == self.jobs["latent"]:
             self._latent(named.latent, row, thread, partial)
         if cutlass.const_expr(self.ratio > 0):
-            if job == 0:
-                self._compress(step, named.compressor, row, thread, partial, shared)
+            if job == self.jobs["compressor"]:
+                self._compress(step, named.compressor, row, thread, shared)
             if cutlass.const_expr(self.overlap):
                 key = row * WARPS + cute.arch.warp_idx()
-                if (job == self.jobs) & (key < position.shape[0]):
+                if (job == self.jobs["indexer"]) & (key < position.shape[0]):
                     self._index(step, named.indexer, key, thread, shared)
 
     @cute.jit
@@ -214,7 +228,7 @@ class Append:
             values = global_memory.load_channels(source.iterator, start + column, self.wide)
             weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             if at >= 0:
-                turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
+                turn = rows.turn_of((cos, sin), at, column, self.nope)
                 squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
                 out = rows.normed(values, weights, squares, self.width, self.eps)
                 index = own_slot.to(Int64) * window.shape[1] + at % window.shape[1]
@@ -222,13 +236,18 @@ class Append:
 
     @cute.jit
     def _store_row(
-        self, out: Any, turn: Any, column: Int32, entries: Any, scales: Any, index: Any
+        self,
+        out: list[Float32],
+        turn: Turn,
+        column: Int32,
+        entries: cute.Tensor,
+        scales: cute.Tensor,
+        index: Int64,
     ) -> None:
         row_bytes = self.nope + 2 * (self.width - self.nope)
         rows.store_kv_row(
             out,
-            turn[0],
-            turn[1],
+            turn,
             column,
             self.nope,
             (entries.iterator + index * row_bytes).toint(),
@@ -237,12 +256,17 @@ class Append:
 
     @cute.jit
     def _compress(
-        self, step: Step, inputs: Inputs, row: Int32, thread: Int32, partial: Any, shared: Any
+        self, step: Step, inputs: Inputs, row: Int32, thread: Int32, shared: Shared
     ) -> None:
+        """The token into the compressor's ring, and the entry of a block that it completes.
+
+        Weights and the first slots are asked for before the ring is written: the entry's latency
+        is the longest of the launch.
+        """
         position, slot, cos, sin = step
         norm, entries, scales = inputs.norm, inputs.entries, inputs.scales
         sizes, threads = self.compressor, TEAM * self.groups
-        stages, others = shared
+        partial, stages, others = shared
         team, own = thread % TEAM, sizes.slots // self.groups
         first, column, stage = thread // TEAM * own, team * CHANNELS, stages + thread * 16
         self._wait([norm], thread)
@@ -257,8 +281,8 @@ class Append:
         if complete:
             weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
-            turn = [rows.angle(table, begin, column, self.nope) for table in (cos, sin)]
-            state = _empty_state()
+            turn = rows.turn_of((cos, sin), begin, column, self.nope)
+            state = pooling.empty()
             pooling.pool(sizes, token.position, first, stage, threads, state)
             for batch in cutlass.range(1, own // sizes.batch, unroll=1):
                 at = first + batch * sizes.batch
@@ -267,29 +291,28 @@ class Append:
             if cutlass.const_expr(self.groups > 1):
                 self._share(state, others, thread)
             if thread < TEAM:
-                values = _entry(state)
+                values = pooling.pooled(state)
                 squares = rows.team_sum(rows.square_sum(values), partial, WARPS)
                 out = rows.normed(values, weights, squares, self.width, self.eps)
                 place = token.slot.to(Int64) * entries.shape[1] + index
                 self._store_row(out, turn, column, entries, scales, place)
 
     @cute.jit
-    def _share(self, state: cute.Tensor, others: cute.Tensor, thread: Int32) -> None:
+    def _share(self, state: Softmax, others: cute.Tensor, thread: Int32) -> None:
         """Bring what the groups pooled together in the first."""
         team, group = thread % TEAM, thread // TEAM
         if group > 0:
-            for c in range_constexpr(CHANNELS):
-                for part in range_constexpr(3):
-                    others[part, c, group - 1, team] = state[part, c]
+            pooling.give(state, others, group - 1, team)
         cute.arch.sync_threads()
         if group == 0:
             pooling.merge(state, others, self.groups - 1, team)
 
     @cute.jit
-    def _index(self, step: Step, inputs: Inputs, row: Int32, thread: Int32, shared: Any) -> None:
+    def _index(self, step: Step, inputs: Inputs, row: Int32, thread: Int32, shared: Shared) -> None:
+        """The same for the indexer's keys, a warp for each row."""
         position, slot, cos, sin = step
         norm, keys, scales = inputs.norm, inputs.entries, inputs.scales
-        sizes, lane, stage = self.indexer, thread % 32, shared[0] + thread * 16
+        sizes, lane, stage = self.indexer, thread % 32, shared.stages + thread * 16
         column = lane * CHANNELS
         self._wait([norm], lane)
         token = pooling.place_of(sizes, row, position, slot)
@@ -303,33 +326,19 @@ class Append:
         if complete:
             weights = global_memory.load_floats((norm.iterator + column).toint(), 4)
             begin = index * sizes.ratio
-            turn = [rows.angle(table, begin, column, self.index_nope) for table in (cos, sin)]
-            state = _empty_state()
+            turn = rows.turn_of((cos, sin), begin, column, self.index_nope)
+            state = pooling.empty()
             pooling.pool(sizes, token.position, Int32(0), stage, TEAM, state)
-            values = _entry(state)
+            values = pooling.pooled(state)
             squares = cute.arch.warp_reduction_sum(rows.square_sum(values))
             out = rows.normed(values, weights, squares, sizes.width, self.eps)
             place = token.slot.to(Int64) * keys.shape[1] + index
             rows.store_index_key(
                 out,
-                turn[0],
-                turn[1],
+                turn,
                 column,
                 sizes.width,
                 self.index_nope,
                 (keys.iterator + place * (sizes.width // 2)).toint(),
                 (scales.iterator + place * (sizes.width // rows.INDEXER_BLOCK)).toint(),
             )
-
-
-def _empty_state() -> Any:
-    state = cute.make_rmem_tensor((3, CHANNELS), Float32)
-    state.fill(0.0)
-    for c in range(CHANNELS):
-        state[0, c] = Float32(-float("inf"))
-    return state
-
-
-def _entry(state: Any) -> list[Float32]:
-    """The pooled values, rounded to bfloat16's."""
-    return conversions.to_bf16([state[2, c] / state[1, c] for c in range(CHANNELS)])

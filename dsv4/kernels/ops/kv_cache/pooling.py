@@ -6,16 +6,29 @@ another: a ring is long enough that the step's tokens overwrite none that its ro
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
-from dsv4.kernels.device import async_copies, global_memory, shared_memory
+from dsv4.kernels.device import async_copies, conversions, global_memory, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES
 from dsv4.kernels.device.elementary import LOG2_E
 from dsv4.kernels.ops.kv_cache.rows import CHANNELS
+
+
+class Softmax(NamedTuple):
+    """A thread's running softmax over the slots of a block, registers, one a channel: the largest
+    gate, -inf at first; the sum of the weights relative to it; the weighted sum.
+    """
+
+    largest: cute.Tensor
+    weights: cute.Tensor
+    values: cute.Tensor
+
+
+LARGEST, WEIGHTS, VALUES = range(len(Softmax._fields))  # where groups lay them down for each other
 
 
 class Inputs(NamedTuple):
@@ -24,14 +37,14 @@ class Inputs(NamedTuple):
     entries and scales uint8 `[S, capacity, ...]`.
     """
 
-    kv: Any
-    gate: Any
-    ape: Any
-    norm: Any
-    ring_kv: Any
-    ring_gate: Any
-    entries: Any
-    scales: Any
+    kv: cute.Tensor
+    gate: cute.Tensor
+    ape: cute.Tensor
+    norm: cute.Tensor
+    ring_kv: cute.Tensor
+    ring_gate: cute.Tensor
+    entries: cute.Tensor
+    scales: cute.Tensor
 
 
 class Token(NamedTuple):
@@ -39,10 +52,10 @@ class Token(NamedTuple):
     it, counted no further than a block's slots.
     """
 
-    row: Any
-    position: Any
-    slot: Any
-    together: Any
+    row: Int32
+    position: Int32
+    slot: Int32
+    together: Int32
 
 
 class Compressor:
@@ -92,9 +105,12 @@ def write_ring(
 
 
 @cute.jit
-def place_of(sizes: cutlass.Constexpr, row: Int32, position: Any, slot: Any) -> Token:
+def place_of(
+    sizes: cutlass.Constexpr, row: Int32, position: cute.Tensor, slot: cute.Tensor
+) -> Token:
     """The token of a row. Rows of a sequence stand together in ascending order."""
-    lane, own = cute.arch.lane_idx(), (position[row], slot[row])
+    lane = cute.arch.lane_idx()
+    own_position, own_slot = position[row], slot[row]
     earlier = []
     for turn in range_constexpr(-(-sizes.slots // 32)):
         back = lane + 32 * turn
@@ -104,12 +120,12 @@ def place_of(sizes: cutlass.Constexpr, row: Int32, position: Any, slot: Any) -> 
     whole = Int32(1)
     for turn in range_constexpr(-(-sizes.slots // 32)):
         reached, beside, exists = earlier[turn]
-        same = exists & (reached == own[0]) & (beside == own[1])
+        same = exists & (reached == own_position) & (beside == own_slot)
         others = ~cute.arch.vote_ballot_sync(same)
         run = cute.arch.clz(cute.arch.brev(others))
         count += run * whole
         whole = whole if others == 0 else Int32(0)
-    return Token(row, own[0], own[1], count)
+    return Token(row, own_position, own_slot, count)
 
 
 @cute.jit
@@ -161,12 +177,11 @@ def pool(
     first: Int32,
     stage: Int32,
     threads: cutlass.Constexpr,
-    state: cute.Tensor,
+    state: Softmax,
 ) -> None:
     """Add a batch of slots, fetched before, to the thread's running softmax.
 
-    position: of the token that completes the block. state: float32 `[3, 4]`: the largest gate, the
-    sum of weights, the weighted sum; the largest is -inf at first.
+    position: of the token that completes the block.
     """
     async_copies.wait(0)
     values, gates = [], []
@@ -179,32 +194,56 @@ def pool(
         absent = Float32(-float("inf"))
         gates.append([raw[c] + added[c] if position >= back else absent for c in range(CHANNELS)])
     for c in range_constexpr(CHANNELS):
-        largest = state[0, c]
+        largest = state.largest[c]
         for i in range_constexpr(sizes.batch):
             largest = cute.arch.fmax(largest, gates[i][c])
-        shrink = _weight(state[0, c], largest)
-        weight_sum, value_sum = state[1, c] * shrink, state[2, c] * shrink
+        shrink = _weight(state.largest[c], largest)
+        weight_sum, value_sum = state.weights[c] * shrink, state.values[c] * shrink
         for i in range_constexpr(sizes.batch):
             weight = _weight(gates[i][c], largest)
             weight_sum += weight
             value_sum += weight * values[i][c]
-        state[0, c], state[1, c], state[2, c] = largest, weight_sum, value_sum
+        state.largest[c], state.weights[c], state.values[c] = largest, weight_sum, value_sum
 
 
 @cute.jit
-def merge(state: cute.Tensor, others: cute.Tensor, groups: cutlass.Constexpr, team: Int32) -> None:
-    """Add what other groups of threads pooled: others float32 `[3, 4, groups, threads]`."""
+def give(state: Softmax, others: cute.Tensor, group: Int32, team: Int32) -> None:
+    """Leave what a group of threads pooled for another: others float32 `[3, 4, groups, threads]`,
+    the softmax's fields in their order.
+    """
     for c in range_constexpr(CHANNELS):
-        largest = state[0, c]
+        for field in range_constexpr(len(Softmax._fields)):
+            others[field, c, group, team] = state[field][c]
+
+
+@cute.jit
+def merge(state: Softmax, others: cute.Tensor, groups: cutlass.Constexpr, team: Int32) -> None:
+    """Add what other groups gave (`give`), in their order."""
+    for c in range_constexpr(CHANNELS):
+        largest = state.largest[c]
         for group in range_constexpr(groups):
-            largest = cute.arch.fmax(largest, others[0, c, group, team])
-        shrink = _weight(state[0, c], largest)
-        weight_sum, value_sum = state[1, c] * shrink, state[2, c] * shrink
+            largest = cute.arch.fmax(largest, others[LARGEST, c, group, team])
+        shrink = _weight(state.largest[c], largest)
+        weight_sum, value_sum = state.weights[c] * shrink, state.values[c] * shrink
         for group in range_constexpr(groups):
-            shrink = _weight(others[0, c, group, team], largest)
-            weight_sum += others[1, c, group, team] * shrink
-            value_sum += others[2, c, group, team] * shrink
-        state[0, c], state[1, c], state[2, c] = largest, weight_sum, value_sum
+            shrink = _weight(others[LARGEST, c, group, team], largest)
+            weight_sum += others[WEIGHTS, c, group, team] * shrink
+            value_sum += others[VALUES, c, group, team] * shrink
+        state.largest[c], state.weights[c], state.values[c] = largest, weight_sum, value_sum
+
+
+def empty() -> Softmax:
+    """Over no slots."""
+    state = Softmax(*(cute.make_rmem_tensor(CHANNELS, Float32) for _ in Softmax._fields))
+    state.largest.fill(-float("inf"))
+    state.weights.fill(0.0)
+    state.values.fill(0.0)
+    return state
+
+
+def pooled(state: Softmax) -> list[Float32]:
+    """The weighted mean, rounded to bfloat16's values."""
+    return conversions.to_bf16([state.values[c] / state.weights[c] for c in range(CHANNELS)])
 
 
 def _weight(gate: Float32, largest: Float32) -> Float32:

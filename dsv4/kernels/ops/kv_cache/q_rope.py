@@ -75,7 +75,7 @@ class QRope:
             values.append(global_memory.load_channels(q.iterator, start + part * PART, self.wide))
         at = cutlass.max(Int32(known), 0)
         column = (parts - 1) * PART + lane * CHANNELS
-        turn = [rows.angle(table, at, column, self.nope) for table in (cos, sin)]
+        turn = rows.turn_of((cos, sin), at, column, self.nope)
         squares = Float64(0.0)
         for part in range_constexpr(parts):
             squares += rows.square_sum(values[part])
@@ -86,7 +86,7 @@ class QRope:
             scaled = [arithmetic.product(value, inverse) for value in values[part]]
             words = _pairs(scaled)
             if cutlass.const_expr(part == parts - 1):
-                rotated = rows.rotated(conversions.to_bf16(scaled), turn[0], turn[1])
+                rotated = rows.rotated(conversions.to_bf16(scaled), turn)
                 words = _choose(column >= self.nope, rotated, words)
             global_memory.store_words((out.iterator + start + part * PART).toint(), words)
 

@@ -5,7 +5,7 @@ A team is as many whole warps as the vector has quarters; `column` is a thread's
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -21,6 +21,13 @@ SMALLEST_KV_AMAX = 1e-4
 INDEXER_BLOCK = 32
 E2M1_MAX = 6.0
 SMALLEST_INDEXER_AMAX = 6.0 * 2.0**-126
+
+
+class Turn(NamedTuple):
+    """Cosines and sines for the thread's two pairs of channels."""
+
+    cos: tuple[Float32, ...]
+    sin: tuple[Float32, ...]
 
 
 def square_sum(values: Any) -> Float64:
@@ -60,18 +67,24 @@ def normed(values: Any, weights: Any, squares: Float64, width: int, eps: float) 
     )
 
 
-def rotated(values: Any, cos: Any, sin: Any) -> tuple[Uint32, Uint32]:
+def rotated(values: Any, turn: Turn) -> tuple[Uint32, Uint32]:
     """The thread's two pairs of channels, turned, as pairs of bfloat16."""
     words = []
     for i in range(2):
-        even, odd = rounding.rotate(values[2 * i], values[2 * i + 1], cos[i], sin[i])
+        even, odd = rounding.rotate(values[2 * i], values[2 * i + 1], turn.cos[i], turn.sin[i])
         words.append(conversions.bf16_pair(even, odd))
     return words[0], words[1]
 
 
+def turn_of(
+    tables: tuple[cute.Tensor, cute.Tensor], position: Int32, column: Int32, nope: int
+) -> Turn:
+    """From tables of cosines and sines; of any pairs where the thread has no rotated channel."""
+    return Turn(*(_angles(table, position, column, nope) for table in tables))
+
+
 @cute.jit
-def angle(table: cute.Tensor, position: Int32, column: Int32, nope: cutlass.Constexpr) -> Any:
-    """The table's two entries for the thread's pairs; any two where it has no rotated channel."""
+def _angles(table: cute.Tensor, position: Int32, column: Int32, nope: cutlass.Constexpr) -> Any:
     pair = cutlass.max(column - nope, 0) // 2
     return global_memory.load_floats((table.iterator + position * table.shape[1] + pair).toint(), 2)
 
@@ -79,8 +92,7 @@ def angle(table: cute.Tensor, position: Int32, column: Int32, nope: cutlass.Cons
 @cute.jit
 def store_kv_row(
     values: Any,
-    cos: Any,
-    sin: Any,
+    turn: Turn,
     column: Int32,
     nope: cutlass.Constexpr,
     row: Int64,
@@ -92,9 +104,7 @@ def store_kv_row(
     bytes, one for each 64 channels, then 0.
     """
     if column >= nope:
-        global_memory.store_words(
-            row + nope + 2 * (column - nope).to(Int64), rotated(values, cos, sin)
-        )
+        global_memory.store_words(row + nope + 2 * (column - nope).to(Int64), rotated(values, turn))
     amax = Float32(SMALLEST_KV_AMAX)
     for value in values:
         amax = cute.arch.fmax(amax, cute.arch.fmax(value, -value))
@@ -113,8 +123,7 @@ def store_kv_row(
 @cute.jit
 def store_index_key(
     values: Any,
-    cos: Any,
-    sin: Any,
+    turn: Turn,
     column: Int32,
     width: cutlass.Constexpr,
     nope: cutlass.Constexpr,
@@ -126,7 +135,7 @@ def store_index_key(
     row: address of `width / 2` bytes of E2M1 codes, the even channel low; scales: of one E8M0 byte
     for each 32 channels.
     """
-    first, second = rotated(values, cos, sin)
+    first, second = rotated(values, turn)
     turned = [
         conversions.bf16_low(first),
         conversions.bf16_high(first),

@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.core.sizes import MULTIPROCESSORS
+from dsv4.kernels.device.weight_operands import WeightTensors
 from dsv4.kernels.ops.prefill.mainloop import PRODUCERS, STAGING_BYTES, Mainloop
 from dsv4.kernels.ops.prefill.weight_fragments import RUN
 
@@ -18,8 +19,7 @@ class Gemm(Mainloop):
     """One shape of weight, a persistent grid of `ctas`.
 
     x: bfloat16 `[M, G, K]`, arranged if the weight's format asks for it (weight_fragments.py);
-    operands: codes, scales (not for "bf16"), global scale (only "nvfp4"); out: float32 or bfloat16
-    `[M, N]`.
+    operands: `WeightTensors` of the kind; out: float32 or bfloat16 `[M, N]`.
     With G > 1, rows `[g N/G, (g+1) N/G)` of the weight meet `x[:, g]`.
     """
 
@@ -63,7 +63,8 @@ class Gemm(Mainloop):
     ) -> None:
         rows = x.shape[0]
         tokens = self.tokens.source(x, rows, self.groups * self.k)
-        weight = self.codes.source(operands[0], self.weight.slabs * self.n, self.weight.pitch)
+        codes = WeightTensors(*operands).codes
+        weight = self.codes.source(codes, self.weight.slabs * self.n, self.weight.pitch)
         self.kernel(*tokens, *weight, operands, out).launch(
             grid=[self.ctas, 1, 1],
             block=[self.threads, 1, 1],
@@ -87,9 +88,9 @@ class Gemm(Mainloop):
         tiles = (rows + self.n_tile - 1) // self.n_tile
         ring, barriers, staging = self.allocate(self.staging)
         cute.arch.sync_threads()
-        done, scales = Int32(0), Int64(0)
-        if cutlass.const_expr(len(operands) > 1):
-            scales = operands[1].iterator.toint()
+        done, scales, tensors = Int32(0), Int64(0), WeightTensors(*operands)
+        if cutlass.const_expr(tensors.scales is not None):
+            scales = tensors.scales.iterator.toint()
         if thread < PRODUCERS:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if thread < 32:
@@ -103,8 +104,8 @@ class Gemm(Mainloop):
             cute.arch.setmaxregister_increase(self.consumer_registers)
             acc = cute.make_rmem_tensor(self.m_each * self.sums, Float32)
             factor = Float32(self.weight.factor)
-            if cutlass.const_expr(len(operands) > 2):
-                factor *= operands[2][0]
+            if cutlass.const_expr(tensors.global_scale is not None):
+                factor *= tensors.global_scale[0]
             for item in cutlass.range(block, tiles * self.m_tiles, self.ctas, unroll=1):
                 row, token = item // tiles * self.rows, item % tiles * self.n_tile
                 self.consume(acc, ring, barriers, scales, row, done, self.n_tile)

@@ -14,6 +14,7 @@ one, whose sums nobody sends; threads that do not fill a warp look after no expe
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -27,59 +28,91 @@ from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.elementary import sqrt_softplus
 from dsv4.kernels.device.global_memory import Load
 from dsv4.kernels.device.mma import mma_bf16
-from dsv4.kernels.device.roles import GROUP, MAX_FINISHERS, Roles
-from dsv4.kernels.device.weight_operands import MMAS, OPERANDS, STEP
+from dsv4.kernels.device.roles import (
+    FINISHER_BARRIER,
+    GROUP,
+    MAX_FINISHERS,
+    WORKER_BARRIER,
+    Roles,
+)
+from dsv4.kernels.device.weight_operands import (
+    BAND_SUMS,
+    MMAS,
+    OPERANDS,
+    STEP,
+    WeightTensors,
+    first_row,
+    sum_place,
+    sum_row,
+)
 
-SUMS = 256  # 32 experts by 8 tokens
-BANDS = 4  # of 32 rows, interleaved by 8, in a tile of 128
 X_PIECES = 4
 TINY = 1e-20  # as the reference: keeps the quotient finite
 LANES = 32
 
 
-class Gate(NamedTuple):
-    """Operands of the gate: a plain one has codes alone."""
+class ByScore(NamedTuple):
+    """What chooses: bias float32 `[E]`, added to the affinities."""
 
-    codes: Any
-    scales: Any = None
-    global_scale: Any = None
+    bias: cute.Tensor
 
 
+class ByTable(NamedTuple):
+    """What chooses: ids int32 `[T]`, and the experts of each id, tid2eid int64 `[V, top_k]`."""
+
+    ids: cute.Tensor
+    tid2eid: cute.Tensor
+
+
+Choice = ByScore | ByTable
+
+
+class Band(NamedTuple):
+    """Of a worker's sums: tokens, experts and part of the columns; parity: which of two places."""
+
+    group: Int32
+    band: Int32
+    part: Int32
+    parity: Int32
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class Router:
     """The router of one layer.
 
     kind: of gate `[E, D]`, "nvfp4" or "bf16", with its slabs. top_k: experts of a token; hashed:
     whether a table chooses them. warps: of a worker, each of which takes 128 columns.
 
-    x: bfloat16 `[T, D]`; gate: its operands (see `gemv`); choice: bias float32 `[E]`, or
-    ids int64 or int32 `[T]` and tid2eid int64 `[V, top_k]`; topk_idx int32, topk_weights float32
-    `[T, top_k]`; letters: float32 `[T, parts, E]`, zero before and after.
+    x: bfloat16 `[T, D]`; gate: its tensors (`WeightTensors`); choice: those of `ByScore`, or of
+    `ByTable`; topk_idx int32, topk_weights float32 `[T, top_k]`; letters: float32
+    `[T, parts, E]`, zero before and after.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        experts: int,
-        hidden: int,
-        slabs: int,
-        top_k: int,
-        hashed: bool,
-        scaling: float,
-        warps: int,
-        pdl: bool,
-    ) -> None:
-        self.kind, self.experts, self.hidden = kind, experts, hidden
-        self.top_k, self.hashed, self.scaling, self.warps = top_k, hashed, scaling, warps
-        self.operand = OPERANDS[kind](experts, hidden, slabs, experts % SCALE_TILE_ROWS == 0)
-        self.parts = hidden // STEP // warps
-        self.bands = -(-experts // SCALE_TILE_ROWS) * BANDS
-        self.finishing = -(-experts // LANES) * LANES  # threads
-        self.roles = Roles(self.bands * self.parts, pdl)
-        if hidden % (STEP * warps):
-            raise ValueError(f"a gate of {experts} x {hidden} does not divide into {warps} warps")
-        if not top_k <= experts <= MAX_EXPERTS or top_k > MAX_TOP_K:
+    kind: str
+    experts: int
+    hidden: int
+    slabs: int
+    top_k: int
+    hashed: bool
+    scaling: float
+    warps: int
+    pdl: bool
+
+    def __post_init__(self) -> None:
+        self.ragged = self.experts % SCALE_TILE_ROWS != 0
+        self.operand = OPERANDS[self.kind](self.experts, self.hidden, self.slabs, not self.ragged)
+        self.parts = self.hidden // STEP // self.warps
+        self.bands = -(-self.experts // SCALE_TILE_ROWS) * (SCALE_TILE_ROWS // LANES)
+        self.finishing = -(-self.experts // LANES) * LANES  # threads
+        self.roles = Roles(self.bands * self.parts, self.pdl)
+        if self.hidden % (STEP * self.warps):
             raise ValueError(
-                f"{top_k} of {experts} experts, expected at most {MAX_TOP_K} of {MAX_EXPERTS}"
+                f"a gate of {self.experts} x {self.hidden} does not divide into {self.warps} warps"
+            )
+        if not self.top_k <= self.experts <= MAX_EXPERTS or self.top_k > MAX_TOP_K:
+            raise ValueError(
+                f"{self.top_k} of {self.experts} experts, expected at most {MAX_TOP_K} of "
+                f"{MAX_EXPERTS}"
             )
 
     @cute.jit
@@ -112,7 +145,7 @@ class Router:
     ) -> None:
         self.roles.begin()
         smem = cutlass.memory.SmemAllocator()
-        sums = smem.allocate_tensor(Float32, cute.make_layout((SUMS, self.warps, 2)), 16)
+        sums = smem.allocate_tensor(Float32, cute.make_layout((BAND_SUMS, self.warps, 2)), 16)
         found = smem.allocate_tensor(Float32, cute.make_layout((self.finishing, 2, 2)), 16)
         copies = smem.allocate(self.operand.pieces * PIECE_BYTES * self.warps, 128).toint()
         block, _, _ = cute.arch.block_idx()
@@ -121,33 +154,40 @@ class Router:
         finisher = self.roles.finisher(block, slices)
         if finisher < 0:
             if thread < 32 * self.warps:
-                self._work(x, gate, letters, sums, copies, slices)
+                self._work(x, WeightTensors(*gate), letters, sums, copies, slices)
         else:
             if thread < self.finishing:
-                self._finish(choice, topk_idx, topk_weights, letters, found, finisher)
+                named = ByTable(*choice) if self.hashed else ByScore(*choice)
+                self._finish(named, topk_idx, topk_weights, letters, found, finisher)
 
     @cute.jit
     def _work(
-        self, x: Any, gate: Any, letters: Any, sums: Any, copies: Int32, slices: Int32
+        self,
+        x: cute.Tensor,
+        gate: WeightTensors,
+        letters: cute.Tensor,
+        sums: cute.Tensor,
+        copies: Int32,
+        slices: Int32,
     ) -> None:
+        """A worker: 32 experts' sums over its part of the columns, for groups of eight tokens."""
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         block, _, _ = cute.arch.block_idx()
         band = block % self.bands
         part = (block // self.bands) % self.parts
         step, t = part * self.warps + warp, lane % 4
-        row = (band // BANDS) * 128 + (band % BANDS) * 8 + lane // 4
+        row = first_row(band) + lane // 4
         slot = copies + warp * (self.operand.pieces * PIECE_BYTES) + lane * LANE_BYTES
-        weight = Gate(*gate)
-        scales = None if weight.scales is None else weight.scales.iterator
+        scales = None if gate.scales is None else gate.scales.iterator
         at = slot
-        for address in self.operand.addresses(weight.codes.iterator, scales, row, step, t):
+        for address in self.operand.addresses(gate.codes.iterator, scales, row, step, t):
             async_copies.copy(at, address, l2=256)
             at += PIECE_BYTES
         async_copies.commit()
         async_copies.wait(0)
         factor = Float32(self.operand.factor)
         if cutlass.const_expr(self.kind == "nvfp4"):
-            factor *= weight.global_scale[0]
+            factor *= gate.global_scale[0]
         self.roles.wait()
         tokens = Int32(x.shape[0])
         groups = self.roles.groups(tokens)
@@ -168,9 +208,10 @@ class Router:
             acc = self._multiply(own, acts, t)
             for c in range_constexpr(8):
                 sums[c * 32 + lane, warp, parity] = acc[c]
-            cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps)
-            self._send(letters, sums, group, band, part, parity, factor, tokens)
-            parity = 1 - parity
+            cute.arch.barrier(barrier_id=WORKER_BARRIER, number_of_threads=32 * self.warps)
+            own_sums = Band(group, band, part, parity)
+            self._send(letters, sums, own_sums, factor, tokens)
+            parity = 1 - parity  # the next group's sums lie beside: nobody waits for readers
 
     def _multiply(self, own: Any, acts: Any, t: Int32) -> list[Float32]:
         """The lane's sums: two tiles of 16 rows, each in two chains of MMAs."""
@@ -187,64 +228,62 @@ class Router:
     @cute.jit
     def _send(
         self,
-        letters: Any,
-        sums: Any,
-        group: Int32,
-        band: Int32,
-        part: Int32,
-        parity: Int32,
+        letters: cute.Tensor,
+        sums: cute.Tensor,
+        own: Band,
         factor: Float32,
         tokens: Int32,
     ) -> None:
         """Add the warps' sums in their order: one letter for each token."""
         thread, _, _ = cute.arch.thread_idx()
-        for turn in range_constexpr(-(-SUMS // (32 * self.warps))):
+        for turn in range_constexpr(-(-BAND_SUMS // (32 * self.warps))):
             item = turn * 32 * self.warps + thread
-            # Neighbouring threads have neighbouring experts.
-            g, quarter, col = item % 8, (item // 8) % 4, item // 32
-            source = ((quarter // 2) * 4 + (quarter % 2) * 2 + col % 2) * 32 + g * 4 + col // 2
-            token = group * GROUP + col
-            row = (band // BANDS) * 128 + (band % BANDS) * 8 + g + 32 * quarter
-            if (item < SUMS) & (token < tokens) & self._exists(row):
-                total = sums[source, 0, parity]
+            source, column = sum_place(item)
+            token = own.group * GROUP + column
+            expert = sum_row(own.band, item)
+            there = (item < BAND_SUMS) & (token < tokens)
+            if cutlass.const_expr(self.ragged):
+                there = there & (expert < self.experts)
+            if there:
+                total = sums[source, 0, own.parity]
                 for warp in range_constexpr(1, self.warps):
-                    total += sums[source, warp, parity]
-                place = (token * self.parts + part) * self.experts + row
+                    total += sums[source, warp, own.parity]
+                place = (token * self.parts + own.part) * self.experts + expert
                 mailbox.send(letters.iterator + place, total * factor)
-
-    def _exists(self, expert: Int32) -> Any:
-        """Whether there is such an expert, where not all tiles and warps are full."""
-        return True if self.experts % SCALE_TILE_ROWS == 0 else expert < self.experts
 
     @cute.jit
     def _finish(
         self,
         choice: Any,
-        topk_idx: Any,
-        topk_weights: Any,
-        letters: Any,
-        found: Any,
+        topk_idx: cute.Tensor,
+        topk_weights: cute.Tensor,
+        letters: cute.Tensor,
+        found: cute.Tensor,
         finisher: Int32,
     ) -> None:
+        """A finisher: a thread for each expert; found: the experts' affinities, and their scores.
+
+        One warp chooses while the others wait for the next token's sums.
+        """
         thread, _, _ = cute.arch.thread_idx()
         bias = Float32(0.0)
         if cutlass.const_expr(not self.hashed):
-            bias = choice[0][cutlass.min(thread, self.experts - 1)]
+            bias = choice.bias[cutlass.min(thread, self.experts - 1) if self.ragged else thread]
         self.roles.wait()
         tokens = Int32(topk_idx.shape[0])
         parity = Int32(0)
         for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
+            box = letters.iterator + token * self.parts * self.experts + thread
             logit = Float32(0.0)
-            if self._exists(thread):
-                logit = mailbox.receive(
-                    letters.iterator + token * self.parts * self.experts + thread,
-                    self.parts,
-                    self.experts,
-                )
+            if cutlass.const_expr(self.ragged):
+                if thread < self.experts:
+                    logit = mailbox.receive(box, self.parts, self.experts)
+            else:
+                logit = mailbox.receive(box, self.parts, self.experts)
             affinity = sqrt_softplus(logit)
             found[thread, 0, parity] = affinity
             found[thread, 1, parity] = affinity + bias
-            cute.arch.barrier(barrier_id=2, number_of_threads=self.finishing)
+            cute.arch.barrier(barrier_id=FINISHER_BARRIER, number_of_threads=self.finishing)
             if thread < LANES:
                 expert = self._listed(choice, token)
                 if cutlass.const_expr(not self.hashed):
@@ -261,21 +300,21 @@ class Router:
                     topk_weights[token, thread] = scaled
             parity = 1 - parity
 
-    def _listed(self, choice: Any, token: Int32) -> Int32:
+    def _listed(self, choice: Choice, token: Int32) -> Int32:
         """The lane's expert by the table. An id out of range reads the nearest row there is."""
-        if not self.hashed:
+        if isinstance(choice, ByScore):
             return Int32(0)
         ids, table = choice
         row = cutlass.min(cutlass.max(Int32(ids[token]), 0), Int32(table.shape[0]) - 1)
         return Int32(table[row, cutlass.min(cute.arch.lane_idx(), self.top_k - 1)])
 
     @cute.jit
-    def _best(self, found: Any, parity: Int32) -> Int32:
+    def _best(self, found: cute.Tensor, parity: Int32) -> Int32:
         """Lane k: the expert of the k-th highest score. A lane looks after neighbouring experts."""
         lane = cute.arch.lane_idx()
         count = self.finishing // LANES
         keys = [_ordered(found[lane * count + i, 1, parity]) for i in range(count)]
-        if cutlass.const_expr(self.experts % LANES != 0):
+        if cutlass.const_expr(self.ragged):
             keys = [
                 Uint32(cutlass.select_(lane * count + i < self.experts, keys[i], Uint32(0)))
                 for i in range(count)

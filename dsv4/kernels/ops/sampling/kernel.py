@@ -8,7 +8,7 @@ what ranks before it, and that decides whether it stays or a draw from those fol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -23,6 +23,31 @@ from dsv4.kernels.reference.sampling import INVALID_TOKEN, MAX_VOCAB
 
 VECTOR = 4  # logits in 16 bytes
 SPAN = VECTOR * LANES
+
+
+class Parameters(NamedTuple):
+    """How rows are drawn: of all, `[T]`, or of one."""
+
+    temperature: Any
+    top_p: Any
+    top_k: Any
+    allowed: Any
+    seed: Any
+
+
+class Warp(NamedTuple):
+    """A warp's run of ids: a thread's logits and weights, registers, and its first id."""
+
+    logits: cute.Tensor
+    weights: cute.Tensor
+    first: Int32
+
+
+class Draw(NamedTuple):
+    """Which of all random numbers a draw takes: number `counter` of its seed."""
+
+    seed: Uint64
+    counter: Uint64
 
 
 class Sample:
@@ -53,7 +78,7 @@ class Sample:
         token: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
-        parameters = (temperature, top_p, top_k, allowed, seed)
+        parameters = Parameters(temperature, top_p, top_k, allowed, seed)
         self.kernel(logits, parameters, counter, position, token).launch(
             grid=[self.ctas, logits.shape[0], 1],
             block=[LANES * self.warps, 1, 1],
@@ -78,11 +103,11 @@ class Sample:
         self.cluster.begun()
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        temperature, top_p, top_k, allowed, seed = [one[row] for one in parameters]
+        own = Parameters(*(one[row] for one in parameters))
         draws, place = counter[row], position[row]
         warp = rank * self.warps + cute.arch.warp_idx()
         first = warp * (SPAN * self.vectors) + cute.arch.lane_idx() * VECTOR
-        x = self._load(logits.iterator + Int64(row) * self.vocab, first, allowed)
+        x = self._load(logits.iterator + Int64(row) * self.vocab, first, own.allowed)
         most = numbers.key_of(x[0])
         for i in range_constexpr(1, self.count):
             most = cutlass.max(most, numbers.key_of(x[i]))
@@ -90,17 +115,16 @@ class Sample:
         chosen = Int32(INVALID_TOKEN)
         writes = (rank == 0) & (cute.arch.thread_idx()[0] == 0)
         if (peak > numbers.LOWEST_KEY) & (peak < numbers.INFINITE_KEY):
-            w = self._weigh(x, numbers.number_of(peak), temperature)
-            filters = (temperature, top_p, top_k)
-            source = (Uint64(seed), Uint64(draws))
-            chosen, writes = self._draw(x, w, first, filters, source, shared, writes)
+            w = self._weigh(x, numbers.number_of(peak), own.temperature)
+            number = Draw(Uint64(own.seed), Uint64(draws))
+            chosen, writes = self._draw(Warp(x, w, first), own, number, shared, writes)
         if writes:
             token[row] = chosen
             counter[row] = draws + 1
             position[row] = place + 1
 
     @cute.jit
-    def _load(self, row: Any, first: Int32, allowed: Int32) -> Any:
+    def _load(self, row: cute.Pointer, first: Int32, allowed: Int32) -> cute.Tensor:
         """A thread's logits; -infinity where there are none or they are not allowed."""
         x = cute.make_rmem_tensor(self.count, Float32)
         end = cutlass.min(allowed, Int32(self.vocab))
@@ -113,7 +137,7 @@ class Sample:
         return x
 
     @cute.jit
-    def _weigh(self, x: Any, peak: Float32, temperature: Float32) -> Any:
+    def _weigh(self, x: cute.Tensor, peak: Float32, temperature: Float32) -> cute.Tensor:
         """A thread's weights. Greedy: 1 for the largest, so that the first of them is drawn."""
         w = cute.make_rmem_tensor(self.count, Uint64)
         if temperature > 0:
@@ -127,24 +151,28 @@ class Sample:
 
     @cute.jit
     def _draw(
-        self, x: Any, w: Any, first: Int32, filters: Any, source: Any, shared: Any, leader: Any
-    ) -> Any:
-        """-> the token, and whether this thread is to write it."""
-        temperature, top_p, top_k = filters
-        own = self._sum(w)
+        self, warp: Warp, row: Parameters, number: Draw, shared: Any, leader: Boolean
+    ) -> tuple[Int32, Boolean]:
+        """-> the token, and whether this thread is to write it.
+
+        Rejecting, because ranks are not known: a draw from all is kept if what ranks before it
+        leaves it among the kept; else the next is from those before it alone, which are fewer.
+        """
+        temperature, top_p, top_k = row.temperature, row.top_p, row.top_k
+        own = self._sum(warp.weights)
         total, before, _ = self.cluster.share(shared, Int32(0), own, Uint32(0))
         limit = numbers.mass_limit(total, top_p)
         plain = (temperature <= 0) | ((top_p >= 1) & (top_k <= 0))
         chosen, writes = Int32(INVALID_TOKEN), leader
         attempt, undecided = Int32(0), total > 0
         while undecided:
-            place = multiply_high(numbers.random_bits(source[0], source[1], attempt), total)
+            place = multiply_high(numbers.random_bits(number.seed, number.counter, attempt), total)
             if temperature <= 0:
                 place = Uint64(0)
             owner = (place >= before) & (place - before < own)
             value = Uint32(0)
             if owner:
-                chosen, value = self._find(x, w, first, place - before)
+                chosen, value = self._find(warp, place - before)
             if plain:
                 undecided = Boolean(False)
                 writes = owner & (cute.arch.lane_idx() == 0)
@@ -154,14 +182,14 @@ class Sample:
                 told, value = self.cluster.announced(shared, attempt)
                 chosen = Int32(told)
                 attempt += 1
-                ranked = self._keep_ahead(x, w, first, value.bitcast(Float32), chosen)
-                own = self._sum(w)
+                ranked = self._keep_ahead(warp, value.bitcast(Float32), chosen)
+                own = self._sum(warp.weights)
                 total, before, ranked = self.cluster.share(shared, attempt, own, ranked)
                 undecided = (total >= limit) | ((top_k > 0) & (ranked >= Uint32(top_k)))
         return chosen, writes
 
     @cute.jit
-    def _sum(self, w: Any) -> Uint64:
+    def _sum(self, w: cute.Tensor) -> Uint64:
         """The sum of this warp's weights."""
         own = Uint64(0)
         for i in range_constexpr(self.count):
@@ -169,8 +197,9 @@ class Sample:
         return warp_sum(own)
 
     @cute.jit
-    def _find(self, x: Any, w: Any, first: Int32, place: Uint64) -> Any:
+    def _find(self, warp: Warp, place: Uint64) -> tuple[Int32, Uint32]:
         """The id, and the bits of its logit, at `place` of this warp's running sum."""
+        x, w, first = warp
         begin, chosen, value = Uint64(0), Uint32(0), Uint32(0)
         for v in range_constexpr(self.vectors):
             own = Uint64(0)
@@ -188,8 +217,9 @@ class Sample:
         return Int32(chosen), cute.arch.warp_redux_sync(value, "or")
 
     @cute.jit
-    def _keep_ahead(self, x: Any, w: Any, first: Int32, value: Float32, chosen: Int32) -> Uint32:
+    def _keep_ahead(self, warp: Warp, value: Float32, chosen: Int32) -> Uint32:
         """Leave the weights that rank before the chosen token; -> how many do, in this warp."""
+        x, w, first = warp
         ranked = Uint32(0)
         for v in range_constexpr(self.vectors):
             for e in range_constexpr(VECTOR):

@@ -1,4 +1,4 @@
-"""`dsv4 bench quality`: what a recipe costs a trained checkpoint, on text it has not seen.
+"""`python -m benchmarks quality`: what a recipe costs a trained checkpoint, on text new to it.
 
 The text runs in windows of 512 tokens, each a sequence of its own, of which the first 64 tokens
 are context and not scored. The checkpoint itself, dequantised into memory, comes first; every
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.bench.source_weights import SourceWeights
+from benchmarks.source_weights import SourceWeights
 from dsv4.convert.engine import convert
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import RuntimeRefusal

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.bench import kernel_peers
-from dsv4.bench.kernel_peers import Peer, PeerLine, compare
+from benchmarks import kernel_peers
+from benchmarks.kernel_peers import Peer, PeerLine, compare
+from benchmarks.peer_work import Product, Routed, Work
+from benchmarks.tables import peer_line
 from dsv4.bench.kernels import Machine
-from dsv4.bench.peer_work import Product, Routed, Work
-from dsv4.commands.bench_tables import peer_line
 from dsv4.formats.model.releases import FLASH
 from tests.support.emulator import Emulator
 

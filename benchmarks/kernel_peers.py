@@ -1,4 +1,4 @@
-"""`dsv4 bench kernels --peers`: other libraries' kernels beside ours, on the same values.
+"""`python -m benchmarks kernels`: other libraries' kernels beside ours, on the same values.
 
 torch (cuBLAS) on BF16 weights, plain Triton kernels that dequantise (`triton_peers`), and
 humming-kernels (`humming_peers`), imported only here and where they are called. Each takes the
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.peer_work import Product, Routed, Subject, Work, subjects
 from dsv4.bench.kernels import Machine, copies_of, graph_seconds
-from dsv4.bench.peer_work import Product, Routed, Subject, Work, subjects
 from dsv4.formats.errors import KernelError
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
@@ -134,7 +134,7 @@ def _torch_grouped(work: Work) -> Run:
 
 def triton_forms(work: Work) -> Mapping[str, Prepare]:
     """Tiles of a few sizes. Raises ImportError without Triton."""
-    triton = importlib.import_module("dsv4.bench.triton_peers")
+    triton = importlib.import_module("benchmarks.triton_peers")
 
     def product(form: object) -> Prepare:
         def prepare(work: Work) -> Run:
@@ -164,7 +164,7 @@ def triton_forms(work: Work) -> Mapping[str, Prepare]:
 
 def humming_forms(work: Work) -> Mapping[str, Prepare]:
     """What its heuristics choose. Raises ImportError without humming-kernels."""
-    humming = importlib.import_module("dsv4.bench.humming_peers")
+    humming = importlib.import_module("benchmarks.humming_peers")
     return {"its heuristics": humming.routed if isinstance(work, Routed) else humming.product}
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.bench.parity_logits import Proof, forward_whole, random_ids, reference
+from benchmarks.parity_logits import Proof
+from dsv4.bench.logits import forward_whole, random_ids, reference
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.text.generate import generate

@@ -1,4 +1,4 @@
-"""What `dsv4 bench quality` shows: a rich table, and a plot as an SVG document."""
+"""What `python -m benchmarks quality` shows: a rich table, and a plot as an SVG document."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 
 from rich.table import Table
 
-from dsv4.bench.quality import Measured, Quality
+from benchmarks.quality import Measured, Quality
 
 WIDTH = 720
 LEFT, RIGHT, TOP, ROW, BAR = 190, 130, 44, 30, 16

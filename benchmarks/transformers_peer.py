@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.bench.decode import Report, measure
 from dsv4.bench.kernels import graph_seconds
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind, Kind, parameters
 from dsv4.formats.numeric.layouts import deinterleave_rows, dequantize
+from dsv4.kernels.core.library import Library
+from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.session import GpuSession
 
 PIECE = 1024  # tokens of a prompt at once
@@ -119,6 +123,16 @@ class Rivals:
     def right(self) -> bool:
         """Whether the logits agree as far as both formats can."""
         return self.difference <= DIFFERENCE
+
+
+def beside_ours(
+    config: ModelConfig, model: str, library: Library, device: torch.device, *, context: int
+) -> tuple[Report, Rivals]:
+    """Our step of one token, checked and timed, and theirs on the same weights."""
+    weights = RandomWeights(config, device)
+    session = GpuModel(weights, library, device).session(context + MAX_ROWS, chunk=0)
+    report = measure(session, weights, model, context, (1,))
+    return report, rivals(session, weights, context)
 
 
 def rivals(session: GpuSession, weights: RandomWeights, context: int) -> Rivals:

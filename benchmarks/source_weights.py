@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.bench.peers import amax_rounding
+from benchmarks.peers import amax_rounding
 from dsv4.convert.outputs.decode import read_values
 from dsv4.convert.sources.open import open_source
 from dsv4.formats.model.config import ModelConfig

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from dsv4.bench import quality as bench
-from dsv4.bench.peers import amax_rounding, modelopt_rounding
-from dsv4.bench.quality_table import cost_plot, cost_table
-from dsv4.bench.source_weights import SourceWeights
+from benchmarks import quality as bench
+from benchmarks.peers import amax_rounding, modelopt_rounding
+from benchmarks.quality_table import cost_plot, cost_table
+from benchmarks.source_weights import SourceWeights
 from dsv4.commands.bench import bench as commands
 from dsv4.convert.engine import convert
 from dsv4.formats.errors import RuntimeRefusal

@@ -16,8 +16,8 @@ from humming.testing.data import generate_moe_tensors
 from humming.tune import get_heuristics_config
 from torch import Tensor
 
-from dsv4.bench.peer_work import Product, Routed
-from dsv4.bench.triton_peers import activate
+from benchmarks.peer_work import Product, Routed
+from benchmarks.triton_peers import activate
 
 Run = Callable[[], Tensor]
 

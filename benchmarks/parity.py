@@ -1,4 +1,4 @@
-"""`dsv4 bench parity`: is what the GPU computes what the model says? Every line is a comparison.
+"""`python -m benchmarks parity`: does the GPU compute what the model says? A comparison a line.
 
 Weights are random bytes of the real shapes and formats, as many layers as asked for. Correctness
 only; `dsv4 bench decode` has the times.
@@ -11,18 +11,18 @@ from collections.abc import Iterator
 
 import torch
 
-from dsv4.bench.parity_logits import Proof, after_long_context, from_the_start
-from dsv4.bench.parity_sessions import sessions
-from dsv4.bench.parity_text import greedy_text
-from dsv4.bench.parity_weights import TellingWeights
-from dsv4.bench.soak import soak
+from benchmarks.parity_logits import Proof, after_long_context, from_the_start
+from benchmarks.parity_sessions import sessions
+from benchmarks.parity_text import greedy_text
+from benchmarks.parity_weights import TellingWeights
+from benchmarks.soak import soak
+from dsv4.bench.logits import ON_A_GPU
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.reference.accumulate import temporaries
 from dsv4.runtime.gpu.model import GpuModel
 
 SELECTION = 2048  # tokens from which on a CSA layer of Flash chooses among its blocks
-ON_A_GPU = 1 << 25  # elements of a temporary of the reference
 BEYOND = 64  # tokens of a long context that are read before its end: the next ones cross it
 
 

@@ -8,10 +8,10 @@ from io import StringIO
 import torch
 from rich.console import Console
 
-from dsv4.bench import transformers_peer as peer
+from benchmarks import transformers_peer as peer
+from benchmarks.tables import rivals_table
 from dsv4.bench.decode import Step
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.commands.bench_tables import rivals_table
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.model import load
 from tests.runtime.gpu.test_session import CPU, SMALL

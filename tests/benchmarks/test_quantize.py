@@ -7,15 +7,16 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from dsv4.bench import quantize as bench
-from dsv4.bench.peers import least_errors
-from dsv4.commands.bench_tables import quality_table, speed_table
+from benchmarks import quantize as bench
+from benchmarks.peers import least_errors
+from benchmarks.tables import quality_table, speed_table
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.layouts import unpack_nvfp4
 from dsv4.formats.numeric.mxfp4 import CastReport, cast_mxfp4_to_nvfp4
@@ -167,8 +168,7 @@ def test_the_command_prints_one_json_document() -> None:
         [
             sys.executable,
             "-m",
-            "dsv4",
-            "bench",
+            "benchmarks",
             "quantize",
             "--elements",
             "65536",
@@ -179,6 +179,7 @@ def test_the_command_prints_one_json_document() -> None:
         capture_output=True,
         text=True,
         check=False,
+        cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from dsv4.bench.parity_logits import Proof, random_ids
+from benchmarks.parity_logits import Proof
+from dsv4.bench.logits import random_ids
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.text.generate import generate

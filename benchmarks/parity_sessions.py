@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.bench.parity_logits import Proof, random_ids
+from benchmarks.parity_logits import Proof
+from dsv4.bench.logits import random_ids
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS
 from dsv4.runtime.gpu.session import GpuSession

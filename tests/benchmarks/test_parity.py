@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4.bench import parity_sessions, soak
-from dsv4.bench.parity_logits import Distance, Proof, after_long_context, distance, from_the_start
-from dsv4.bench.parity_text import greedy_text
-from dsv4.bench.parity_weights import TellingWeights
+from benchmarks import parity_sessions, soak
+from benchmarks.parity_logits import Proof, after_long_context, from_the_start
+from benchmarks.parity_text import greedy_text
+from benchmarks.parity_weights import TellingWeights
+from dsv4.bench.logits import Distance, distance
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.gpu import engine
 from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches

@@ -1,4 +1,4 @@
-"""`dsv4 bench quantize`: how well and how fast matrices are rounded to NVFP4, beside the peers.
+"""`python -m benchmarks quantize`: how well and how fast matrices are rounded, beside the peers.
 
 Quality is the relative MSE sum (w - q)^2 / sum w^2 of every method on the same bfloat16 weights.
 Speed is elements per second of one process with the given threads, beside a plain copy of as many
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.bench.peers import (
+from benchmarks.peers import (
     BLOCK,
     E4M3_MAX,
     four_over_six,

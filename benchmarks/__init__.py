@@ -1,0 +1,1 @@
+"""Peers, parity proofs and quality studies: what the project measures, not what a user runs."""
