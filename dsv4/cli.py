@@ -26,6 +26,7 @@ from dsv4.commands.console import (
     write_report,
 )
 from dsv4.commands.exit_codes import EXIT_FAILED, endings
+from dsv4.commands.fit import fit
 from dsv4.commands.kernels import kernels
 from dsv4.commands.options import (
     STDOUT,
@@ -45,8 +46,17 @@ from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
 ORDER = (
-    *("plan", "convert", "validate", "repair", "inspect", "run", "serve", "tiny"),
-    *("kernels", "bench"),
+    "plan",
+    "convert",
+    "validate",
+    "repair",
+    "inspect",
+    "fit",
+    "run",
+    "serve",
+    "tiny",
+    "kernels",
+    "bench",
 )
 EPILOG = """
 \b
@@ -157,6 +167,7 @@ def plan(
     from dsv4.convert.sources.open import open_source
     from dsv4.convert.travelling import make_whole_plan
     from dsv4.formats.model.recipes import make_recipe
+    from dsv4.kernels.limits import few, refusals
 
     opened = open_source(source, revision, on_wait=waiting())
     planned = make_whole_plan(opened, make_recipe(recipe, keep))
@@ -166,8 +177,11 @@ def plan(
     notices = [*planned.notices, *inexact_notices(look.inexact, recipe=planned.recipe)]
     document = {"commit": opened.commit} | planned.to_dict() | expected.to_dict()
     document |= look.to_dict(planned) | {"notices": notices}
+    document["gpu_refusals"] = refused = list(refusals(planned.config))
     for sentence in notices:
         notice(sentence)
+    if refused:
+        notice(f"no GPU runs this model, only the CPU: {few(refused)}")
     if as_json:
         print_json(document)
     else:
@@ -373,6 +387,7 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
+cli.add_command(fit)
 cli.add_command(run)
 cli.add_command(serve)
 cli.add_command(bench)
