@@ -41,6 +41,7 @@ from dsv4.commands.options import (
     workers_option,
 )
 from dsv4.commands.run import run
+from dsv4.commands.serve import serve
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
@@ -52,6 +53,7 @@ ORDER = (
     "inspect",
     "fit",
     "run",
+    "serve",
     "tiny",
     "kernels",
     "bench",
@@ -113,6 +115,7 @@ def cli() -> None:
     dsv4 convert --hf CHECKPOINT --out ./packed   pack (no GPU needed)
     dsv4 validate ./packed --source CHECKPOINT    prove it, tensor by tensor
     dsv4 run ./packed                             talk
+    dsv4 serve ./packed                           answer OpenAI's and Anthropic's clients
 
     CHECKPOINT is a directory, or a hub id such as deepseek-ai/DeepSeek-V4-Flash.
     """
@@ -386,5 +389,6 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
 
 cli.add_command(fit)
 cli.add_command(run)
+cli.add_command(serve)
 cli.add_command(bench)
 cli.add_command(kernels)
