@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,14 +87,13 @@ class Engine:
         self.chunk = chunk_rows(capacity) if chunk is None else chunk
         self.most_rows = max(self.chunk, MAX_ROWS)
         sizes = config, slots, capacity, self.chunk
-        needed = nbytes(Buffers.allocate(*sizes, META)) + slots * capacity * 4
         what = (
             f"a session of {capacity} tokens needs"
             if slots == 1
             else (f"{slots} sessions of {capacity} tokens need")
         )
         require_memory(
-            needed + tables_nbytes(config, capacity + MAX_ROWS),
+            session_sizes(*sizes).nbytes,
             device,
             what,
             "open it with a smaller max_seq_len",
@@ -204,6 +203,32 @@ class Engine:
         torch.arange(position, position + rows, out=tokens.position)
         tokens.slot.fill_(slot)
         return tokens
+
+
+class SessionSizes(NamedTuple):
+    """What an engine takes of its device, in bytes. caches: of all slots; scratch: activations and
+    what kernels hand on; tables: of angles, with what they need while they are computed.
+    """
+
+    caches: int
+    scratch: int
+    tables: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.caches + self.scratch + self.tables
+
+
+def session_sizes(
+    config: ModelConfig, slots: int, capacity: int, chunk: int | None = None
+) -> SessionSizes:
+    """Of an engine for `slots` sequences of up to `capacity` tokens. chunk: as `Engine` has it."""
+    chunk = chunk_rows(capacity) if chunk is None else chunk
+    buffers = Buffers.allocate(config, slots, capacity, chunk, META)
+    caches = nbytes(buffers.caches) + slots * capacity * 4  # the ids that each slot keeps
+    whole = nbytes(buffers) + slots * capacity * 4
+    return SessionSizes(caches, whole - caches, tables_nbytes(config, capacity + MAX_ROWS))
 
 
 def tables_nbytes(config: ModelConfig, positions: int) -> int:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.rehearsal import step_kernels
-from dsv4.runtime.gpu.standard import standard_model
+from dsv4.runtime.gpu.rehearsal import outlined_model, step_kernels
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, load_weights
 from dsv4.runtime.model import no_gpu
 from dsv4.runtime.startup_clock import Mark
-
-BY_FORMAT = ("gemv", "router")  # operations whose kernels depend on how weights are stored
 
 
 def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
@@ -26,10 +23,10 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
     """
     if not torch.cuda.is_available():
         raise no_gpu()
-    library = Library(default_location(), architecture(device))
+    library = Library(default_location(), architecture(device), store.root)
     torch.empty(1, device=device)
     mark("context")
-    require_kernels(store.config, library)
+    require_kernels(store, library)
     mark("kernels found")
     weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS})
     mark("weights")
@@ -38,9 +35,9 @@ def load(store: PackedStore, device: torch.device, mark: Mark) -> GpuModel:
     return model
 
 
-def require_kernels(config: ModelConfig, library: Library) -> None:
-    """Find what a step needs whatever its weights' formats are. Raises KernelError."""
-    model = standard_model(config).different_layers()
-    for kernel in step_kernels(model, rows=1, capacity=1):
-        if kernel.operation not in BY_FORMAT:
-            library.function(kernel)
+def require_kernels(store: Nodes, library: Library) -> None:
+    """Find what a step of a store needs. Raises KernelError for one that is missing or stale, and
+    as `outlined_model`.
+    """
+    for kernel in step_kernels(outlined_model(store), rows=1, capacity=1):
+        library.function(kernel)

@@ -29,6 +29,7 @@ from dsv4.kernels.ops.hyper_connections import contract as mhc
 from dsv4.kernels.ops.indexer import contract as indexer
 from dsv4.kernels.ops.kv_cache import contract as append
 from dsv4.kernels.ops.kv_cache import q_rope_contract
+from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
 from dsv4.kernels.ops.router import contract as router
 from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.kernels.reference.sampling import Parameters
@@ -119,13 +120,26 @@ class StepPass(Pass):
         }
 
     def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
-        """The chosen experts and the shared one, in one launch."""
-        shared: dict[str, Tensor] = {}
-        for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
-            found = matrix.arguments()
-            shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
+        """The chosen experts and the shared one: in one launch where that reads its format."""
+        if own.shared.in_one_launch:
+            shared: dict[str, Tensor] = {}
+            for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
+                found = matrix.arguments()
+                shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
+            self._launch_experts(_experts(self.config), own, x, self.a.u, shared)
+            return (self.a.u,)
+        s = self.scratch.first(self.rows)
+        self._launch_experts(_routed(self.config), own, x, s.routed, {})
+        self.multiply(x, [(own.shared.w1, s.gate), (own.shared.w3, s.up)])
+        self.launch(swiglu_of(self.config), gate=s.gate, up=s.up, h=s.shared_h)
+        self.multiply(s.shared_h, [(own.shared.w2, s.shared)])
+        return s.routed, s.shared
+
+    def _launch_experts(
+        self, kernel: Kernel, own: Experts, x: Tensor, y: Tensor, shared: dict[str, Tensor]
+    ) -> None:
         self.launch(
-            _experts(self.config),
+            kernel,
             x=x,
             topk_idx=self.a.topk_idx,
             topk_weights=self.a.topk_weights,
@@ -134,10 +148,9 @@ class StepPass(Pass):
             **shared,
             h=self.scratch.h,
             counters=self.scratch.counters,
-            y=self.a.u,
+            y=y,
             ctas=self.ctas,
         )
-        return (self.a.u,)
 
 
 def step(run: StepPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
@@ -434,6 +447,17 @@ def _router(config: ModelConfig, hashed: bool, kind: str) -> Kernel:
 @functools.cache
 def _experts(config: ModelConfig) -> Kernel:
     return experts.experts(experts.Shape.of(config, shared=True), "bfloat16")
+
+
+@functools.cache
+def _routed(config: ModelConfig) -> Kernel:
+    return experts.experts(experts.Shape.of(config), "float32")
+
+
+@functools.cache
+def swiglu_of(config: ModelConfig) -> Kernel:
+    """The gate of a shared expert that has launches of its own."""
+    return swiglu(config)
 
 
 @functools.cache

@@ -18,11 +18,10 @@ from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.experts import contract as experts
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
-from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
 from dsv4.runtime.gpu.activations import ChunkScratch, shaped
 from dsv4.runtime.gpu.caches import LayerCaches
 from dsv4.runtime.gpu.operands import Experts, MatrixOperand, Model
-from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers
+from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers, swiglu_of
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
 LEAST_ROWS = 32  # below, steps of a few rows take less time
@@ -87,9 +86,9 @@ class ChunkPass(Pass):
         self.launch(down, h=s.h, **places, **own.w2.arguments("2"), partial=s.partial)
         self.launch(combine, partial=s.partial, topk_idx=a.topk_idx, y=s.routed)
 
-        self.multiply_one(arranged, shared.w1, s.gate)
-        self.multiply_one(arranged, shared.w3, s.up)
-        self.launch(_swiglu(self.config), gate=s.gate, up=s.up, h=s.shared_h)
+        for matrix, y in ((shared.w1, s.gate), (shared.w3, s.up)):
+            self.multiply_one(x if matrix.weight.kind == "bf16" else arranged, matrix, y)
+        self.launch(swiglu_of(self.config), gate=s.gate, up=s.up, h=s.shared_h)
         self.multiply(s.shared_h, [(shared.w2, s.shared)])
         return s.routed, s.shared
 
@@ -135,8 +134,3 @@ def _experts(config: ModelConfig, tuning: tuple[tuple[str, int], ...]) -> tuple[
         experts_contract.down(shape, dict(tuning)),
         experts_contract.combine(shape, "float32"),
     )
-
-
-@functools.cache
-def _swiglu(config: ModelConfig) -> Kernel:
-    return swiglu(config)

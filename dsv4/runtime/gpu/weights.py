@@ -13,6 +13,7 @@ from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.numeric.operands import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
 from dsv4.formats.store.specs import path_of
 from dsv4.runtime.load import LoadedWeights
+from dsv4.runtime.load.outline import OutlinedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,9 @@ class DeviceWeights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A loaded store as `DeviceWeights`: nothing is copied."""
+    """A loaded store as `DeviceWeights`: nothing is copied. Or the outline of one."""
 
-    weights: LoadedWeights
+    weights: LoadedWeights | OutlinedWeights
 
     @property
     def config(self) -> ModelConfig:

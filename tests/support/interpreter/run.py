@@ -17,7 +17,7 @@ from dsv4.kernels.core.contract import Buffers, Case
 from dsv4.kernels.core.signature import Argument, Kernel
 from dsv4.kernels.core.verify import fault, guard_outputs
 from tests.support.interpreter.ctas import Cta, run
-from tests.support.interpreter.launch import record
+from tests.support.interpreter.launch import Launched, record
 from tests.support.interpreter.memory import GlobalMemory
 from tests.support.interpreter.source import parse
 from tests.support.machine_code import machine_code
@@ -31,6 +31,36 @@ def interpret(
     """Run `kernel` on its arguments, which it writes. alter: changes the PTX first."""
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
+    launched, memory = _launch(kernel, arch, buffers, list(program.parameters.values()))
+    width, height, depth = launched.grid
+    for first in range(0, width * height * depth, launched.cluster):
+        run(
+            [
+                Cta(
+                    program,
+                    launched.parameters,
+                    memory,
+                    (block % width, block // width % height, block // (width * height)),
+                    launched.threads,
+                    launched.shared_bytes,
+                    seed + block,
+                    launched.grid,
+                )
+                for block in range(first, first + launched.cluster)
+            ]
+        )
+
+
+def shared_bytes(kernel: Kernel, arch: str, buffers: Buffers) -> int:
+    """Dynamic shared memory of a CTA of `kernel`, launched on its arguments."""
+    program = parse(machine_code(kernel, arch).ptx)
+    return _launch(kernel, arch, buffers, list(program.parameters.values()))[0].shared_bytes
+
+
+def _launch(
+    kernel: Kernel, arch: str, buffers: Buffers, parameters: list[int]
+) -> tuple[Launched, GlobalMemory]:
+    """What the host code asks the driver for, and the memory that it points into."""
     arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
     raw = {
         name: one.view(torch.uint8).view(-1).numpy()
@@ -50,26 +80,10 @@ def interpret(
 
     launched = record(
         _shared_object(kernel, arch),
-        list(program.parameters.values()),
+        parameters,
         [describe(argument) for argument in kernel.arguments],
     )
-    width, height, depth = launched.grid
-    for first in range(0, width * height * depth, launched.cluster):
-        run(
-            [
-                Cta(
-                    program,
-                    launched.parameters,
-                    memory,
-                    (block % width, block // width % height, block // (width * height)),
-                    launched.threads,
-                    launched.shared_bytes,
-                    seed + block,
-                    launched.grid,
-                )
-                for block in range(first, first + launched.cluster)
-            ]
-        )
+    return launched, memory
 
 
 @functools.cache
