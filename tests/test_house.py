@@ -35,13 +35,13 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        20_800,
+        20_900,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4.
     "kernels": (15_000, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000.
-    "the wheel": (46_000, ("**",)),
+    "the wheel": (52_300, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

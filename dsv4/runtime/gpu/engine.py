@@ -171,11 +171,15 @@ class Engine:
             self._whole_chunk.launch()
         else:
             self._put_chunk(self.model.functions.launch, tokens)
-        x = self.buffers.activations.x[rows - wanted : rows]
         for start in range(0, wanted, MAX_ROWS):
-            few = x[start : start + MAX_ROWS]
-            run = self.step_pass(self.model.functions.launch, first(tokens, len(few)))
-            logits[start : start + MAX_ROWS] = plan.head(run, self.model.operands.head, few)
+            few = min(MAX_ROWS, wanted - start)
+            logits[start : start + few] = self.chunk_logits(rows - wanted + start, few)
+
+    def chunk_logits(self, start: int, rows: int) -> Tensor:
+        """Of at most MAX_ROWS tokens of the last chunk; overwritten by what is next."""
+        x = self.buffers.activations.x[start : start + rows]
+        run = self.step_pass(self.model.functions.launch, first(self.buffers.tokens, rows))
+        return plan.head(run, self.model.operands.head, x)
 
     def _put_chunk(self, launch: Launch, tokens: Tokens) -> None:
         own, rows = self.buffers, tokens.ids.shape[0]
