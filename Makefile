@@ -18,6 +18,13 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/dsv4 validate demo/packed --source examples/tiny-dsv4
 	$(BIN)/dsv4 run demo/packed --raw --prompt "$$(printf 'class Stack:\n    def __init__(self):')" \
 		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 1
+	@echo '$$ dsv4 serve demo/packed & curl .../v1/completions'
+	@$(BIN)/dsv4 serve demo/packed --port 0 --quiet 2>demo/serve.log & server=$$!; \
+		until url=$$(sed -n 's/^listening on //p' demo/serve.log) && test -n "$$url"; do \
+			kill -0 $$server || { cat demo/serve.log; exit 1; }; sleep 0.2; done; \
+		curl --silent --show-error --fail $$url/v1/completions \
+			-d '{"prompt": "class Stack:", "max_tokens": 20, "temperature": 0}'; \
+		asked=$$?; echo; kill $$server; wait $$server && exit $$asked
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m "not long"
@@ -48,7 +55,7 @@ $(VENV)/torch.stamp: $(BIN)/python
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e ".[all]"
+	$(BIN)/pip install --quiet $(PIP_FLAGS) $(TORCH) -e ".[all,serve]"
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml

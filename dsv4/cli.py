@@ -26,6 +26,7 @@ from dsv4.commands.console import (
     write_report,
 )
 from dsv4.commands.exit_codes import EXIT_FAILED, endings
+from dsv4.commands.fit import fit
 from dsv4.commands.kernels import kernels
 from dsv4.commands.options import (
     STDOUT,
@@ -40,10 +41,23 @@ from dsv4.commands.options import (
     workers_option,
 )
 from dsv4.commands.run import run
+from dsv4.commands.serve import serve
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
-ORDER = ("plan", "convert", "validate", "repair", "inspect", "run", "tiny", "kernels", "bench")
+ORDER = (
+    "plan",
+    "convert",
+    "validate",
+    "repair",
+    "inspect",
+    "fit",
+    "run",
+    "serve",
+    "tiny",
+    "kernels",
+    "bench",
+)
 EPILOG = """
 \b
 Exit codes: 0 done; 1 a check failed; 2 bad usage or input; 3 out of space or
@@ -101,6 +115,7 @@ def cli() -> None:
     dsv4 convert --hf CHECKPOINT --out ./packed   pack (no GPU needed)
     dsv4 validate ./packed --source CHECKPOINT    prove it, tensor by tensor
     dsv4 run ./packed                             talk
+    dsv4 serve ./packed                           answer OpenAI's and Anthropic's clients
 
     CHECKPOINT is a directory, or a hub id such as deepseek-ai/DeepSeek-V4-Flash.
     """
@@ -152,6 +167,7 @@ def plan(
     from dsv4.convert.sources.open import open_source
     from dsv4.convert.travelling import make_whole_plan
     from dsv4.formats.model.recipes import make_recipe
+    from dsv4.kernels.limits import few, refusals
 
     opened = open_source(source, revision, on_wait=waiting())
     planned = make_whole_plan(opened, make_recipe(recipe, keep))
@@ -161,8 +177,11 @@ def plan(
     notices = [*planned.notices, *inexact_notices(look.inexact, recipe=planned.recipe)]
     document = {"commit": opened.commit} | planned.to_dict() | expected.to_dict()
     document |= look.to_dict(planned) | {"notices": notices}
+    document["gpu_refusals"] = refused = list(refusals(planned.config))
     for sentence in notices:
         notice(sentence)
+    if refused:
+        notice(f"no GPU runs this model, only the CPU: {few(refused)}")
     if as_json:
         print_json(document)
     else:
@@ -368,6 +387,8 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
+cli.add_command(fit)
 cli.add_command(run)
+cli.add_command(serve)
 cli.add_command(bench)
 cli.add_command(kernels)

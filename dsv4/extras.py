@@ -10,6 +10,7 @@ from dsv4.formats.errors import MissingExtraError
 BRINGS = {
     "convert": ("blake3", "httpx2", "huggingface_hub", "jinja2", "safetensors", "zarr"),
     "run": ("prompt_toolkit", "tvm_ffi"),
+    "serve": ("llguidance", "prometheus_client", "starlette", "uvicorn"),
 }
 """Modules by the extra that brings them."""
 

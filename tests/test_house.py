@@ -35,13 +35,13 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        20_300,
+        20_900,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
-    # The target is 13,000; 1,900 of these lines are FP4 x FP4.
-    "kernels": (14_700, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
+    "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000.
-    "the wheel": (44_400, ("**",)),
+    "the wheel": (54_400, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

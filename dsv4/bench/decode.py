@@ -16,12 +16,13 @@ from torch import Tensor
 
 from dsv4.bench.kernels import Machine, graph_seconds, measure_machine
 from dsv4.bench.random_weights import RandomWeights
-from dsv4.formats.model.config import AttentionKind, ModelConfig
+from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Tokens
+from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.operands import parts
 from dsv4.runtime.gpu.plan import StepPass
@@ -31,7 +32,6 @@ from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.model import load
 from dsv4.runtime.text.sampling import Sampler
 
-ROW_BYTES = 576 + 8  # of a key/value row and its scales
 PROMPT = 41  # tokens of the comparison, read eight at once, and
 MORE = 7  # one by one
 
@@ -205,22 +205,7 @@ def step_bytes(
         own = layer.experts.routed
         whole -= own.records.nbytes + own.prompt_places.nbytes
         whole += own.records.shape[1] * count
-    return whole + _cache_bytes(config, context, rows), head
-
-
-def _cache_bytes(config: ModelConfig, context: int, rows: int) -> int:
-    """Window, compressed entries and index keys, each once for all rows of the sequence."""
-    total = 0
-    for layer in range(config.num_hidden_layers):
-        kind, ratio = config.attention_kind(layer), config.compress_ratio(layer)
-        total += min(context, config.sliding_window + rows) * ROW_BYTES
-        if kind is AttentionKind.HCA:
-            total += context // ratio * ROW_BYTES
-        elif kind is AttentionKind.CSA:
-            keys = context // ratio
-            total += min(keys, config.index_topk * rows) * ROW_BYTES
-            total += keys * (config.index_head_dim // 2 + config.index_head_dim // 32)
-    return total
+    return whole + read_nbytes(config, context, rows), head
 
 
 def compare(session: GpuSession, weights: DeviceWeights) -> Agreement:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dsv4.commands.console import err, show
 from dsv4.commands.options import architectures_option, models_option, operations_option
 from dsv4.formats.plain_text import counted, duration
+
+if TYPE_CHECKING:
+    from dsv4.kernels.core.signature import Kernel
 
 
 @click.group()
@@ -17,6 +22,7 @@ def kernels() -> None:
 
 
 @kernels.command("build")
+@click.argument("stores", nargs=-1, metavar="[STORE]...", type=click.Path(path_type=Path))
 @architectures_option
 @operations_option
 @models_option
@@ -24,6 +30,7 @@ def kernels() -> None:
 @click.option("--checks", "unusual", is_flag=True, help="Also for `bench kernels --checks`.")
 @click.option("--workers", type=click.IntRange(min=1), help="Compilers at once.")
 def build_kernels(
+    stores: tuple[Path, ...],
     archs: tuple[str, ...],
     operations: tuple[str, ...],
     models: tuple[str, ...],
@@ -31,32 +38,21 @@ def build_kernels(
     unusual: bool,
     workers: int | None,
 ) -> None:
-    """Compile every kernel of the real models' shapes into shared objects.
+    """Compile what these stores need, or else every kernel of the releases.
+
+    --operations, --models and --checks are of the released models. Of a store only the metadata is
+    read: zarr.json and dsv4.complete suffice.
 
     What is there and made from the same source, compiler, architecture and shapes is kept. The
     result needs no compiler: it can be copied to the GPU machine and named by DSV4_KERNELS.
     """
-    from dsv4.formats.model.releases import MODELS
     from dsv4.kernels.core.build import Built, build
     from dsv4.kernels.core.library import default_location
-    from dsv4.kernels.ops import cases, checks
-    from dsv4.runtime.gpu.rehearsal import all_kernels
 
-    wanted = [
-        kernel
-        for model in models
-        for case in (
-            *cases(MODELS[model], model, (1, 8, 2048), operations),
-            *(checks(MODELS[model], model, operations) if unusual else ()),
-        )
-        for kernel in case.kernels
-    ]
-    wanted += [
-        kernel
-        for model in models
-        for kernel in all_kernels(MODELS[model])
-        if kernel.operation.startswith(operations)  # "attention_join" is of "attention"
-    ]
+    if stores:
+        wanted = [kernel for store in stores for kernel in _of_store(store)]
+    else:
+        wanted = list(_of_releases(models, operations, unusual))
     target = location or default_location()
 
     def tell(one: Built, number: int, total: int) -> None:
@@ -66,3 +62,32 @@ def build_kernels(
     done = build(wanted, archs, target, workers=workers, progress=tell)
     fresh = sum(one.fresh for one in done)
     show(f"{counted(len(done), 'kernel')} in {target}, {fresh} compiled now")
+
+
+def _of_store(place: Path) -> Iterator[Kernel]:
+    """What `dsv4 run` of a store launches, whatever the length of its sequences."""
+    from dsv4.formats.store.reader import PackedStore
+    from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model
+
+    # Files are not looked at: they may have stayed on another machine.
+    return all_kernels(outlined_model(PackedStore.open(place, check_files=False)))
+
+
+def _of_releases(
+    models: tuple[str, ...], operations: tuple[str, ...], unusual: bool
+) -> Iterator[Kernel]:
+    """What `dsv4 run` and `dsv4 bench kernels` launch for released models."""
+    from dsv4.formats.model.releases import MODELS
+    from dsv4.kernels.ops import cases, checks
+    from dsv4.runtime.gpu.rehearsal import all_kernels
+    from dsv4.runtime.gpu.standard import standard_model
+
+    for model in models:
+        config = MODELS[model]
+        for case in cases(config, model, (1, 8, 2048), operations):
+            yield from case.kernels
+        for case in checks(config, model, operations) if unusual else ():
+            yield from case.kernels
+        for kernel in all_kernels(standard_model(config)):
+            if kernel.operation.startswith(operations):  # "attention_join" is of "attention"
+                yield kernel

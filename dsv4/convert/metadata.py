@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from dsv4.convert.outputs.base import Losses, Output
+from dsv4.convert.outputs.base import Losses, Output, Unit
 from dsv4.convert.outputs.plain import PlainOutput
-from dsv4.convert.outputs.results import Result
+from dsv4.convert.outputs.results import Outcome, Result
+from dsv4.convert.outputs.stack import ExpertsOutput
 from dsv4.convert.plan import Plan
 from dsv4.formats.numeric.layouts import LAYOUTS
+from dsv4.formats.numeric.loss import Loss
+from dsv4.formats.numeric.operands import NVFP4_BLOCK
+from dsv4.formats.store.matrix_views import PlannedNodes
+from dsv4.formats.store.nodes import read_contents
 from dsv4.formats.store.specs import ArraySpec
+from dsv4.formats.store.zarr_json import Hierarchy
 from dsv4.formats.version import TOOL
 
 
@@ -36,6 +43,24 @@ def describe(
             arrays += output.arrays()
         losses |= output.losses(measured)
     return groups, arrays, losses
+
+
+def unmeasured(output: Output, global_scale: float = 1.0) -> Iterator[tuple[Unit, Result]]:
+    """Every unit of an output, with what it would have measured had nothing been rounded."""
+    outcome = Outcome(loss=Loss().to_dict())
+    if isinstance(output, ExpertsOutput):
+        rows, cols = output.shape
+        outcome = Outcome(blocks=rows * -(-cols // NVFP4_BLOCK), global_scale=global_scale)
+    for unit in output.units():
+        yield unit, Result((outcome,) * len(unit.inputs))
+
+
+def planned_nodes(plan: Plan, name: str) -> PlannedNodes:
+    """The nodes of the store that `plan` would make of the source `name`."""
+    results = {unit.key: result for output in plan.outputs for unit, result in unmeasured(output)}
+    groups, arrays, _ = describe(plan, results)
+    hierarchy = Hierarchy({}, groups, {spec.path: spec for spec in arrays})
+    return PlannedNodes(Path(name), hierarchy, read_contents(hierarchy), plan.config)
 
 
 def _with_attributes(output: Output, attributes: dict[str, Any]) -> list[ArraySpec]:

@@ -1,8 +1,8 @@
 """Where a store is run: what `--device` means on this machine.
 
-"auto" is the GPU where it can be used. Where it cannot, because its kernels are not built or not
-made for it, the CPU takes over, with a sentence that says how the GPU would be used; a model that
-the CPU's memory does not hold is refused with the same sentence.
+"auto" is the GPU where it can be used. Where it cannot, because its kernels are not built, not
+made for it, or take no model of such sizes, the CPU takes over, with a sentence that says how the
+GPU would be used; a model that the CPU's memory does not hold is refused with the same sentence.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dsv4.formats.errors import KernelError, OutOfSpaceError
+from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
 from dsv4.runtime.gpu.load import require_kernels
+from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.load.arena import free_memory
 from dsv4.runtime.load.plan import Part, plan_load
 from dsv4.runtime.model import no_gpu
@@ -42,17 +43,18 @@ def choose_place(wanted: Device, store: PackedStore) -> Place:
             raise no_gpu()
         return Place("cpu")
     try:
-        library = Library(default_location(), architecture(torch.device("cuda")))
-        require_kernels(store.config, library)
-    except KernelError as error:
+        arch = architecture(torch.device("cuda"))
+        refuse_sizes(store)
+        require_kernels(store, Library(default_location(), arch, store.root))
+    except (KernelError, RuntimeRefusal) as error:
         if wanted == "cuda":
-            raise KernelError(f"{error}; --device cpu needs no kernels") from None
+            raise type(error)(f"{error}; --device cpu needs no kernel") from None
         _require_memory(store, error)
         return Place("cpu", f"the GPU is not used: {error}; running on the CPU, which is slow")
     return Place("cuda")
 
 
-def _require_memory(store: PackedStore, reason: KernelError) -> None:
+def _require_memory(store: PackedStore, reason: Exception) -> None:
     needed = plan_load(store, {Part.CORE, Part.EXPERTS}).nbytes
     free, machine = free_memory(torch.device("cpu"))
     if needed > free:

@@ -98,6 +98,10 @@ class Engine(Protocol):
     def max_seq_len(self) -> int:
         """Most tokens of a sequence, prompt and answer together."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why it runs nothing any more, as a sentence; None while it works."""
+
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
         """Take a job. `deliver` is called on the engine's thread and must return at once.
 

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dsv4.convert.metadata import describe, manifest_of
-from dsv4.convert.outputs.base import Output, Unit
+from dsv4.convert.metadata import describe, manifest_of, unmeasured
+from dsv4.convert.outputs.base import Output
 from dsv4.convert.outputs.dense import Nvfp4Output
-from dsv4.convert.outputs.results import Outcome, Result
+from dsv4.convert.outputs.results import Result
 from dsv4.convert.outputs.stack import ExpertsOutput
 from dsv4.convert.plan import Plan, make_plan
 from dsv4.convert.sources.base import ByteStream, Source
@@ -37,9 +37,8 @@ from dsv4.formats.model.recipes import DEFAULT_RECIPE, make_recipe
 from dsv4.formats.model.releases import MODELS
 from dsv4.formats.model.safetensors_header import DTYPE_BITS, TensorEntry
 from dsv4.formats.numeric.layouts import pack_nvfp4
-from dsv4.formats.numeric.loss import Loss
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
-from dsv4.formats.numeric.operands import NVFP4_BLOCK, NVFP4_K_ALIGN, SF_ROWS
+from dsv4.formats.numeric.operands import NVFP4_K_ALIGN, SF_ROWS
 from dsv4.formats.store.digest import dense_index
 from dsv4.formats.store.durable import Directories, storage_errors, write_all
 from dsv4.formats.store.file_digest import FileDigest
@@ -86,11 +85,11 @@ def make_store(
     Raises OutOfSpaceError when it does not fit, ConflictError when there is something else.
     """
     begin = time.perf_counter()
-    plan = make_plan(_Headers(config, draft), make_recipe(recipe))
+    plan = plan_store(config, recipe, draft)
     work = _work(plan, distinct or config.num_hidden_layers)
     written = sum(one.file.nbytes for one in work if one.same_as is None)
     require_space(out.parent, written)
-    results = {unit.key: result for output in plan.outputs for unit, result in _results(output)}
+    results = dict(_results(plan))
     identity = {"tool": "dsv4 bench", "config": config.to_dict(), "recipe": recipe}
     with StoreWriter(out, identity) as writer:
         writer.adopt(_write_arrays(out, plan, work, workers or len(os.sched_getaffinity(0))))
@@ -100,10 +99,23 @@ def make_store(
     return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin, written)
 
 
+def plan_store(
+    config: ModelConfig, recipe: str = DEFAULT_RECIPE, draft: DraftKind = DraftKind.NONE
+) -> Plan:
+    """What a conversion of the release with this configuration would write."""
+    return make_plan(_Headers(config, draft), make_recipe(recipe))
+
+
 def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> ModelConfig:
     """The configuration of `layers` layers of "flash" or "pro"; 0: as many as the release has."""
     whole = MODELS[model]
     return fresh_layers(whole, layers, experts or None, vocabulary or None)
+
+
+def _results(plan: Plan) -> Iterator[tuple[str, Result]]:
+    for output in plan.outputs:
+        for unit, result in unmeasured(output, GLOBAL_SCALE):
+            yield unit.key, result
 
 
 _DESCRIPTION: dict[str, Any] = {"files": []}
@@ -139,16 +151,6 @@ class _Headers(Source):
 
     def fingerprint(self) -> str:
         return "synthetic"
-
-
-def _results(output: Output) -> Iterator[tuple[Unit, Result]]:
-    """Every unit of an output, with what it would have measured had nothing been rounded."""
-    outcome = Outcome(loss=Loss().to_dict())
-    if isinstance(output, ExpertsOutput):
-        rows, cols = output.shape
-        outcome = Outcome(blocks=rows * -(-cols // NVFP4_BLOCK), global_scale=GLOBAL_SCALE)
-    for unit in output.units():
-        yield unit, Result((outcome,) * len(unit.inputs))
 
 
 class _Work(NamedTuple):

@@ -12,13 +12,14 @@ from dsv4.formats.model.releases import FLASH, PRO
 from dsv4.formats.numeric.operands import INTERLEAVE, Nvfp4Matrix
 from dsv4.kernels.core.bounds import chained, mma_order, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
+from dsv4.kernels.core.sizes import SHARED_BYTES
 from dsv4.kernels.core.verify import fault
 from dsv4.kernels.ops.experts import contract as operation
 from dsv4.kernels.ops.experts import reference
 from dsv4.kernels.ops.experts.contract import Shape, case, cases, checks, experts
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.moe import routed_experts, split_gate_up, swiglu
-from tests.support.interpreter.run import faults
+from tests.support.interpreter.run import faults, shared_bytes
 from tests.support.machine_code import machine_code
 
 SMALL = Shape(1024, 1024, experts=5, top_k=3, limit=10.0)
@@ -172,3 +173,21 @@ def test_the_kernel_is_right_where_it_is_interpreted() -> None:
     """The smallest shape, as one CTA: an expert, the shared one, and a token that chose none."""
     shape = Shape(1024, 1024, experts=1, top_k=1, limit=10.0, shared=True)
     assert faults(case(shape, "none", torch.tensor([[0], [-1]])), "sm_90a") == []
+
+
+@pytest.mark.long
+def test_the_last_of_sixteen_choices_of_the_last_token_is_found() -> None:
+    shape = Shape(1024, 1024, experts=2, top_k=16, limit=10.0)
+    choices = torch.full((8, 16), -1)
+    choices[0, 0], choices[4, 8], choices[7, 15] = 0, 1, 1
+    assert faults(case(shape, "none", choices), "sm_90a") == []
+
+
+@pytest.mark.parametrize("model", ["flash", "pro"])
+def test_sixteen_experts_a_token_find_room(model: str) -> None:
+    config = dataclasses.replace(FLASH if model == "flash" else PRO, num_experts_per_tok=16)
+    shape = dataclasses.replace(Shape.of(config, shared=True), experts=1)
+    one = case(shape, "none", torch.full((1, 16), -1), out="bfloat16")
+    kernel, buffers = one.launches[0].kernel, one.make(torch.Generator().manual_seed(3))
+    assert machine_code(kernel, "sm_90a").spilled == 0
+    assert 200 << 10 < shared_bytes(kernel, "sm_90a", buffers) <= SHARED_BYTES

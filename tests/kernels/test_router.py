@@ -78,6 +78,34 @@ def test_the_kernel_run(name: str) -> None:
     assert faults(case(shape, "none", rows), "sm_90a") == []
 
 
+ODD = {  # experts, top_k, kind, hashed, rows
+    "a tile that is not full": (96, 1, "bf16", False, 3),
+    "a second tile of one band": (160, 4, "nvfp4", False, 2),
+    "a warp that is not full": (216, 16, "bf16", False, 10),
+    "most of all": (512, 16, "nvfp4", False, 2),
+    "fewest, all of them chosen": (8, 8, "nvfp4", False, 2),
+    "by a table": (216, 4, "nvfp4", True, 2),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_number_of_experts(name: str) -> None:
+    experts, top_k, kind, hashed, rows = ODD[name]
+    shape = dataclasses.replace(HASH if hashed else SCORE, experts=experts, top_k=top_k, kind=kind)
+    assert faults(case(shape, "none", rows), "sm_90a") == []
+
+
+def test_an_expert_that_is_not_there_is_never_chosen() -> None:
+    """Scores of 216 experts far below zero: what fills up the last warp must not beat them."""
+    shape = dataclasses.replace(SCORE, experts=216, top_k=16)
+    one = case(shape, "none", 2)
+    buffers = _buffers(one)
+    buffers["bias"] -= 1e30
+    interpret(one.launches[0].kernel, "sm_90a", buffers)
+    assert all(0 <= expert < 216 for expert in buffers["topk_idx"].flatten().tolist())
+    assert all(len(set(row)) == 16 for row in buffers["topk_idx"].tolist())
+
+
 @pytest.mark.parametrize("name", ["zeros", "vanishing", "equals"])
 def test_unusual_logits(name: str) -> None:
     one = case(SCORE, "none", 3, name, SIZES.get(name, 1.0), equals=True)

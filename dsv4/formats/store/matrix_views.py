@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,6 +19,33 @@ from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.formats.store.mapped_files import StoredArray
 from dsv4.formats.store.nodes import Contents, QuantizedGroup
 from dsv4.formats.store.specs import path_of
+from dsv4.formats.store.zarr_json import Hierarchy
+
+
+class Nodes(Protocol):
+    """A store's nodes and what they mean: enough for sizes and places, without any bytes."""
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def hierarchy(self) -> Hierarchy: ...
+
+    @property
+    def contents(self) -> Contents: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedNodes:
+    """The nodes of a store that is not there yet. root: what it is called in messages."""
+
+    root: Path
+    hierarchy: Hierarchy
+    contents: Contents
+    config: ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,13 @@ def architecture(device: torch.device) -> str:
 
 
 class Library:
-    """The kernels built for one architecture; each is loaded when it is first asked for."""
+    """The kernels built for one architecture; each is loaded when it is first asked for.
 
-    def __init__(self, location: Path, arch: str) -> None:
-        self.location, self.arch = location, arch
+    store: the kernels are for, which the command in messages then names.
+    """
+
+    def __init__(self, location: Path, arch: str, store: Path | None = None) -> None:
+        self.location, self.arch, self.store = location, arch, store
         self._functions: dict[str, Function] = {}
         try:
             index = json.loads((location / arch / INDEX).read_text())
@@ -121,8 +125,10 @@ class Library:
 
     def _command(self) -> str:
         """What makes the kernels: one command, or two in order where the compiler is missing."""
-        place = "" if self.location == default_location() else f" --out {self.location}"
-        build = f"`dsv4 kernels build --arch {self.arch}{place}`"
+        elsewhere = self.location != default_location()
+        place = f" --out {shlex.quote(str(self.location))}" if elsewhere else ""
+        store = "" if self.store is None else f"{shlex.quote(str(self.store))} "
+        build = f"`dsv4 kernels build {store}--arch {self.arch}{place}`"
         if importlib.util.find_spec(COMPILER) is None:
             return f"`{INSTALL_COMPILER}`, then {build}"
         return build

@@ -16,6 +16,11 @@ STEP_ROWS = 8
 STEP_COLUMNS = 128
 """Of a weight, that a warp of a step takes at once."""
 
+MAX_EXPERTS = 512
+"""Of a layer: the router has a thread for each."""
+MAX_TOP_K = 16
+"""Experts of a token: tables in shared memory hold the choices of a whole step."""
+
 SCALE_TILE_ROWS = 128
 """Rows of a weight whose NVFP4 scales lie together, in a tile (32x4x4, `dsv4.formats.layouts`)."""
 SCALE_TILE_COLUMNS = 64

@@ -140,13 +140,20 @@ class Activations:
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepScratch:
     """Of steps: at most MAX_ROWS rows. sums, statistics: of an attention kernel's parts, as one
-    dimension, since kinds of layers cut differently; h: of the experts; logits float32 `[T, V]`.
+    dimension, since kinds of layers cut differently; h: of the experts; routed, shared: what they
+    leave where the shared one has launches of its own, and gate, up, shared_h of that one; logits
+    float32 `[T, V]`.
     """
 
     sums: Tensor
     statistics: Tensor
     h: Tensor
     counters: Tensor
+    routed: Tensor
+    shared: Tensor
+    gate: Tensor
+    up: Tensor
+    shared_h: Tensor
     logits: Tensor
 
     @classmethod
@@ -164,8 +171,17 @@ class StepScratch:
             torch.zeros(vectors * 2, device=device),
             torch.zeros(activated, dtype=torch.bfloat16, device=device),
             torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+            torch.zeros((rows, c.hidden_size), device=device),
+            torch.zeros((rows, c.hidden_size), device=device),
+            torch.zeros((rows, c.moe_intermediate_size), device=device),
+            torch.zeros((rows, c.moe_intermediate_size), device=device),
+            torch.zeros((rows, c.moe_intermediate_size), dtype=torch.bfloat16, device=device),
             torch.zeros((rows, c.vocab_size), device=device),
         )
+
+    def first(self, rows: int) -> StepScratch:
+        """With the first `rows` rows of what a shared expert's own launches write."""
+        return _first_rows(self, rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,8 +236,16 @@ class ChunkScratch:
 
     def first(self, rows: int) -> ChunkScratch:
         """With the first `rows` rows of what has a row for each token."""
-        by_token = ("routed", "shared", "gate", "up", "shared_h")
-        return dataclasses.replace(self, **{name: getattr(self, name)[:rows] for name in by_token})
+        return _first_rows(self, rows)
+
+
+Scratch = TypeVar("Scratch", StepScratch, ChunkScratch)
+
+
+def _first_rows(scratch: Scratch, rows: int) -> Scratch:
+    by_token = ("routed", "shared", "gate", "up", "shared_h")
+    found = {name: getattr(scratch, name)[:rows] for name in by_token}
+    return dataclasses.replace(scratch, **found)
 
 
 Group = TypeVar("Group", Tokens, Activations)

@@ -96,3 +96,21 @@ def allocate_caches(
         )
 
     return tuple(of(config.attention_kind(layer)) for layer in range(config.num_hidden_layers))
+
+
+def read_nbytes(config: ModelConfig, context: int, rows: int) -> int:
+    """What a step of `rows` tokens reads of a sequence that has `context`: window, compressed
+    entries and index keys, each once for all rows.
+    """
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        kind, ratio = config.attention_kind(layer), config.compress_ratio(layer)
+        row = Layer.of(config, kind).row_bytes + KV_SCALES
+        total += min(context, config.sliding_window + rows) * row
+        if kind is AttentionKind.HCA:
+            total += context // ratio * row
+        elif kind is AttentionKind.CSA:
+            keys = context // ratio
+            total += min(keys, config.index_topk * rows) * row
+            total += keys * (config.index_head_dim // 2 + config.index_head_dim // 32)
+    return total

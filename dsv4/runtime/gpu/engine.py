@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,14 +87,13 @@ class Engine:
         self.chunk = chunk_rows(capacity) if chunk is None else chunk
         self.most_rows = max(self.chunk, MAX_ROWS)
         sizes = config, slots, capacity, self.chunk
-        needed = nbytes(Buffers.allocate(*sizes, META)) + slots * capacity * 4
         what = (
             f"a session of {capacity} tokens needs"
             if slots == 1
             else (f"{slots} sessions of {capacity} tokens need")
         )
         require_memory(
-            needed + tables_nbytes(config, capacity + MAX_ROWS),
+            session_sizes(*sizes).nbytes,
             device,
             what,
             "open it with a smaller max_seq_len",
@@ -173,11 +172,15 @@ class Engine:
             self._whole_chunk.launch()
         else:
             self._put_chunk(self.model.functions.launch, lambda function: function(), tokens)
-        x = self.buffers.activations.x[rows - wanted : rows]
         for start in range(0, wanted, MAX_ROWS):
-            few = x[start : start + MAX_ROWS]
-            run = self.step_pass(self.model.functions.launch, first(tokens, len(few)))
-            logits[start : start + MAX_ROWS] = plan.head(run, self.model.operands.head, few)
+            few = min(MAX_ROWS, wanted - start)
+            logits[start : start + few] = self.chunk_logits(rows - wanted + start, few)
+
+    def chunk_logits(self, start: int, rows: int) -> Tensor:
+        """Of at most MAX_ROWS tokens of the last chunk; overwritten by what is next."""
+        x = self.buffers.activations.x[start : start + rows]
+        run = self.step_pass(self.model.functions.launch, first(self.buffers.tokens, rows))
+        return plan.head(run, self.model.operands.head, x)
 
     def _put_chunk(
         self, launch: Launch, between: Callable[[Callable[[], None]], None], tokens: Tokens
@@ -205,6 +208,32 @@ class Engine:
         torch.arange(position, position + rows, out=tokens.position)
         tokens.slot.fill_(slot)
         return tokens
+
+
+class SessionSizes(NamedTuple):
+    """What an engine takes of its device, in bytes. caches: of all slots; scratch: activations and
+    what kernels hand on; tables: of angles, with what they need while they are computed.
+    """
+
+    caches: int
+    scratch: int
+    tables: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.caches + self.scratch + self.tables
+
+
+def session_sizes(
+    config: ModelConfig, slots: int, capacity: int, chunk: int | None = None
+) -> SessionSizes:
+    """Of an engine for `slots` sequences of up to `capacity` tokens. chunk: as `Engine` has it."""
+    chunk = chunk_rows(capacity) if chunk is None else chunk
+    buffers = Buffers.allocate(config, slots, capacity, chunk, META)
+    caches = nbytes(buffers.caches) + slots * capacity * 4  # the ids that each slot keeps
+    whole = nbytes(buffers) + slots * capacity * 4
+    return SessionSizes(caches, whole - caches, tables_nbytes(config, capacity + MAX_ROWS))
 
 
 def tables_nbytes(config: ModelConfig, positions: int) -> int:

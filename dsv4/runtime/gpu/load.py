@@ -8,19 +8,15 @@ from typing import Literal
 import torch
 
 from dsv4.formats.errors import OutOfSpaceError
-from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.plain_text import size
+from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
-from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.runtime.cuda_driver import Driver
-from dsv4.runtime.gpu.engine import META, Buffers, tables_nbytes
+from dsv4.runtime.gpu.engine import session_sizes
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.operands import nbytes
-from dsv4.runtime.gpu.prefill_plan import chunk_rows
-from dsv4.runtime.gpu.rehearsal import fetch_kernel, step_kernels
-from dsv4.runtime.gpu.standard import standard_model
+from dsv4.runtime.gpu.rehearsal import fetch_kernel, outlined_model, step_kernels
 from dsv4.runtime.gpu.weights import Loaded
 from dsv4.runtime.load import Part, Settings, load_weights, plan_load
 from dsv4.runtime.load.arena import HEADROOM, free_memory
@@ -31,7 +27,6 @@ from dsv4.runtime.model import no_gpu
 from dsv4.runtime.session import capacity_of
 from dsv4.runtime.startup_clock import Mark
 
-BY_FORMAT = ("gemv", "router")  # operations whose kernels depend on how weights are stored
 BESIDE = 768 << 20  # code of kernels, graphs, and what torch keeps
 
 Experts = Literal["auto", "resident"] | int
@@ -58,10 +53,10 @@ def load(
     """
     if not torch.cuda.is_available():
         raise no_gpu()
-    library = Library(default_location(), architecture(device))
+    library = Library(default_location(), architecture(device), store.root)
     torch.empty(1, device=device)
     mark("context")
-    require_kernels(store.config, library)
+    require_kernels(store, library)
     mark("kernels found")
     known = known_routes(store, routes)
     placement = plan_experts(store, device, experts, known.counts, max_seq_len)
@@ -104,7 +99,8 @@ def plan_experts(
     shape = config.num_hidden_layers, config.n_routed_experts
     core = plan_load(store, {Part.CORE, Part.EXPERTS}, records=True).nbytes
     free, name = free_memory(device)
-    room = free - core - session_nbytes(config, max_seq_len) - HEADROOM - BESIDE
+    session = session_sizes(config, 1, capacity_of(config, max_seq_len)).nbytes
+    room = free - core - session - HEADROOM - BESIDE
     everything = shape[0] * shape[1] * record.nbytes
     if experts == "resident" and room < everything:
         raise OutOfSpaceError(
@@ -120,16 +116,9 @@ def plan_experts(
     return place(counts, shape, record.nbytes, experts if isinstance(experts, int) else room)
 
 
-def session_nbytes(config: ModelConfig, max_seq_len: int | None) -> int:
-    """What an engine of one session will allocate."""
-    capacity = capacity_of(config, max_seq_len)
-    buffers = nbytes(Buffers.allocate(config, 1, capacity, chunk_rows(capacity), META))
-    return buffers + 4 * capacity + tables_nbytes(config, capacity + MAX_ROWS)
-
-
-def require_kernels(config: ModelConfig, library: Library) -> None:
-    """Find what a step needs whatever its weights' formats are. Raises KernelError."""
-    model = standard_model(config).different_layers()
-    for kernel in step_kernels(model, rows=1, capacity=1):
-        if kernel.operation not in BY_FORMAT:
-            library.function(kernel)
+def require_kernels(store: Nodes, library: Library) -> None:
+    """Find what a step of a store needs. Raises KernelError for one that is missing or stale, and
+    as `outlined_model`.
+    """
+    for kernel in step_kernels(outlined_model(store), rows=1, capacity=1):
+        library.function(kernel)

@@ -7,7 +7,7 @@ have shapes and formats alone. They are views: no byte is moved or changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import AttentionKind, ModelConfig
-from dsv4.formats.numeric.operands import Nvfp4Matrix
+from dsv4.formats.numeric.operands import SLABS, Nvfp4Matrix
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.weights import DeviceWeights, LayerRecords
@@ -101,11 +101,21 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SharedExpert:
-    """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in FP8."""
+    """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in any format."""
 
     w1: MatrixOperand
     w2: MatrixOperand
     w3: MatrixOperand
+
+    @property
+    def in_one_launch(self) -> bool:
+        """Whether the kernel of a step's experts reads it too: FP8, w2 in slabs."""
+        weights = self.w1.weight, self.w3.weight, self.w2.weight
+        return [(one.kind, one.slabs) for one in weights] == [
+            ("fp8", 1),
+            ("fp8", 1),
+            ("fp8", SLABS),
+        ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,16 +187,17 @@ def nbytes(*groups: Any) -> int:
     return sum(one.nbytes for group in groups for one in parts(group, Tensor))
 
 
-def read_model(weights: DeviceWeights) -> Model:
-    """The operands of all layers and of the head.
+def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> Model:
+    """The operands of all layers, or of some, and of the head.
 
     Raises RuntimeRefusal naming a tensor whose format no kernel reads.
     """
     read = _Reader(weights)
+    which = range(weights.config.num_hidden_layers) if layers is None else layers
     return Model(
         weights.config,
         read.plain("embed.weight", torch.bfloat16),
-        tuple(read.layer(index) for index in range(weights.config.num_hidden_layers)),
+        tuple(read.layer(index) for index in which),
         read.connection("hc_head", "norm.weight"),
         read.matrix("head"),
         weights.memory,
@@ -250,7 +261,7 @@ class _Reader:
     def experts(self, own: str, index: int) -> Experts:
         return Experts(
             self.weights.layer_records(index),
-            SharedExpert(*(self.fp8(f"{own}shared_experts.{name}") for name in ("w1", "w2", "w3"))),
+            SharedExpert(*(self.matrix(f"{own}shared_experts.{n}") for n in ("w1", "w2", "w3"))),
         )
 
     def parameter(self, name: str) -> Tensor:
@@ -262,12 +273,6 @@ class _Reader:
         if tensor.dtype != dtype:
             raise RuntimeRefusal(f"{name} is {tensor.dtype}, kernels read {dtype}")
         return tensor
-
-    def fp8(self, name: str) -> MatrixOperand:
-        found = self.matrix(name)
-        if found.weight.kind != "fp8":
-            raise RuntimeRefusal(f"{name}.weight is {found.weight.kind}, kernels read FP8 there")
-        return found
 
     def matrix(self, name: str) -> MatrixOperand:
         found = self.weights.matrix(f"{name}.weight")

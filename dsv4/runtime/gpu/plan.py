@@ -30,6 +30,7 @@ from dsv4.kernels.ops.hyper_connections import contract as mhc
 from dsv4.kernels.ops.indexer import contract as indexer
 from dsv4.kernels.ops.kv_cache import contract as append
 from dsv4.kernels.ops.kv_cache import q_rope_contract
+from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
 from dsv4.kernels.ops.router import contract as router
 from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.kernels.reference.sampling import Parameters
@@ -47,6 +48,7 @@ from dsv4.runtime.gpu.operands import (
     Attention,
     Compressor,
     Connection,
+    Experts,
     Layer,
     MatrixOperand,
     Model,
@@ -122,16 +124,31 @@ class StepPass(Pass):
         }
 
     def mix_experts(self, layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
-        """The chosen experts and the shared one, in one launch; before it, what is absent comes."""
+        """The chosen experts and the shared one: in one launch where that reads its format. Before
+        it, what is absent comes.
+        """
         own = layer.experts
         if self.memory is not None and self.memory.fetches:
             self._fetch(self.memory, layer.index)
-        shared: dict[str, Tensor] = {}
-        for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
-            found = matrix.arguments()
-            shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
+        if own.shared.in_one_launch:
+            shared: dict[str, Tensor] = {}
+            for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
+                found = matrix.arguments()
+                shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
+            self._launch_experts(_experts(self.config), own, x, self.a.u, shared)
+            return (self.a.u,)
+        s = self.scratch.first(self.rows)
+        self._launch_experts(_routed(self.config), own, x, s.routed, {})
+        self.multiply(x, [(own.shared.w1, s.gate), (own.shared.w3, s.up)])
+        self.launch(swiglu_of(self.config), gate=s.gate, up=s.up, h=s.shared_h)
+        self.multiply(s.shared_h, [(own.shared.w2, s.shared)])
+        return s.routed, s.shared
+
+    def _launch_experts(
+        self, kernel: Kernel, own: Experts, x: Tensor, y: Tensor, shared: dict[str, Tensor]
+    ) -> None:
         self.launch(
-            _experts(self.config),
+            kernel,
             x=x,
             topk_idx=self.a.topk_idx,
             topk_weights=self.a.topk_weights,
@@ -140,10 +157,9 @@ class StepPass(Pass):
             **shared,
             h=self.scratch.h,
             counters=self.scratch.counters,
-            y=self.a.u,
+            y=y,
             ctas=self.ctas,
         )
-        return (self.a.u,)
 
     def _fetch(self, memory: ExpertMemory, layer: int) -> None:
         kernel = _fetch(memory.records.shape[1], self.config.n_routed_experts)
@@ -450,6 +466,17 @@ def _experts(config: ModelConfig) -> Kernel:
 @functools.cache
 def _fetch(record_nbytes: int, experts: int) -> Kernel:
     return fetch_contract.fetch(record_nbytes, experts)
+
+
+@functools.cache
+def _routed(config: ModelConfig) -> Kernel:
+    return experts.experts(experts.Shape.of(config), "float32")
+
+
+@functools.cache
+def swiglu_of(config: ModelConfig) -> Kernel:
+    """The gate of a shared expert that has launches of its own."""
+    return swiglu(config)
 
 
 @functools.cache

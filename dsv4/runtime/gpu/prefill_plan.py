@@ -18,11 +18,10 @@ from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.experts import contract as experts
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
-from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
 from dsv4.runtime.gpu.activations import ChunkScratch, shaped
 from dsv4.runtime.gpu.caches import LayerCaches
 from dsv4.runtime.gpu.operands import Layer, MatrixOperand, Model
-from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers
+from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers, swiglu_of
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
 LEAST_ROWS = 32  # below, steps of a few rows take less time
@@ -97,9 +96,9 @@ class ChunkPass(Pass):
         if copies:
             self.between(functools.partial(copies.leave, layer.index))
 
-        self.multiply_one(arranged, shared.w1, s.gate)
-        self.multiply_one(arranged, shared.w3, s.up)
-        self.launch(_swiglu(self.config), gate=s.gate, up=s.up, h=s.shared_h)
+        for matrix, y in ((shared.w1, s.gate), (shared.w3, s.up)):
+            self.multiply_one(x if matrix.weight.kind == "bf16" else arranged, matrix, y)
+        self.launch(swiglu_of(self.config), gate=s.gate, up=s.up, h=s.shared_h)
         self.multiply(s.shared_h, [(shared.w2, s.shared)])
         return s.routed, s.shared
 
@@ -147,8 +146,3 @@ def _experts(config: ModelConfig, tuning: tuple[tuple[str, int], ...]) -> tuple[
         experts_contract.down(shape, dict(tuning)),
         experts_contract.combine(shape, "float32"),
     )
-
-
-@functools.cache
-def _swiglu(config: ModelConfig) -> Kernel:
-    return swiglu(config)

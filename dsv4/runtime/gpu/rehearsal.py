@@ -1,6 +1,6 @@
 """What a model launches, found without a GPU: its plan is carried out on tensors without memory.
 
-So kernels are built for every model that recipe `standard` makes, and looked for before a store is
+So kernels are built for the released models and for any store, and looked for before one is
 loaded. Every launch is checked as if it happened.
 """
 
@@ -11,28 +11,62 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.store.matrix_views import Nodes
 from dsv4.kernels.core.signature import Kernel
+from dsv4.kernels.limits import few, refusals
 from dsv4.kernels.ops.experts.contract import Shape
 from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.kernels.ops.xxh3.contract import xxh3
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.activations import CAPACITIES, first
 from dsv4.runtime.gpu.engine import META, Buffers
-from dsv4.runtime.gpu.operands import Model
+from dsv4.runtime.gpu.operands import Model, read_model
 from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import SIZES, ChunkPass
 from dsv4.runtime.gpu.program import arguments
-from dsv4.runtime.gpu.standard import standard_model
+from dsv4.runtime.gpu.weights import Loaded
+from dsv4.runtime.load.outline import OutlinedWeights
 from dsv4.runtime.positions import RopeTable, RopeTables
 from dsv4.runtime.text.sampling import Sampler
 
 
-def all_kernels(config: ModelConfig) -> Iterator[Kernel]:
-    """What a model of recipe `standard` needs; some more than once."""
-    model = standard_model(config).different_layers()
+def refuse_sizes(store: Nodes) -> None:
+    """Raise RuntimeRefusal for a model of sizes that no kernel takes."""
+    if refused := list(refusals(store.config)):
+        raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
+
+
+def outlined_model(store: Nodes) -> Model:
+    """The operands of a store without their bytes: of the first layer of every kind, in which
+    something is of another kind, format or shape.
+
+    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads.
+    """
+    refuse_sizes(store)
+    kinds: dict[int, list[object]] = {
+        layer: [store.config.compress_ratio(layer), store.config.is_hash_layer(layer), not layer]
+        for layer in range(store.config.num_hidden_layers)
+    }
+    for path, spec in store.hierarchy.arrays.items():
+        top, _, rest = path.partition("/")
+        number, _, member = rest.partition("/")
+        if top == "layers":
+            kinds[int(number)].append((member, spec.element, spec.shape, spec.chunk))
+    found: dict[tuple[object, ...], int] = {}
+    for layer, kind in kinds.items():
+        found.setdefault(tuple(kind), layer)
+    return read_model(Loaded(OutlinedWeights(store)), found.values())
+
+
+def all_kernels(model: Model) -> Iterator[Kernel]:
+    """What a model needs, whatever the length of its sequences; some more than once."""
+    model = model.different_layers()
+    yield xxh3()  # compares what is loaded with its checksums
     yield draw_kernel(model)
-    yield fetch_kernel(config)
+    yield fetch_kernel(model.config)
     for capacity in CAPACITIES:
         for rows in range(1, MAX_ROWS + 1):
             yield from step_kernels(model, rows, capacity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
@@ -13,6 +14,8 @@ from dsv4.kernels.ops.experts.record import Record
 from dsv4.kernels.ops.experts.reference import record_parts
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.load import LoadedWeights
+from dsv4.runtime.load.outline import META, OutlinedWeights
+from dsv4.runtime.load.records import record_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +93,12 @@ class DeviceWeights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A loaded store as `DeviceWeights`: nothing is copied."""
+    """A loaded store as `DeviceWeights`: nothing is copied. Or the outline of one, without memory:
+    its records have no bytes.
+    """
 
-    weights: LoadedWeights
-    memory: ExpertMemory
+    weights: LoadedWeights | OutlinedWeights
+    memory: ExpertMemory | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -109,10 +114,15 @@ class Loaded:
         return self.weights.matrix(name)
 
     def layer_records(self, layer: int) -> LayerRecords:
-        """See `DeviceWeights`."""
-        own = self.memory
+        """See `DeviceWeights`. Raises RuntimeRefusal for experts that no kernel reads."""
+        own, c = self.memory, self.config
         scales = (
             self.weights.array(f"layers/{layer}/ffn/experts/{name}/global_scale").tensor()
             for name in ("w13", "w2")
         )
-        return LayerRecords(own.table[layer], own.prompt_table[layer], own.records, *scales)
+        if own is not None:
+            return LayerRecords(own.table[layer], own.prompt_table[layer], own.records, *scales)
+        places = torch.empty(c.n_routed_experts, dtype=torch.int32, device=META)
+        sizes = c.num_hidden_layers * c.n_routed_experts, record_of(self.weights).nbytes
+        records = torch.empty(sizes, dtype=torch.uint8, device=META)
+        return LayerRecords(places, places, records, *scales)

@@ -17,9 +17,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Literal, Protocol
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice, whole
+from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice
+from dsv4.formats.numeric.slices import whole as all_of
 from dsv4.formats.plain_text import natural_key
-from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.specs import ALIGNMENT, ArraySpec, FileSpec
 
 
@@ -32,6 +33,7 @@ class Part(enum.StrEnum):
 
 
 EVERYTHING = frozenset(Part)
+MODEL = frozenset({Part.CORE, Part.EXPERTS})  # what runs: draft layers stay where they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Plan(Protocol):
     def spans(self) -> Iterator[Span]: ...
 
 
-def part_of(store: PackedStore, path: str) -> Part | None:
+def part_of(store: Nodes, path: str) -> Part | None:
     """Which part the array at `path` belongs to; None: none that a model reads."""
     group, _, member = path.rpartition("/")
     stacked = group in store.contents.stacks
@@ -127,7 +129,7 @@ def part_of(store: PackedStore, path: str) -> Part | None:
 
 
 def plan_load(
-    store: PackedStore,
+    store: Nodes,
     parts: Collection[Part] = EVERYTHING,
     share: Share = ALONE,
     *,
@@ -154,18 +156,23 @@ def plan_load(
     return LoadPlan(arrays, at)
 
 
-def _ranges(spec: ArraySpec, group: str, store: PackedStore, share: Share) -> list[ByteRange]:
+def whole(spec: ArraySpec, at: int = 0) -> Placed:
+    """All of an array, from byte `at` of an arena on."""
+    return Placed(spec, at, tuple(_spans(spec, all_of(spec), at)))
+
+
+def _ranges(spec: ArraySpec, group: str, store: Nodes, share: Share) -> list[ByteRange]:
     if share.world == 1:
-        return whole(spec)
+        return all_of(spec)
     stacked = group in store.contents.stacks
     if stacked and share.experts == "expert":
         ranges = expert_slice(spec, share.rank, share.world)
     elif stacked or share.dense == "tensor":
         ranges = tensor_slice(spec, share.rank, share.world)
     else:
-        return whole(spec)
+        return all_of(spec)
     chunk = spec.chunk_nbytes
-    return whole(spec) if any(r.begin % chunk or r.end % chunk for r in ranges) else ranges
+    return all_of(spec) if any(r.begin % chunk or r.end % chunk for r in ranges) else ranges
 
 
 def _spans(spec: ArraySpec, ranges: list[ByteRange], at: int) -> Iterator[Span]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.plain_text import size
+from dsv4.formats.store.matrix_views import Nodes, StoredWeights
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import ArraySpec, FileSpec
 from dsv4.kernels.ops.experts.record import Record
@@ -137,7 +138,7 @@ class LoadedRecords:
         return self.arena.address if self.arena is not None else 0
 
 
-def record_of(store: PackedStore) -> Record:
+def record_of(store: Nodes | StoredWeights) -> Record:
     """Of a store's experts. Raises RuntimeRefusal for experts that no kernel reads."""
     config = store.config
     for layer in range(config.num_hidden_layers):

@@ -13,6 +13,7 @@ import dsv4
 from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime import place
+from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.place import Place, choose_place
 
 
@@ -28,6 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setenv("DSV4_KERNELS", str(tmp_path))
+    monkeypatch.setattr(place, "refuse_sizes", lambda store: None)
     return monkeypatch
 
 
@@ -54,11 +56,22 @@ def test_auto_falls_back_and_names_what_to_build(
 ) -> None:
     chosen = choose_place("auto", store)
     assert chosen.device == "cpu" and chosen.notice is not None
-    assert "no kernels for sm_90a; `dsv4 kernels build --arch sm_90a` makes them" in chosen.notice
+    build = f"`dsv4 kernels build {store.root} --arch sm_90a`"
+    assert f"no kernels for sm_90a; {build} makes them" in chosen.notice
     assert "running on the CPU" in chosen.notice
-    with pytest.raises(
-        KernelError, match="`dsv4 kernels build --arch sm_90a` makes them; --device"
-    ):
+    with pytest.raises(KernelError, match=f"{build} makes them; --device"):
+        choose_place("cuda", store)
+
+
+def test_sizes_that_no_kernel_takes_are_not_a_kernel_to_build(
+    store: PackedStore, gpu: pytest.MonkeyPatch
+) -> None:
+    gpu.setattr(place, "refuse_sizes", refuse_sizes)
+    sentence = "no GPU runs packed: hidden_size is 256, the GPU's kernels take multiples of 1024"
+    chosen = choose_place("auto", store)
+    assert chosen.device == "cpu" and sentence in str(chosen.notice)
+    assert "kernels build" not in str(chosen.notice)
+    with pytest.raises(RuntimeRefusal, match=rf"{sentence}.*; --device cpu needs no kernel"):
         choose_place("cuda", store)
 
 
@@ -66,7 +79,8 @@ def test_both_commands_are_named_in_order_where_the_compiler_is_missing(
     store: PackedStore, gpu: pytest.MonkeyPatch
 ) -> None:
     without_compiler(gpu)
-    both = r"`pip install 'dsv4\[kernels\]'`, then `dsv4 kernels build --arch sm_90a` makes them"
+    build = f"`dsv4 kernels build {store.root} --arch sm_90a` makes them"
+    both = rf"`pip install 'dsv4\[kernels\]'`, then {build}"
     with pytest.raises(KernelError, match=both):
         choose_place("cuda", store)
 
@@ -94,7 +108,7 @@ def test_a_model_too_large_for_the_cpu_is_refused_with_the_way_out(
 def test_auto_is_the_gpu_where_its_kernels_are_found(
     store: PackedStore, gpu: pytest.MonkeyPatch
 ) -> None:
-    gpu.setattr(place, "Library", lambda location, arch: (location, arch))
+    gpu.setattr(place, "Library", lambda location, arch, store: (location, arch))
     gpu.setattr(place, "require_kernels", lambda config, library: None)
     assert choose_place("auto", store) == choose_place("cuda", store) == Place("cuda")
 

@@ -17,7 +17,7 @@ from dsv4.kernels.core.contract import Buffers, Case
 from dsv4.kernels.core.signature import Argument, Kernel
 from dsv4.kernels.core.verify import fault, guard_outputs
 from tests.support.interpreter.ctas import Cta, run
-from tests.support.interpreter.launch import record
+from tests.support.interpreter.launch import Launched, record
 from tests.support.interpreter.memory import GlobalMemory
 from tests.support.interpreter.source import parse
 from tests.support.machine_code import machine_code
@@ -39,35 +39,8 @@ def interpret(
     """
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
-    arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
-    raw = {
-        name: one.view(torch.uint8).view(-1).numpy()
-        for name, one in arguments.items()
-        if isinstance(one, Tensor)
-    }
-    beside = pointed or {}
-    raw |= {
-        f"{name} points": one.view(torch.uint8).view(-1).numpy() for name, one in beside.items()
-    }
-    memory = GlobalMemory(raw)
-    for name in beside:
-        address = torch.tensor([memory.address[f"{name} points"]])
-        raw[name][:] = address.view(torch.uint8).numpy()
-
-    def describe(argument: Argument | tuple[Argument, ...]) -> Any:
-        if isinstance(argument, tuple):
-            return [describe(one) for one in argument]
-        given = arguments[argument.name]
-        if not isinstance(given, Tensor):
-            return given
-        dtype = str(given.dtype).removeprefix("torch.")
-        return memory.address[argument.name], dtype, list(given.shape)
-
-    launched = record(
-        _shared_object(kernel, arch),
-        list(program.parameters.values()),
-        [describe(argument) for argument in kernel.arguments],
-    )
+    parameters = list(program.parameters.values())
+    launched, memory = _launch(kernel, arch, buffers, parameters, pointed or {})
     width, height, depth = launched.grid
     for first in range(0, width * height * depth, launched.cluster):
         run(
@@ -85,6 +58,51 @@ def interpret(
                 for block in range(first, first + launched.cluster)
             ]
         )
+
+
+def shared_bytes(kernel: Kernel, arch: str, buffers: Buffers) -> int:
+    """Dynamic shared memory of a CTA of `kernel`, launched on its arguments."""
+    program = parse(machine_code(kernel, arch).ptx)
+    return _launch(kernel, arch, buffers, list(program.parameters.values()), {})[0].shared_bytes
+
+
+def _launch(
+    kernel: Kernel,
+    arch: str,
+    buffers: Buffers,
+    parameters: list[int],
+    pointed: Mapping[str, Tensor],
+) -> tuple[Launched, GlobalMemory]:
+    """What the host code asks the driver for, and the memory that it points into."""
+    arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
+    raw = {
+        name: one.view(torch.uint8).view(-1).numpy()
+        for name, one in arguments.items()
+        if isinstance(one, Tensor)
+    }
+    raw |= {
+        f"{name} points": one.view(torch.uint8).view(-1).numpy() for name, one in pointed.items()
+    }
+    memory = GlobalMemory(raw)
+    for name in pointed:
+        address = torch.tensor([memory.address[f"{name} points"]])
+        raw[name][:] = address.view(torch.uint8).numpy()
+
+    def describe(argument: Argument | tuple[Argument, ...]) -> Any:
+        if isinstance(argument, tuple):
+            return [describe(one) for one in argument]
+        given = arguments[argument.name]
+        if not isinstance(given, Tensor):
+            return given
+        dtype = str(given.dtype).removeprefix("torch.")
+        return memory.address[argument.name], dtype, list(given.shape)
+
+    launched = record(
+        _shared_object(kernel, arch),
+        parameters,
+        [describe(argument) for argument in kernel.arguments],
+    )
+    return launched, memory
 
 
 @functools.cache

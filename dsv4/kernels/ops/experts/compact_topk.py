@@ -15,24 +15,28 @@ from cutlass import Float32, Int32
 
 from dsv4.kernels.core.sizes import STEP_ROWS
 
-MAX_CHOICES = 64  # of all tokens together
 _NONE = 0x7FFFFFFF
 
 
+def most_choices(top_k: int) -> int:
+    """Of all tokens of a step together: 64, or 128 where a token has more than eight."""
+    return -(-top_k * STEP_ROWS // 64) * 64
+
+
 class Chosen:
-    """experts: `[64]`, ascending; places: `[64]`, of their records; count: `[1]` how many; entry:
-    `[64 * 8]`, for (expert, token) the place in topk_idx, or -1; weights: `[64]` of the choices.
+    """Of `most` choices. experts: ascending; places: of their records; count: `[1]` how many;
+    entry: `[most * 8]`, for (expert, token) the place in topk_idx, or -1; weights: of the choices.
     """
 
-    def __init__(self, smem: Any) -> None:
+    def __init__(self, smem: Any, most: int) -> None:
         def table(kind: Any, size: int) -> Any:
             return smem.allocate_tensor(kind, cute.make_layout(size), 16)
 
-        self.experts, self.count = table(Int32, MAX_CHOICES), table(Int32, 4)
-        self.places = table(Int32, MAX_CHOICES)
-        self.entry = table(Int32, MAX_CHOICES * STEP_ROWS)
-        self.weights = table(Float32, MAX_CHOICES)
-        self.ids, self.keys = table(Int32, MAX_CHOICES), table(Int32, MAX_CHOICES)
+        self.experts, self.count = table(Int32, most), table(Int32, 4)
+        self.places = table(Int32, most)
+        self.entry = table(Int32, most * STEP_ROWS)
+        self.weights = table(Float32, most)
+        self.ids, self.keys = table(Int32, most), table(Int32, most)
 
 
 @cute.jit
@@ -46,6 +50,7 @@ def choose(
     """
     thread, _, _ = cute.arch.thread_idx()
     top_k = topk_idx.shape[1]
+    most = most_choices(top_k)
     weights, ids, keys, entry = chosen.weights, chosen.ids, chosen.keys, chosen.entry
     firsts, first_places, total = chosen.experts, chosen.places, chosen.count
     choices = Int32(topk_idx.shape[0]) * top_k
@@ -57,9 +62,9 @@ def choose(
         if own >= 0:
             place = places[own]
         weights[thread] = topk_weights[thread // top_k, thread % top_k]
-    if thread < MAX_CHOICES:
+    if thread < most:
         ids[thread] = own
-    for turn in cutlass.range_constexpr(MAX_CHOICES * STEP_ROWS // threads):
+    for turn in cutlass.range_constexpr(most * STEP_ROWS // threads):
         entry[turn * threads + thread] = Int32(-1)
     cute.arch.sync_threads()
     first = Int32(own >= 0)
@@ -67,10 +72,10 @@ def choose(
         for other in cutlass.range(thread, unroll=8):
             if ids[other] == own:
                 first = Int32(0)
-    if thread < MAX_CHOICES:
+    if thread < most:
         keys[thread] = own if first != 0 else Int32(_NONE)
     cute.arch.sync_threads()
-    if thread < MAX_CHOICES:
+    if thread < most:
         rank, count = Int32(0), Int32(0)
         for other in cutlass.range(choices, unroll=8):
             key = keys[other]

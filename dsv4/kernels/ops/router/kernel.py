@@ -8,7 +8,8 @@ Workers and finishers share the launch (see `roles`). A worker takes 32 experts 
 `weight_operands`) and a part of the columns, for eight tokens at once, and sends its sums to a
 mailbox. A finisher per token has a thread for each expert, which adds that expert's sums in the
 workers' order; one warp then picks the best, one after another: the highest score, the lowest
-number among equal ones.
+number among equal ones. Experts that do not fill a tile of 128 rows are read as copies of the last
+one, whose sums nobody sends; threads that do not fill a warp look after no expert.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32, range_constexpr
 
+from dsv4.kernels.core.sizes import MAX_EXPERTS, MAX_TOP_K, SCALE_TILE_ROWS
 from dsv4.kernels.device import async_copies, global_memory, mailbox, shared_memory
 from dsv4.kernels.device.async_copies import LANE_BYTES, PIECE_BYTES
 from dsv4.kernels.device.elementary import sqrt_softplus
@@ -97,13 +99,20 @@ class Router:
     pdl: bool
 
     def __post_init__(self) -> None:
-        self.operand = OPERANDS[self.kind](self.experts, self.hidden, self.slabs)
+        self.ragged = self.experts % SCALE_TILE_ROWS != 0
+        self.operand = OPERANDS[self.kind](self.experts, self.hidden, self.slabs, not self.ragged)
         self.parts = self.hidden // STEP // self.warps
-        self.bands = self.experts // 32
+        self.bands = -(-self.experts // SCALE_TILE_ROWS) * (SCALE_TILE_ROWS // LANES)
+        self.finishing = -(-self.experts // LANES) * LANES  # threads
         self.roles = Roles(self.bands * self.parts, self.pdl)
-        if self.experts % 128 or self.hidden % (STEP * self.warps) or self.top_k > LANES:
+        if self.hidden % (STEP * self.warps):
             raise ValueError(
                 f"a gate of {self.experts} x {self.hidden} does not divide into {self.warps} warps"
+            )
+        if not self.top_k <= self.experts <= MAX_EXPERTS or self.top_k > MAX_TOP_K:
+            raise ValueError(
+                f"{self.top_k} of {self.experts} experts, expected at most {MAX_TOP_K} of "
+                f"{MAX_EXPERTS}"
             )
 
     @cute.jit
@@ -119,7 +128,7 @@ class Router:
     ) -> None:
         self.kernel(x, gate, choice, topk_idx, topk_weights, letters).launch(
             grid=[self.roles.ctas(Int32(x.shape[0])), 1, 1],
-            block=[max(32 * self.warps, self.experts), 1, 1],
+            block=[max(32 * self.warps, self.finishing), 1, 1],
             stream=stream,
             use_pdl=self.roles.pdl,
         )
@@ -137,7 +146,7 @@ class Router:
         self.roles.begin()
         smem = cutlass.memory.SmemAllocator()
         sums = smem.allocate_tensor(Float32, cute.make_layout((BAND_SUMS, self.warps, 2)), 16)
-        found = smem.allocate_tensor(Float32, cute.make_layout((self.experts, 2, 2)), 16)
+        found = smem.allocate_tensor(Float32, cute.make_layout((self.finishing, 2, 2)), 16)
         copies = smem.allocate(self.operand.pieces * PIECE_BYTES * self.warps, 128).toint()
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
@@ -147,7 +156,7 @@ class Router:
             if thread < 32 * self.warps:
                 self._work(x, WeightTensors(*gate), letters, sums, copies, slices)
         else:
-            if thread < self.experts:
+            if thread < self.finishing:
                 named = ByTable(*choice) if self.hashed else ByScore(*choice)
                 self._finish(named, topk_idx, topk_weights, letters, found, finisher)
 
@@ -231,11 +240,14 @@ class Router:
             item = turn * 32 * self.warps + thread
             source, column = sum_place(item)
             token = own.group * GROUP + column
-            if (item < BAND_SUMS) & (token < tokens):
+            expert = sum_row(own.band, item)
+            there = (item < BAND_SUMS) & (token < tokens)
+            if cutlass.const_expr(self.ragged):
+                there = there & (expert < self.experts)
+            if there:
                 total = sums[source, 0, own.parity]
                 for warp in range_constexpr(1, self.warps):
                     total += sums[source, warp, own.parity]
-                expert = sum_row(own.band, item)
                 place = (token * self.parts + own.part) * self.experts + expert
                 mailbox.send(letters.iterator + place, total * factor)
 
@@ -256,20 +268,22 @@ class Router:
         thread, _, _ = cute.arch.thread_idx()
         bias = Float32(0.0)
         if cutlass.const_expr(not self.hashed):
-            bias = choice.bias[thread]
+            bias = choice.bias[cutlass.min(thread, self.experts - 1) if self.ragged else thread]
         self.roles.wait()
         tokens = Int32(topk_idx.shape[0])
         parity = Int32(0)
         for token in cutlass.range(finisher, tokens, MAX_FINISHERS, unroll=1):
-            logit = mailbox.receive(
-                letters.iterator + token * self.parts * self.experts + thread,
-                self.parts,
-                self.experts,
-            )
+            box = letters.iterator + token * self.parts * self.experts + thread
+            logit = Float32(0.0)
+            if cutlass.const_expr(self.ragged):
+                if thread < self.experts:
+                    logit = mailbox.receive(box, self.parts, self.experts)
+            else:
+                logit = mailbox.receive(box, self.parts, self.experts)
             affinity = sqrt_softplus(logit)
             found[thread, 0, parity] = affinity
             found[thread, 1, parity] = affinity + bias
-            cute.arch.barrier(barrier_id=FINISHER_BARRIER, number_of_threads=self.experts)
+            cute.arch.barrier(barrier_id=FINISHER_BARRIER, number_of_threads=self.finishing)
             if thread < LANES:
                 expert = self._listed(choice, token)
                 if cutlass.const_expr(not self.hashed):
@@ -298,8 +312,13 @@ class Router:
     def _best(self, found: cute.Tensor, parity: Int32) -> Int32:
         """Lane k: the expert of the k-th highest score. A lane looks after neighbouring experts."""
         lane = cute.arch.lane_idx()
-        count = self.experts // LANES
+        count = self.finishing // LANES
         keys = [_ordered(found[lane * count + i, 1, parity]) for i in range(count)]
+        if cutlass.const_expr(self.ragged):
+            keys = [
+                Uint32(cutlass.select_(lane * count + i < self.experts, keys[i], Uint32(0)))
+                for i in range(count)
+            ]
         chosen = Int32(0)
         for k in range_constexpr(self.top_k):
             highest = keys[0]
