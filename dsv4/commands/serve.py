@@ -11,6 +11,7 @@ import click
 
 import dsv4
 from dsv4.commands.console import err, notice
+from dsv4.commands.options import Size
 from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
@@ -77,6 +78,41 @@ EFFORTS = ("none", "low", "high", "max")
     type=click.IntRange(min=0),
     metavar="N",
     help="Requests that may wait; default: four a slot.",
+)
+@click.option(
+    "--max-pause",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    metavar="MS",
+    help="How long an answer may stand still while another prompt is read.",
+)
+@click.option(
+    "--prefix-memory",
+    type=Size(),
+    default="4GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Host memory for beginnings of prompts that may come again; 0 for none.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep beginnings of prompts here too, beyond the process.  [default: nowhere]",
+)
+@click.option(
+    "--cache-size",
+    type=Size(),
+    default="32GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most bytes in --cache-dir; what was unused for longest goes.",
+)
+@click.option(
+    "--reproducible",
+    is_flag=True,
+    help="The same bytes for a prompt, however much of it was known; answers are read again.",
 )
 @click.option(
     "--effort",
@@ -148,7 +184,17 @@ def serve(directory: Path, **options: Any) -> None:
     limits = Limits(
         options["max_body"] * MIB, options["request_timeout"], options["max_new_tokens"]
     )
-    wanted = Wanted(place.device, options["slots"], options["max_seq_len"], options["queue"])
+    wanted = Wanted(
+        place.device,
+        options["slots"],
+        options["max_seq_len"],
+        options["queue"],
+        options["max_pause"] / 1000,
+        options["prefix_memory"],
+        options["cache_dir"],
+        options["cache_size"],
+        options["reproducible"],
+    )
     server = Server(model, limits=limits, access=access, page=not options["no_page"])
     bound = bind(options["host"], options["port"])
     _say(f"loading {packed.name}; {address_of(bound)}/ready shows how far it is")

@@ -1,35 +1,89 @@
-"""Which engine runs a store."""
+"""The engine that runs a store, as the command line wants it."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dsv4
 from dsv4.formats.checkpoint import PackedCheckpoint
+from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.store.text_files import stored_text_files
+from dsv4.runtime.text.tokenizer import Text
+from dsv4.serve.engine import PREFIX_BYTES, Options, ServeEngine, backend_of
 from dsv4.serve.jobs import Engine
-from dsv4.serve.one_at_a_time import OneAtATime
+from dsv4.serve.prefix_files import PrefixFiles
+from dsv4.serve.record import LOG
+from dsv4.serve.remembering import Memory
+from dsv4.serve.scheduler import Sharing
 
 if TYPE_CHECKING:
     from dsv4.runtime.startup_clock import Mark
+
+CACHE_BYTES = 32 << 30
+USER = "<｜User｜>"  # begins a user's turn in every prompt of the model
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """device: for `dsv4.load`. slots: sequences at a time. max_seq_len: tokens of one, None for
-    the runtime's own. queue: most jobs that wait, None for four a slot.
+    the runtime's own. queue: most jobs that wait, None for four a slot. max_pause: seconds that an
+    answer may stand still because of somebody's prompt. prefix_bytes: of host memory for beginnings
+    of prompts. cache_dir: where they outlive the process, in at most `cache_bytes`. reproducible:
+    whether a prompt gives the same bytes however much of it was known.
     """
 
     device: str
     slots: int = 1
     max_seq_len: int | None = None
     queue: int | None = None
+    max_pause: float = 0.2
+    prefix_bytes: int = PREFIX_BYTES
+    cache_dir: Path | None = None
+    cache_bytes: int = CACHE_BYTES
+    reproducible: bool = False
 
 
 def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
     """Load the weights of `packed` and run them. mark: called with the name of each phase when it
-    ends. Raises StoreError, RuntimeRefusal or KernelError.
+    ends. Raises StoreError, RuntimeRefusal, KernelError or OutOfSpaceError.
     """
-    model = dsv4.load(packed, device=wanted.device, mark=mark)
-    waiting = wanted.queue if wanted.queue is not None else 4 * wanted.slots
-    return OneAtATime(model.session(max_seq_len=wanted.max_seq_len), waiting)
+    files = None if wanted.cache_dir is None else _files(wanted.cache_dir, wanted.cache_bytes)
+    try:
+        model = dsv4.load(packed, device=wanted.device, mark=mark)
+        backend = backend_of(model, wanted.slots, wanted.max_seq_len)
+    except BaseException:
+        if files is not None:
+            files.close()
+        raise
+    options = Options(
+        queue=wanted.queue,
+        prefix_bytes=wanted.prefix_bytes,
+        root=bytes.fromhex(packed.store.manifest["root"]),
+        sharing=Sharing(max_pause=wanted.max_pause),
+        memory=Memory(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
+    )
+    return ServeEngine(backend, options, files)
+
+
+def _files(place: Path, limit: int) -> PrefixFiles:
+    try:
+        return PrefixFiles(place, limit, _log)
+    except OSError as error:
+        raise RuntimeRefusal(
+            f"--cache-dir {place} cannot be used: {error.strerror or error}; give a directory that "
+            "can be written to"
+        ) from None
+
+
+def _turn_id(packed: PackedCheckpoint) -> int | None:
+    """The token that begins a user's turn; None where the tokenizer has no single one."""
+    tokenizer = stored_text_files(packed).tokenizer
+    ids = [] if tokenizer is None else Text(tokenizer).encode(USER)
+    return ids[0] if len(ids) == 1 else None
+
+
+def _log(line: str) -> None:
+    LOG.info(json.dumps({"event": "prefix", "note": line}))

@@ -101,7 +101,9 @@ def test_a_store_is_served_and_sigterm_finishes_what_runs(standard_store: Path) 
         assert json.loads(data[-2])["usage"]["completion_tokens"] == 12
         assert started.process.wait(60) == 0
         records = [json.loads(line) for line in started.lines if line.startswith("{")]
-        assert {record["status"] for record in records} == {200}
+        assert {record["status"] for record in records if "status" in record} == {200}
+        notes = [record["note"] for record in records if record.get("event") == "prefix"]
+        assert "nothing like it is remembered" in notes[0] and len(notes) == 3
 
 
 def _ask(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_a_cancelled_job_ends_and_the_next_one_runs(engine: Engine) -> None:
 
 def test_what_can_never_run_is_refused_and_a_queue_has_an_end(engine: Engine) -> None:
     assert engine.failure is None and engine.max_seq_len == ROOM
-    for ids, count in ((PROMPT, ROOM), ([], 1)):
+    for ids, count in ((PROMPT * (ROOM // len(PROMPT)), 1), ([], 1)):
         with pytest.raises(RuntimeRefusal):
             engine.submit(Job(ids, Sampler(), count), lambda event: None)
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
