@@ -12,6 +12,9 @@ PIP_FLAGS ?=
 
 .PHONY: demo test test-long check clean
 
+# How the demo asks its server: curl, or Python on a machine that has none.
+ASK := $(if $(shell command -v curl),curl -sSf -d @-,$(BIN)/python -c 'import sys, urllib.request as \
+	u; print(u.urlopen(sys.argv[1], sys.stdin.buffer.read()).read().decode())')
 demo: $(VENV)/demo.stamp
 	rm -rf demo && mkdir demo
 	$(BIN)/dsv4 convert --hf examples/tiny-dsv4 --out demo/packed
@@ -20,10 +23,10 @@ demo: $(VENV)/demo.stamp
 		--max-new-tokens 80 --temperature 0.6 --top-p 0.9 --seed 1
 	@echo '$$ dsv4 serve demo/packed & curl .../v1/completions'
 	@$(BIN)/dsv4 serve demo/packed --port 0 --quiet 2>demo/serve.log & server=$$!; \
-		until url=$$(sed -n 's/^listening on //p' demo/serve.log) && test -n "$$url"; do \
+		until url=$$(sed -n 's/^listening on //p' demo/serve.log 2>/dev/null) && test -n "$$url"; do \
 			kill -0 $$server || { cat demo/serve.log; exit 1; }; sleep 0.2; done; \
-		curl --silent --show-error --fail $$url/v1/completions \
-			-d '{"prompt": "class Stack:", "max_tokens": 20, "temperature": 0}'; \
+		echo '{"prompt": "class Stack:", "max_tokens": 20, "temperature": 0}' \
+			| $(ASK) $$url/v1/completions; \
 		asked=$$?; echo; kill $$server; wait $$server && exit $$asked
 
 test: $(VENV)/test.stamp

@@ -298,6 +298,51 @@ def bench_store(
         show(made_table(made))
 
 
+@bench.command("serve")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--clients", default="1,4,8,16", show_default=True, help="Jobs at a time.")
+@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=1024)
+@click.option("--answer", "answer_tokens", type=click.IntRange(min=2), default=256)
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--device", type=Device(), default="cuda", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def bench_serve(
+    store: Path,
+    clients: str,
+    prompt_tokens: int,
+    answer_tokens: int,
+    slots: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """The engine behind `dsv4 serve` under the load of several clients."""
+    import dsv4
+    from dsv4.bench.serve import measure
+    from dsv4.commands.bench_tables import serve_table
+    from dsv4.serve.engine_choice import Wanted, make_engine
+
+    packed = dsv4.open(store)
+    room = prompt_tokens + answer_tokens
+    engine = make_engine(packed, Wanted(device, slots, room, queue=1024), lambda phase: None)
+    try:
+        lines, again = measure(
+            engine,
+            packed.config.vocab_size,
+            clients=numbers(clients),
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
+        )
+    finally:
+        engine.close(finish=False)
+    if as_json:
+        found = [dataclasses.asdict(one) for one in lines]
+        print_json({"lines": found, "again": dataclasses.asdict(again)})
+    else:
+        show(serve_table(packed.name, slots, lines, again))
+    if not (again.right and all(one.right for one in lines)):
+        raise SystemExit(1)
+
+
 @bench.command("load")
 @click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
 @shape_options

@@ -12,7 +12,7 @@ from dsv4.commands.tables import facts_table
 from dsv4.formats.plain_text import counted, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode, prompt, streaming
+    from dsv4.bench import decode, prompt, serve, streaming
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
@@ -97,6 +97,25 @@ def kernels_table(lines: Sequence[Line], machine: Machine) -> Table:
             f"{line.fraction:.3f}" if line.fraction else "",
             "WRONG" if line.faults else line.skipped or "right",
         )
+    return table
+
+
+def serve_table(name: str, slots: int, lines: Sequence[serve.Line], again: serve.Again) -> Table:
+    """What clients wait for and get, alone and among others."""
+    title = (
+        f"{name}, {slots} slots, prompts of {again.prompt_tokens} tokens; one asked again: first "
+        f"token after {again.warm * 1e3:.0f} ms instead of {again.cold * 1e3:.0f}, {again.cached} "
+        f"tokens remembered, {'same' if again.right else 'OTHER'} answer"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("clients", "answers", "tokens/s", "first token ms", "p99", "between ms", "p99"):
+        table.add_column(column, justify="right")
+    table.add_column("alone = among others")
+    for line in lines:
+        milliseconds = (f"{1e3 * one:.1f}" for one in (*line.first, *line.gap))
+        rate = f"{line.tokens_per_second:.1f}"
+        verdict = "right" if line.right else "WRONG"
+        table.add_row(str(line.clients), str(line.answers), rate, *milliseconds, verdict)
     return table
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.engine import Options, ServeEngine
 from dsv4.serve.prefix_cache import PrefixCache, common, packed
-from dsv4.serve.prefix_files import PrefixFiles
+from dsv4.serve.prefix_files import HEADER, PrefixFiles
 from dsv4.serve.remembering import Memory
 from tests.serve import small
 from tests.serve.harness import Heard, ask, job
@@ -203,6 +203,21 @@ def place(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "prefixes"
 
 
+def in_order(place: Path) -> list[Path]:
+    """The files from the one that begins the prompt on, each after the one that it names."""
+    after = {}
+    for path in place.iterdir():
+        _, key, before, *_ = HEADER.unpack(path.read_bytes()[: HEADER.size])
+        after[before] = (key, path)
+    (key,) = set(after) - {key for key, _ in after.values()}  # the seed
+    found = []
+    while key in after:
+        key, path = after[key]
+        found.append(path)
+    assert len(found) == len(after) >= 2
+    return found
+
+
 def later(place: Path, limit: int = 1 << 30, **options: Any) -> tuple[int, list[str]]:
     """Another process: tokens of IDS[:100] that it did not compute, and what it logged."""
     LINES.clear()
@@ -232,7 +247,7 @@ def test_another_root_or_salt_finds_nothing(place: Path) -> None:
 @pytest.mark.parametrize("where", [0, 20, 40, 60, 80, 100, 500, -1])
 def test_a_damaged_file_is_refused_and_computed_again(place: Path, where: int) -> None:
     """One bit, anywhere; the file is removed, and written anew."""
-    deepest = max(place.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    deepest = in_order(place)[-1]
     data = bytearray(deepest.read_bytes())
     data[where] ^= 1
     deepest.write_bytes(data)
@@ -243,7 +258,7 @@ def test_a_damaged_file_is_refused_and_computed_again(place: Path, where: int) -
 
 
 def test_a_short_or_renamed_file_is_refused(place: Path) -> None:
-    first, second, *_ = sorted(place.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    first, second, *_ = in_order(place)
     content = second.read_bytes()
     second.write_bytes(first.read_bytes())
     cached, lines = later(place)
@@ -253,8 +268,7 @@ def test_a_short_or_renamed_file_is_refused(place: Path) -> None:
 
 
 def test_a_file_without_those_before_it_is_not_used(place: Path) -> None:
-    first = min(place.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    first.unlink()
+    in_order(place)[0].unlink()
     assert later(place)[0] == 0
     assert later(place)[0] == 96
 
