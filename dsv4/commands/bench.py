@@ -13,6 +13,7 @@ import click
 from dsv4.commands.console import err, print_json, show
 from dsv4.commands.options import (
     Device,
+    ExpertsPlace,
     Size,
     models_option,
     numbers,
@@ -20,7 +21,6 @@ from dsv4.commands.options import (
     shape_options,
     workers_option,
 )
-from dsv4.commands.run_options import ExpertsPlace
 from dsv4.formats.model.recipes import DEFAULT_RECIPE, RECIPE_NAMES
 from dsv4.formats.model.releases import MODELS
 

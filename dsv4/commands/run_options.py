@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from dsv4.commands.options import Size
+from dsv4.commands.options import experts_option, routes_option
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -88,14 +88,6 @@ class Prose(click.ParamType[str]):
         if not text.strip():
             self.fail(f"{where} is empty", param, ctx)
         return text
-
-
-class ExpertsPlace(Size):
-    """auto, resident, or a size."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The word or the bytes meant; refuses all else."""
-        return value if value in ("auto", "resident") else super().convert(value, param, ctx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,20 +192,8 @@ _OPTIONS = (
         show_default=True,
         help="auto: the GPU where it can be used, else the CPU.",
     ),
-    click.option(
-        "--experts",
-        type=ExpertsPlace(),
-        default="auto",
-        show_default=True,
-        metavar="auto|resident|SIZE",
-        help="On the GPU: as many as fit, all, or SIZE of them; the others in pinned host memory.",
-    ),
-    click.option(
-        "--routes",
-        type=click.Path(path_type=Path, dir_okay=False),
-        metavar="FILE",
-        help="Counts of experts to place by, and to add to; default: in the user's cache folder.",
-    ),
+    experts_option,
+    routes_option,
     click.option("--raw", is_flag=True, help="Skip the chat template."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end."),
     click.option("--quiet", is_flag=True, help="No lines on timing."),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from dsv4.formats.errors import OutOfSpaceError
-from dsv4.formats.plain_text import size
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.library import Library, architecture, default_location
@@ -18,9 +16,10 @@ from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.rehearsal import fetch_kernel, outlined_model, step_kernels
 from dsv4.runtime.gpu.weights import Loaded
-from dsv4.runtime.load import Part, Settings, load_weights, plan_load
+from dsv4.runtime.load import Settings, load_weights, plan_load
 from dsv4.runtime.load.arena import HEADROOM, free_memory
-from dsv4.runtime.load.placement import Counts, Placement, place
+from dsv4.runtime.load.placement import Counts, Experts, Placement, place_as_asked
+from dsv4.runtime.load.plan import ALONE, MODEL, Share
 from dsv4.runtime.load.records import load_records, record_of
 from dsv4.runtime.load.routes import Routes, default_file, read_routes
 from dsv4.runtime.model import no_gpu
@@ -28,9 +27,6 @@ from dsv4.runtime.session import capacity_of
 from dsv4.runtime.startup_clock import Mark
 
 BESIDE = 768 << 20  # code of kernels, graphs, and what torch keeps
-
-Experts = Literal["auto", "resident"] | int
-"""Where experts live: as many on the GPU as fit, all of them, or this many bytes of them."""
 
 
 def load(
@@ -41,11 +37,12 @@ def load(
     experts: Experts = "auto",
     routes: Path | None = None,
     max_seq_len: int | None = None,
+    slots: int = 1,
 ) -> GpuModel:
     """Find the kernels first, then bring the weights; draft layers stay where they are.
 
-    routes: counts of experts to place by; by default the user's own of this store. max_seq_len: of
-    the session that is left room for.
+    routes: counts of experts to place by; by default the user's own of this store. max_seq_len,
+    slots: of the engine that is left room for.
 
     Raises RuntimeRefusal without a GPU or for a format that no kernel reads, KernelError for
     kernels that are missing or stale, StoreError for a damaged store, OutOfSpaceError where one of
@@ -59,11 +56,11 @@ def load(
     require_kernels(store, library)
     mark("kernels found")
     known = known_routes(store, routes)
-    placement = plan_experts(store, device, experts, known.counts, max_seq_len)
+    placement = plan_experts(store, device, experts, known.counts, slots, max_seq_len)
     counting = routes is not None or placement.cold > 0
     if counting:
         library.function(fetch_kernel(store.config))
-    weights = load_weights(store, device, parts={Part.CORE, Part.EXPERTS}, records=True)
+    weights = load_weights(store, device, parts=MODEL, records=True)
     mark("core")
     with torch.cuda.device(device):
         found = load_records(store, placement, device, Settings(), Driver)
@@ -89,31 +86,26 @@ def plan_experts(
     device: torch.device,
     experts: Experts,
     counts: Counts | None,
+    slots: int,
     max_seq_len: int | None,
 ) -> Placement:
-    """Which experts are to be on the device, before anything is loaded.
-
-    Raises OutOfSpaceError when "resident" does not fit, or not even what all placements need.
+    """Which experts are to be on the device, before anything is loaded. Raises as
+    `place_as_asked`.
     """
-    config, record = store.config, record_of(store)
-    shape = config.num_hidden_layers, config.n_routed_experts
-    core = plan_load(store, {Part.CORE, Part.EXPERTS}, records=True).nbytes
+    config = store.config
     free, name = free_memory(device)
-    session = session_sizes(config, 1, capacity_of(config, max_seq_len)).nbytes
-    room = free - core - session - HEADROOM - BESIDE
-    everything = shape[0] * shape[1] * record.nbytes
-    if experts == "resident" and room < everything:
-        raise OutOfSpaceError(
-            f"{store.root}: the experts need {size(everything)}, {name} has {size(max(room, 0))} "
-            "for them beside the other weights and a session; --experts auto keeps some in host "
-            "memory"
-        )
-    if isinstance(experts, int) and experts > room:
-        raise OutOfSpaceError(
-            f"{store.root}: {size(experts)} of experts were asked for, {name} has "
-            f"{size(max(room, 0))} for them; give --experts less, or auto"
-        )
-    return place(counts, shape, record.nbytes, experts if isinstance(experts, int) else room)
+    room = free - beside_experts(store, slots, capacity_of(config, max_seq_len))
+    shape = config.num_hidden_layers, config.n_routed_experts
+    try:
+        return place_as_asked(experts, counts, shape, record_of(store).nbytes, room, name)
+    except OutOfSpaceError as error:
+        raise OutOfSpaceError(f"{store.root}: {error}") from None
+
+
+def beside_experts(store: Nodes, slots: int, capacity: int, share: Share = ALONE) -> int:
+    """Bytes of a device that are not for experts: other weights, an engine, what stays free."""
+    core = plan_load(store, MODEL, share, records=True).nbytes
+    return core + session_sizes(store.config, slots, capacity).nbytes + HEADROOM + BESIDE
 
 
 def require_kernels(store: Nodes, library: Library) -> None:

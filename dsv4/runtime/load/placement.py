@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from dsv4.formats.plain_text import size
 DECODE_SHARE = 0.6
 Counts = npt.NDArray[np.float64]
 """`[L, E]`, how often tokens chose each expert, in any unit."""
+Experts = Literal["auto", "resident"] | int
+"""Where experts live: as many on the GPU as fit, all of them, or this many bytes of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +125,34 @@ def place(
         f"experts in two places need {size(2 * experts * record_nbytes)} on the GPU at the most "
         f"for those that are in use, there are {size(max(budget, 0))}; shorten the context, or "
         "give them more with --experts"
+    )
+
+
+def place_as_asked(
+    experts: Experts,
+    counts: Counts | None,
+    shape: tuple[int, int],
+    record_nbytes: int,
+    room: int,
+    name: str,
+) -> Placement:
+    """Like `place` within `room` bytes of the GPU called `name`, as somebody wants it.
+
+    Raises OutOfSpaceError when what was asked for does not fit, and as `place`.
+    """
+    everything = shape[0] * shape[1] * record_nbytes
+    if experts == "resident" and room < everything:
+        raise OutOfSpaceError(
+            f"the experts need {size(everything)}, {name} has {size(max(room, 0))} for them beside "
+            "the other weights and a session; --experts auto keeps some in host memory"
+        )
+    if isinstance(experts, int) and min(experts, everything) > room:
+        raise OutOfSpaceError(
+            f"{size(experts)} of experts were asked for, {name} has {size(max(room, 0))} for them; "
+            "give --experts less, or auto"
+        )
+    return place(
+        counts, shape, record_nbytes, min(experts, room) if isinstance(experts, int) else room
     )
 
 

@@ -65,26 +65,30 @@ def default_file(root: str) -> Path:
     return cache / "dsv4" / "routes" / f"{root}.json"
 
 
-def read_routes(path: Path, root: str, shape: tuple[int, int]) -> Routes:
-    """The counts in the file at `path`, none where there is no file.
+def read_routes(path: Path, root: str | None, shape: tuple[int, int]) -> Routes:
+    """The counts in the file at `path`, none where there is no file. root: None for any store's.
 
     Raises RuntimeRefusal when it is not such a file, or of another store.
     """
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError:
-        return Routes.none(root, shape)
+        return Routes.none(root or "", shape)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         raise RuntimeRefusal(f"{path} cannot be read: {reason}") from None
-    if not isinstance(document, dict) or document.get("root") != root:
+    if not isinstance(document, dict) or not isinstance(document.get("root"), str):
+        raise RuntimeRefusal(
+            f"{path} is not a routes file, expected JSON that `dsv4 run --routes FILE` writes"
+        )
+    if document["root"] != (root or document["root"]):
         raise RuntimeRefusal(
             f"{path} holds counts of another store; name another file with --routes"
         )
     decode, prompt = (
         _counts(document.get(name), shape, name, path) for name in ("decode", "prompt")
     )
-    return Routes(root, decode, prompt)
+    return Routes(document["root"], decode, prompt)
 
 
 def _counts(found: Any, shape: tuple[int, int], name: str, path: Path) -> Counts:

@@ -149,6 +149,8 @@ def test_routes_are_kept_and_added_to(tmp_path: Path, monkeypatch: pytest.Monkey
     ("text", "message"),
     [
         ("{", "is not JSON"),
+        ("[]", "is not a routes file, expected JSON that"),
+        ('{"decode": [[1]]}', "is not a routes file, expected JSON that"),
         ('{"root": "other"}', "holds counts of another store"),
         ('{"root": "root", "decode": [[1]], "prompt": [[1]]}', "'decode' is not 2 rows of 3"),
         (json.dumps({"root": "root", "decode": [[-1] * 3] * 2, "prompt": []}), "'decode' is not"),
