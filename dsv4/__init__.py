@@ -76,6 +76,10 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     numerics: Literal["exact", "caches", "official"] | None = None,
+    experts: Literal["auto", "resident"] | int = "auto",
+    routes: str | Path | None = None,
+    max_seq_len: int | None = None,
+    slots: int = 1,
     mark: Mark | None = None,
 ) -> Model | GpuModel:
     """Load the model of a packed store (a path, or what `open` returned).
@@ -87,8 +91,11 @@ def load(
     hold.
     On "cuda" otherwise it is the compiled kernels (`dsv4 kernels build`), which compute what the
     reference does in bfloat16 with numerics "caches".
+    experts, there: "auto" keeps as many on the GPU as fit beside `slots` sessions of `max_seq_len`
+    tokens and the others in pinned host memory; "resident" all of them; a number: so many bytes.
+    routes: file of counts by which they are chosen, by default the user's own of this store.
     mark: called with the name of each phase when it ends.
-    Raises StoreError, RuntimeRefusal or KernelError.
+    Raises StoreError, RuntimeRefusal, KernelError or OutOfSpaceError.
     """
     import torch
 
@@ -100,7 +107,15 @@ def load(
     if target.type == "cuda" and dtype is None and numerics is None:
         from dsv4.runtime.gpu.load import load as load_gpu
 
-        return load_gpu(checkpoint.store, target, mark or (lambda phase: None))
+        return load_gpu(
+            checkpoint.store,
+            target,
+            mark or (lambda phase: None),
+            experts=experts,
+            routes=None if routes is None else Path(routes),
+            max_seq_len=max_seq_len,
+            slots=slots,
+        )
     return load_model(
         checkpoint.store, device=target, dtype=dtype or torch.float32, numerics=chosen
     )

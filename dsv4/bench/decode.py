@@ -24,9 +24,9 @@ from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Tokens
 from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.model import GpuModel
-from dsv4.runtime.gpu.operands import Stack, parts
+from dsv4.runtime.gpu.operands import parts
 from dsv4.runtime.gpu.plan import StepPass
-from dsv4.runtime.gpu.program import Program
+from dsv4.runtime.gpu.program import Call, Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.model import load
@@ -165,7 +165,7 @@ class MeasuredStep:
         found = []
         for call in self.body.calls:
             call()
-            if call.kernel.operation == "router":
+            if isinstance(call, Call) and call.kernel.operation == "router":
                 found.append(self._chosen.clone())
         return found
 
@@ -202,9 +202,9 @@ def step_bytes(
         whole += sum(one.nbytes for one in parts(layer, Tensor))
         if layer.gate.tid2eid is not None:
             whole -= layer.gate.tid2eid.nbytes
-        for stack in parts(layer, Stack):
-            for one in (stack.codes, stack.scales):
-                whole -= one.nbytes // config.n_routed_experts * (config.n_routed_experts - count)
+        own = layer.experts.routed
+        whole -= own.records.nbytes + own.prompt_places.nbytes
+        whole += own.records.shape[1] * count
     return whole + read_nbytes(config, context, rows), head
 
 

@@ -16,7 +16,6 @@ from dsv4.formats.model.inventory import DraftKind, Kind, parameters
 from dsv4.formats.model.recipes import cut_by_columns, make_recipe
 from dsv4.formats.numeric.operands import (
     FP8_BLOCK,
-    INTERLEAVE,
     NVFP4_K_ALIGN,
     SF_ROWS,
     SF_TILE_BYTES,
@@ -25,7 +24,9 @@ from dsv4.formats.numeric.operands import (
     Matrix,
     Nvfp4Matrix,
 )
-from dsv4.runtime.gpu.weights import Nvfp4Stack
+from dsv4.kernels.ops.experts.record import Record
+from dsv4.kernels.ops.experts.reference import record_parts
+from dsv4.runtime.gpu.weights import LayerRecords, Nvfp4Stack
 
 CODE_RMS = 8.5625**0.5  # of uniform E2M1 codes
 E4M3_ONE, E4M3_TWO = 0x38, 0x40  # codes of 1 and 2
@@ -40,7 +41,7 @@ class RandomWeights:
         self.config, self.device, self.seed = config, device, seed
         self._shapes = {p.name: p for p in parameters(config, DraftKind.NONE, 0)}
         self._made: dict[str, Tensor | Matrix] = {}
-        self._stacks: dict[str, tuple[Nvfp4Stack, Nvfp4Stack]] = {}
+        self._records: dict[int, LayerRecords] = {}
 
     def tensor(self, name: str) -> Tensor:
         """An unquantised tensor of the real model, made when it is first asked for."""
@@ -63,18 +64,32 @@ class RandomWeights:
                 self._made[name] = self._plain(name)
         return self._made[name]
 
-    def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
-        """w13 and w2 of all experts of a layer."""
-        if prefix not in self._stacks:
-            c = self.config
-            hidden, inter = c.hidden_size, c.moe_intermediate_size
-            w13 = self._stack(f"{prefix}.w13", 2 * inter, hidden, 1, INTERLEAVE)
-            self._stacks[prefix] = w13, self._stack(f"{prefix}.w2", hidden, inter, SLABS, 0)
-        return self._stacks[prefix]
+    @property
+    def memory(self) -> None:
+        """All experts are on the device."""
+        return None
+
+    def layer_records(self, layer: int) -> LayerRecords:
+        """All experts of a layer, each in its own place."""
+        if layer not in self._records:
+            c, name = self.config, f"layers.{layer}.ffn.experts"
+            record, rng = Record(c.hidden_size, c.moe_intermediate_size), self._generator(name)
+            records = self._bytes(rng, 0, 256, c.n_routed_experts, record.nbytes)
+            for part in ("13", "2"):
+                scales = record_parts(record, records, part)[1]
+                scales.copy_(self._bytes(rng, E4M3_ONE, E4M3_TWO, *scales.shape))
+            places = torch.arange(c.n_routed_experts, dtype=torch.int32, device=self.device)
+            factors = (
+                self._globals(cols, c.n_routed_experts, count)
+                for cols, count in ((record.hidden, 2), (record.inter, 1))
+            )
+            self._records[layer] = LayerRecords(places, places.clone(), records, *factors)
+        return self._records[layer]
 
     def experts(self, prefix: str) -> RandomExperts:
         """The same for the reference, expert by expert."""
-        return RandomExperts(*self.stacks(prefix))
+        c, found = self.config, self.layer_records(int(prefix.split(".")[1]))
+        return RandomExperts(*found.stacks(Record(c.hidden_size, c.moe_intermediate_size)))
 
     def _generator(self, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
@@ -120,14 +135,6 @@ class RandomWeights:
         tiles = (-(-rows // FP8_BLOCK), -(-cols // FP8_BLOCK))
         scales = self._bytes(rng, exponent, exponent + 2, *tiles).view(torch.float8_e8m0fnu)
         return Fp8Matrix(codes, scales, rows, cols)
-
-    def _stack(self, name: str, rows: int, cols: int, slabs: int, interleave: int) -> Nvfp4Stack:
-        rng, count = self._generator(name), self.config.n_routed_experts
-        codes = self._bytes(rng, 0, 256, count, slabs, rows, cols // slabs // 2)
-        tiles = (count, slabs, rows // SF_ROWS, cols // slabs // NVFP4_K_ALIGN, SF_TILE_BYTES)
-        scales = self._bytes(rng, E4M3_ONE, E4M3_TWO, *tiles)
-        globals_ = self._globals(cols, count, 2 if interleave else 1)
-        return Nvfp4Stack(codes, scales, globals_, rows, cols, interleave)
 
 
 class RandomExperts:

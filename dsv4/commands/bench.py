@@ -13,6 +13,7 @@ import click
 from dsv4.commands.console import err, print_json, show
 from dsv4.commands.options import (
     Device,
+    ExpertsPlace,
     Size,
     models_option,
     numbers,
@@ -134,6 +135,16 @@ def bench_kernels(
 
 
 @bench.command("decode")
+@click.argument("store", required=False, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--experts",
+    type=ExpertsPlace(),
+    multiple=True,
+    metavar="auto|SIZE",
+    help="Of STORE, on the GPU; may be given several times.  [default: auto]",
+)
+@click.option("--skew", is_flag=True, help="Experts of STORE as popular as a release's are.")
+@click.option("--tokens", type=click.IntRange(min=1), default=512, help="Of STORE, drawn.")
 @click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
@@ -142,6 +153,10 @@ def bench_kernels(
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_decode(
+    store: Path | None,
+    experts: tuple[Any, ...],
+    skew: bool,
+    tokens: int,
     model: str,
     layers: int,
     context: int,
@@ -150,7 +165,13 @@ def bench_decode(
     location: Path | None,
     as_json: bool,
 ) -> None:
-    """A step of the first layers of a real model, random weights: correctness, time, bound."""
+    """A step of the first layers of a real model, random weights: correctness, time, bound.
+
+    Of STORE: all of it, with experts in two places.
+    """
+    if store is not None:
+        _streaming(store, experts or ("auto",), skew, tokens, as_json)
+        return
     from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
     counts = numbers(rows, most=MAX_ROWS)
@@ -177,6 +198,23 @@ def bench_decode(
     else:
         show(decode_table(report))
     if not report.right:
+        raise SystemExit(1)
+
+
+def _streaming(
+    store: Path, placements: tuple[Any, ...], skew: bool, tokens: int, as_json: bool
+) -> None:
+    from dsv4.bench.streaming import measure
+    from dsv4.commands.bench_tables import streaming_table
+
+    found = measure(
+        store, placements, skew=skew, tokens=tokens, say=lambda text: err.print(text, markup=False)
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        show(streaming_table(found))
+    if not found.right:
         raise SystemExit(1)
 
 
@@ -219,10 +257,22 @@ def bench_prompt(
 @shape_options
 @click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
 @click.option("--draft", is_flag=True, help="With the release's draft layer.")
+@click.option(
+    "--distinct",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only N layers have files of their own on the disk; the others are links to them.",
+)
 @workers_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def bench_store(
-    directory: Path, recipe: str, draft: bool, workers: int | None, as_json: bool, **shape: Any
+    directory: Path,
+    recipe: str,
+    draft: bool,
+    distinct: int | None,
+    workers: int | None,
+    as_json: bool,
+    **shape: Any,
 ) -> None:
     """Make a packed store of real shapes and meaningless numbers in DIRECTORY, without a source.
 
@@ -234,7 +284,14 @@ def bench_store(
     from dsv4.synthetic.store import make_store, shaped
 
     kind = DraftKind.MTP if draft else DraftKind.NONE
-    made = make_store(directory, shaped(**shape), recipe=recipe, draft=kind, workers=workers)
+    made = make_store(
+        directory,
+        shaped(**shape),
+        recipe=recipe,
+        draft=kind,
+        workers=workers,
+        distinct=distinct,
+    )
     if as_json:
         print_json(dataclasses.asdict(made) | {"path": str(made.path)})
     else:

@@ -12,7 +12,7 @@ from dsv4.commands.tables import facts_table
 from dsv4.formats.plain_text import counted, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode, prompt, serve
+    from dsv4.bench import decode, prompt, serve, streaming
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
@@ -151,11 +151,43 @@ def decode_table(report: decode.Report) -> Table:
     return table
 
 
+def streaming_table(report: streaming.Report) -> Table:
+    """Each text on each placement beside its arithmetic."""
+    title = (
+        f"{report.store} on {report.device}; host memory, GB/s: {report.fetch / 1e9:.1f} by the "
+        f"kernel, {report.copy / 1e9:.1f} by the copy engine; "
+        f"{'same' if report.right else 'OTHER'} bytes of logits for every placement"
+    )
+    table = Table(title=title, title_justify="left")
+    columns = ("experts", "text", "placed by", "hot", "cold", "spare", "tokens/s", "arithmetic")
+    for column in (*columns, "without misses", "misses", "hits", "bus GB/s", "prompt", "effective"):
+        table.add_column(column, justify="right")
+    for line in report.lines:
+        table.add_row(
+            line.experts,
+            line.text,
+            "counts" if line.counts else "nothing",
+            str(line.hot),
+            str(line.cold),
+            str(line.spare),
+            f"{1 / line.seconds:.1f}",
+            f"{1 / line.expected:.1f}",
+            f"{1 / line.still:.1f}",
+            f"{line.misses:.2f}",
+            f"{line.hits:.4f}",
+            f"{line.bus / 1e9:.1f}",
+            f"{line.prompt:.0f}",
+            f"{line.effective:.0f}",
+        )
+    return table
+
+
 def made_table(made: Made) -> Table:
     """A synthetic store."""
     rows = {
-        "written": f"{size(made.nbytes)} in {made.files} files",
-        "seconds": f"{made.seconds:.1f} ({made.nbytes / made.seconds / 1e9:.2f} GB/s)",
+        "size": f"{size(made.nbytes)} in {made.files} files",
+        "written": f"{size(made.written)}, the others are links to these",
+        "seconds": f"{made.seconds:.1f} ({made.written / made.seconds / 1e9:.2f} GB/s)",
         "root": made.root,
     }
     return facts_table(f"made {made.path}", rows)

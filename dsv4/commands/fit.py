@@ -10,7 +10,13 @@ import click
 
 from dsv4.commands.console import print_json, show, waiting
 from dsv4.commands.exit_codes import EXIT_FAILED
-from dsv4.commands.options import Size, keep_option, recipe_option, revision_option
+from dsv4.commands.options import (
+    Size,
+    experts_option,
+    keep_option,
+    recipe_option,
+    revision_option,
+)
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.plain_text import counted, size
@@ -19,21 +25,10 @@ from dsv4.formats.store_place import MARKER, NODE_DOCUMENT
 if TYPE_CHECKING:
     from dsv4.formats.store.matrix_views import Nodes
     from dsv4.runtime.fit import Fit
+    from dsv4.runtime.load.placement import Counts
     from dsv4.runtime.machines import Gpu
 
 GPUS = ("h100", "h200", "h100-nvl", "h20", "b200")
-
-
-class Experts(click.ParamType[str | int]):
-    """Where routed experts lie: auto, resident, or the bytes that they may take of a GPU."""
-
-    name = "experts"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | int:
-        """A word, or bytes; refuses what is neither."""
-        return value if value in ("auto", "resident") else Size().convert(value, param, ctx)
 
 
 @click.command()
@@ -45,19 +40,12 @@ class Experts(click.ParamType[str | int]):
 @click.option("--gpu-memory", type=Size(), help="Memory of one, in place of the named one's.")
 @click.option("--host-memory", type=Size(), help="For experts that no GPU holds, of the machine.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of a sequence; default: 8192.")
-@click.option(
-    "--experts",
-    type=Experts(),
-    default="auto",
-    show_default=True,
-    metavar="auto|resident|SIZE",
-    help="auto: on the GPU as many as fit. resident: all. SIZE: at most so many bytes.",
-)
+@experts_option
 @click.option(
     "--routes",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="How often tokens chose each expert; without, all alike.",
+    help="Counts of experts to place by; default: those that runs kept of a store.",
 )
 @recipe_option
 @keep_option
@@ -86,15 +74,13 @@ def fit(
     if not opened:
         check_name(place, revision)  # a wrong name is refused before torch is imported
     from dsv4.runtime import fit as fitting
-    from dsv4.runtime.load.expert_sizes import read_counts
     from dsv4.runtime.load.plan import ALONE, Share
 
     gpu, free, host = _machine(name, gpu_memory, host_memory)
     nodes = _store(place) if opened else _planned(place, revision, recipe, keep)
     share = ALONE if gpus == 1 else Share(0, gpus, "expert", "tensor")
     needs = fitting.needs_of(nodes, context, share)
-    layers, count = nodes.config.num_hidden_layers, nodes.config.n_routed_experts
-    counts = read_counts(routes, layers, count) if routes is not None else None
+    counts = _counts(nodes, routes)
     found = fitting.fit(needs, gpu, free=free, gpus=gpus, host=host, experts=experts, counts=counts)
     remedies = [] if found.fits else list(fitting.remedies(nodes, found))
     if as_json:
@@ -113,6 +99,20 @@ def _store(place: str) -> Nodes:
     from dsv4.formats.store.reader import PackedStore
 
     return PackedStore.open(place)
+
+
+def _counts(nodes: Nodes, routes: Path | None) -> Counts | None:
+    """What `dsv4 run` would place by. Raises RuntimeRefusal for a file that does not hold it."""
+    from dsv4.formats.store.reader import PackedStore
+    from dsv4.runtime.load.routes import default_file, read_routes
+
+    root = str(nodes.manifest["root"]) if isinstance(nodes, PackedStore) else None
+    if routes is None and root is None:
+        return None
+    if routes is not None and not routes.exists():
+        raise RuntimeRefusal(f"{routes} cannot be read: there is no such file")
+    shape = nodes.config.num_hidden_layers, nodes.config.n_routed_experts
+    return read_routes(routes or default_file(root or ""), root, shape).counts
 
 
 def _planned(place: str, revision: str | None, recipe: str, keep: tuple[str, ...]) -> Nodes:
@@ -163,7 +163,7 @@ def _lines(place: str, found: Fit, remedies: list[str]) -> list[str]:
             f"{size(sizes.nbytes)}: {len(sizes.records)} layers x {sizes.experts} x "
             f"{size(sizes.slot)}",
         ),
-        ("weights", f"{size(needs.arena)} together"),
+        ("weights", f"{size(needs.arena + sizes.nbytes)} together"),
         ("caches", f"{size(needs.session.caches)}: {needs.context:,} tokens"),
         ("scratch", f"{size(needs.session.scratch)}, angles {size(needs.session.tables)}"),
         ("needed", f"{size(needs.whole)} with every expert resident, kept free included"),
@@ -171,7 +171,8 @@ def _lines(place: str, found: Fit, remedies: list[str]) -> list[str]:
     if needs.draft:
         rows.append(("draft", f"{size(needs.draft)}: not loaded"))
     if found.resident:
-        rows.append(("resident", f"{found.resident:,} of {sizes.total:,} experts"))
+        spare = f", {found.spare:,} spare records" if found.spare else ""
+        rows.append(("resident", f"{found.resident:,} of {sizes.total:,} experts{spare}"))
     if found.elsewhere:
         known = "" if found.host is None else f" of {size(found.host)}"
         rows.append(("host memory", f"{size(found.pinned)}{known} for {found.elsewhere:,} experts"))

@@ -33,6 +33,14 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class ExpertsPlace(Size):
+    """auto, resident, or a size."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word or the bytes meant; refuses all else."""
+        return value if value in ("auto", "resident") else super().convert(value, param, ctx)
+
+
 class OutDirectory(click.ParamType[Path]):
     """A directory that is there or can be made; refused now if something else lies there."""
 
@@ -240,3 +248,19 @@ def validate_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+experts_option = click.option(
+    "--experts",
+    type=ExpertsPlace(),
+    default="auto",
+    show_default=True,
+    metavar="auto|resident|SIZE",
+    help="On the GPU: as many as fit, all, or SIZE of them; the others in pinned host memory.",
+)
+routes_option = click.option(
+    "--routes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Counts of experts to place by, and to add to; default: in the user's cache folder.",
+)

@@ -50,10 +50,15 @@ def run(directory: Path, **options: Any) -> None:
     if wish.verbose:
         for line in model.load_lines():
             err.print(line, markup=False)
-    if wish.is_chat:
-        _chat(packed, model, request, wish)
-    else:
-        _answer_once(model, request, wish, timeline)
+    try:
+        if wish.is_chat:
+            _chat(packed, model, request, wish)
+        else:
+            _answer_once(model, request, wish, timeline)
+    except KeyboardInterrupt:
+        model.write_routes(wish.routes)
+        raise
+    model.write_routes(wish.routes)
 
 
 def _loading(directory: Path) -> AbstractContextManager[object]:
@@ -100,7 +105,14 @@ def _prepared(
     elif (reason := request.sampler.host_reason()) is not None:
         notice(reason)
     timeline.mark("tokenizer")
-    model = dsv4.load(packed, device=place.device, mark=timeline.mark)
+    model = dsv4.load(
+        packed,
+        device=place.device,
+        experts=wish.experts,
+        routes=wish.routes,
+        max_seq_len=request.max_seq_len,
+        mark=timeline.mark,
+    )
     timeline.mark("weights ready")
     return packed, request, model
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from dsv4.commands.options import experts_option, routes_option
+
 MAX_SEED = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
 TEXT_HELP = "`@FILE` takes it from a file, `-` from stdin, `@@` begins a text with @."
@@ -106,6 +108,8 @@ class Wish:
     seed: int | None
     stop: tuple[str, ...]
     device: Literal["auto", "cpu", "cuda"]
+    experts: Literal["auto", "resident"] | int
+    routes: Path | None
     raw: bool
     as_json: bool
     quiet: bool
@@ -188,6 +192,8 @@ _OPTIONS = (
         show_default=True,
         help="auto: the GPU where it can be used, else the CPU.",
     ),
+    experts_option,
+    routes_option,
     click.option("--raw", is_flag=True, help="Skip the chat template."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end."),
     click.option("--quiet", is_flag=True, help="No lines on timing."),

@@ -11,7 +11,7 @@ import click
 
 import dsv4
 from dsv4.commands.console import err, notice
-from dsv4.commands.options import Size
+from dsv4.commands.options import Size, experts_option, routes_option
 from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ EFFORTS = ("none", "low", "high", "max")
     is_flag=True,
     help="The same bytes for a prompt, however much of it was known; answers are read again.",
 )
+@experts_option
+@routes_option
 @click.option(
     "--effort",
     type=click.Choice(EFFORTS),
@@ -194,6 +196,8 @@ def serve(directory: Path, **options: Any) -> None:
         options["cache_dir"],
         options["cache_size"],
         options["reproducible"],
+        options["experts"],
+        options["routes"],
     )
     server = Server(model, limits=limits, access=access, page=not options["no_page"])
     bound = bind(options["host"], options["port"])

@@ -6,6 +6,7 @@ ARCHITECTURES = ("sm_90a", "sm_100a")
 CONTRACTS = {
     "gemv": "gemv.contract",
     "experts": "experts.contract",
+    "experts_fetch": "experts.fetch_contract",
     "attention": "attention.contract",
     "append": "kv_cache.contract",
     "q_rope": "kv_cache.q_rope_contract",

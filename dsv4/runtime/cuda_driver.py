@@ -15,6 +15,7 @@ from dsv4.formats.errors import RuntimeRefusal
 LIBRARY = "libcuda.so.1"
 NOT_READY = 600
 _PORTABLE = 1  # pinned for every context
+_DEVICEMAP = 2  # and at an address of the device
 _EVENT = 1 | 2  # waiting threads sleep: their cores are needed by those who read; no timing
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuCtxGetCurrent": (ctypes.c_void_p,),
@@ -24,6 +25,7 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cuEventQuery": (ctypes.c_void_p,),
     "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
     "cuEventSynchronize": (ctypes.c_void_p,),
+    "cuMemHostGetDevicePointer_v2": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint),
     "cuMemHostRegister_v2": (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint),
     "cuMemHostUnregister": (ctypes.c_void_p,),
     "cuMemcpyHtoDAsync_v2": (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p),
@@ -51,6 +53,16 @@ class Driver:
     def pin(self, address: int, nbytes: int) -> None:
         """Make memory known to the GPU, so that copies from it are done by the GPU alone."""
         _check("cuMemHostRegister", self._slow.cuMemHostRegister_v2(address, nbytes, _PORTABLE))
+
+    def map(self, address: int, nbytes: int) -> int:
+        """Pin memory for kernels to read, too: -> its address for them."""
+        both, found = _PORTABLE | _DEVICEMAP, ctypes.c_uint64()
+        _check("cuMemHostRegister", self._slow.cuMemHostRegister_v2(address, nbytes, both))
+        code = self._quick.cuMemHostGetDevicePointer_v2(ctypes.byref(found), address, 0)
+        if code:
+            self.unpin(address)
+        _check("cuMemHostGetDevicePointer", code)
+        return found.value
 
     def unpin(self, address: int) -> None:
         """The opposite."""

@@ -1,7 +1,8 @@
 """What runs where: what a store takes of a GPU, what stays there, and how fast that is at most.
 
-Sizes come from what the loader and the engine ask for themselves (`plan_load`, `session_sizes`,
-`expert_sizes`); so a store fits here exactly where its load and its session are not refused.
+Sizes and places come from what the loader and the engine ask for themselves (`beside_experts`,
+`place_as_asked`, `session_sizes`); so a store fits here exactly where its load and its session are
+not refused, and as many experts stay on the GPU.
 
 Time of a token, one row, no draft:
 
@@ -11,37 +12,32 @@ Time of a token, one row, no draft:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+
+from dsv4.formats.errors import OutOfSpaceError
 from dsv4.formats.plain_text import counted, size
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.engine import SessionSizes, session_sizes
+from dsv4.runtime.gpu.load import beside_experts
 from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.load.arena import HEADROOM
-from dsv4.runtime.load.expert_sizes import (
-    Counts,
-    ExpertSizes,
-    best_residents,
-    expert_sizes,
-    misses_a_token,
-    residents,
-    uniform_misses,
-)
+from dsv4.runtime.load.expert_sizes import ExpertSizes, expert_sizes
+from dsv4.runtime.load.placement import Counts, Experts, Placement, place, place_as_asked
 from dsv4.runtime.load.plan import ALONE, MODEL, Part, Share, part_of, plan_load
+from dsv4.runtime.load.records import record_of
 from dsv4.runtime.machines import KNOWN, Gpu
 from dsv4.runtime.session import capacity_of
 from dsv4.runtime.text.request import DEFAULT_MAX_SEQ_LEN
 
-EXPERTS_IN_HOST_MEMORY = False
-"""Whether `dsv4 run` keeps experts that do not fit in host memory."""
 MOST_GPUS = 1
 """That `dsv4 run` shares a model out to."""
-
-Experts = Literal["auto", "resident"] | int
 
 _KINDS = {  # of core weights: what their paths match
     "embedding": "^embed/",
@@ -55,9 +51,10 @@ OTHERS = "norms and connections"
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Of one GPU, in bytes. core: weights by what they are; arena: what the loader asks for when
-    every expert is resident; draft: of the draft layers, which are not loaded; read: of the core
-    and the caches, by one step at the full context.
+    """Of one GPU, in bytes. core: weights by what they are; arena: what the loader asks for besides
+    records of experts; draft: of the draft layers, which are not loaded; session: see
+    `SessionSizes`; beside: all that experts do not get; core_read, cache_read: of the core and the
+    caches, by one step at the full context.
     """
 
     core: Mapping[str, int]
@@ -65,6 +62,7 @@ class Needs:
     arena: int
     draft: int
     session: SessionSizes
+    beside: int
     context: int
     core_read: int
     cache_read: int
@@ -73,22 +71,18 @@ class Needs:
     @property
     def whole(self) -> int:
         """What has to be free for a load and a session with every expert resident."""
-        return self.arena + self.session.nbytes + HEADROOM
-
-    @property
-    def least(self) -> int:
-        """The same with every expert elsewhere."""
-        return self.whole - self.experts.nbytes
+        return self.beside + self.experts.nbytes
 
 
 def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> Needs:
     """What a store takes of a GPU, for a sequence of `context` tokens or as many as `run` takes.
 
-    Raises RuntimeRefusal for sizes that no kernel takes and for a length that the model cannot
-    have, FormatError for a share that its arrays cannot be cut into.
+    Raises RuntimeRefusal for sizes and experts that no kernel takes and for a length that the model
+    cannot have, FormatError for a share that its arrays cannot be cut into.
     """
     config = store.config
     refuse_sizes(store)
+    record_of(store)
     wanted = min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
     capacity = capacity_of(config, context or wanted)
     core = dict.fromkeys((*_KINDS, OTHERS), 0)
@@ -100,9 +94,10 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
     return Needs(
         core=core,
         experts=expert_sizes(store, share),
-        arena=plan_load(store, MODEL, share).nbytes,
+        arena=plan_load(store, MODEL, share, records=True).nbytes,
         draft=plan_load(store, {Part.DRAFT}, share).nbytes if has_draft else 0,
         session=session_sizes(config, 1, capacity),
+        beside=beside_experts(store, 1, capacity, share),
         context=capacity,
         core_read=sum(core.values()) - core["embedding"] - tables,
         cache_read=read_nbytes(config, capacity, 1),
@@ -118,8 +113,9 @@ def _kind(path: str) -> str:
 class Fit:
     """A store on `gpus` of a GPU. free: bytes of each; host: bytes of host memory, None if unknown.
 
-    resident: experts that a GPU keeps; misses: choices of a token that meet another one, by counts
-    or as if all were chosen alike (`counted`).
+    refusal: why experts cannot be placed as they were asked for; what follows is then how they
+    would be. resident: experts that a GPU keeps; spare: records for those that are fetched; misses:
+    choices of a token that meet another one, by counts or as if all were chosen alike (`counted`).
     """
 
     needs: Needs
@@ -127,7 +123,9 @@ class Fit:
     gpus: int
     free: int
     host: int | None
+    refusal: str | None
     resident: int
+    spare: int
     misses: float
     counted: bool
     asked: Experts
@@ -148,24 +146,12 @@ class Fit:
         found = []
         if self.gpus > MOST_GPUS:
             found.append(f"runs on {self.gpus} GPUs are not built yet")
-        if self.free < self.needs.least:
+        if self.refusal is not None:
+            found.append(self.refusal)
+        elif self.elsewhere and self.host is not None and self.pinned + HEADROOM > self.host:
             found.append(
-                f"without any expert it needs {size(self.needs.least)}, {self.gpu.name} has "
-                f"{size(self.free)}"
-            )
-        elif self.elsewhere and self.asked == "resident":
-            found.append(
-                f"it needs {size(self.needs.whole)}, {self.gpu.name} has {size(self.free)}"
-            )
-        elif self.elsewhere and not EXPERTS_IN_HOST_MEMORY:
-            found.append(
-                f"it needs {size(self.needs.whole)}, {self.gpu.name} has {size(self.free)}, and "
-                "experts in host memory are not built yet"
-            )
-        if self.elsewhere and self.host is not None and self.pinned > self.host:
-            found.append(
-                f"experts in host memory need {size(self.pinned)} of it, there are "
-                f"{size(self.host)}"
+                f"experts in host memory need {size(self.pinned)} of it and {size(HEADROOM)} that "
+                f"stay free, there are {size(self.host)}"
             )
         return found
 
@@ -223,7 +209,7 @@ class Fit:
         if self.elsewhere:
             how = "by the counts of the routes file" if self.counted else "if all are chosen alike"
             yield (
-                f"misses {self.misses:.1f} of {choices} choices, {how}, x "
+                f"misses {self.misses:.1f} of {choices} choices with none cached, {how}, x "
                 f"{size(own.experts.slot)} at {gpu.bus / 1e9:.0f} GB/s = {_ms(self.miss_seconds)}"
             )
         total = self.step_seconds + self.miss_seconds
@@ -259,20 +245,38 @@ def fit(
     counts: Counts | None = None,
 ) -> Fit:
     """needs: of one of the `gpus`. free: bytes of each, by default of `gpu` with nothing else on
-    it. experts: all resident, as many as fit, or at most so many bytes. counts: of decoded tokens.
+    it. experts: all resident, as many as fit, or so many bytes. counts: what `run` places by.
     """
     free = gpu.free if free is None else free
-    budget = free - needs.least
-    if isinstance(experts, int):
-        budget = min(budget, experts)
-    sizes = needs.experts
-    kept = sizes.total if budget >= sizes.nbytes else residents(sizes, budget)
-    if counts is not None and gpus == 1:
-        misses = misses_a_token(counts, best_residents(counts, kept), needs.top_k)
-    else:
-        misses = uniform_misses(sizes, kept, needs.top_k)
-    counted_ = counts is not None and gpus == 1
-    return Fit(needs, gpu, gpus, free, host, kept, misses, counted_, experts)
+    room, sizes = free - needs.beside, needs.experts
+    shape = len(sizes.records), sizes.experts
+    known = counts if gpus == 1 else None
+    refusal = None
+    try:
+        placed = place_as_asked(experts, known, shape, sizes.slot, room, gpu.name)
+    except OutOfSpaceError as error:
+        refusal, placed = str(error), _as_many_as_fit(known, shape, sizes.slot, room)
+    return Fit(
+        needs,
+        gpu,
+        gpus,
+        free,
+        host,
+        refusal,
+        resident=int(placed.hot.sum()),
+        spare=placed.spare,
+        misses=placed.misses(known, needs.top_k),
+        counted=known is not None,
+        asked=experts,
+    )
+
+
+def _as_many_as_fit(
+    counts: Counts | None, shape: tuple[int, int], record: int, room: int
+) -> Placement:
+    with contextlib.suppress(OutOfSpaceError):
+        return place(counts, shape, record, room)
+    return Placement(np.zeros(shape, bool), 0)
 
 
 def remedies(store: Nodes, found: Fit) -> Iterator[str]:
@@ -283,16 +287,16 @@ def remedies(store: Nodes, found: Fit) -> Iterator[str]:
     holding = [gpu.name for gpu in KNOWN if gpu.free >= needs.whole]
     if found.gpus == 1 and holding:
         yield f"a GPU that holds all of it: {', '.join(holding)}"
-    if found.elsewhere and free >= needs.least and found.asked != "resident":
+    if found.refusal is not None and found.spare:
         kept = f"{found.resident:,} of {counted(needs.experts.total, 'expert')}"
-        note = "" if EXPERTS_IN_HOST_MEMORY else " (not built yet)"
         yield (
-            f"{kept} on the GPU and {size(found.pinned)} of pinned host memory for the others{note}"
+            f"--experts auto: {kept} on the GPU and {size(found.pinned)} of pinned host memory for "
+            "the others"
         )
     for gpus in (2, 4, 8):
         if found.gpus == 1 and gpus > 1 and needs.whole > free:
-            shared = (needs.arena - needs.core["embedding"]) / gpus + needs.core["embedding"]
-            if shared + needs.session.nbytes + HEADROOM <= free:
+            shared = needs.arena - needs.core["embedding"] + needs.experts.nbytes
+            if needs.whole - shared + shared / gpus <= free:
                 note = "" if gpus <= MOST_GPUS else " (not built yet)"
                 yield f"{gpus} of this GPU, which share the weights{note}"
                 break
@@ -300,10 +304,10 @@ def remedies(store: Nodes, found: Fit) -> Iterator[str]:
 
 def longest_context(store: Nodes, needs: Needs, free: int) -> int | None:
     """The most tokens that fit with every expert resident, if fewer than asked for do."""
-    config = store.config
+    config, others = store.config, needs.whole - needs.session.nbytes
 
     def fits(context: int) -> bool:
-        return needs.arena + session_sizes(config, 1, context).nbytes + HEADROOM <= free
+        return others + session_sizes(config, 1, context).nbytes <= free
 
     if fits(needs.context) or not fits(1):
         return None

@@ -13,6 +13,7 @@ changes lives in its `Session`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -127,6 +128,9 @@ class Model:
     def load_lines(self) -> Iterator[str]:
         """Nothing: weights stay in their mapped files and are read as they are used."""
         yield from ()
+
+    def write_routes(self, path: Path | None = None) -> None:
+        """Nothing: experts are not counted here."""
 
     def session(self, max_seq_len: int | None = None) -> Session:
         """An empty sequence with room for `max_seq_len` tokens."""

@@ -51,7 +51,8 @@ def backend_of(
 
 
 class ServeEngine:
-    """Implements `jobs.Engine`. files: where prompts are kept beyond this process.
+    """Implements `jobs.Engine`. files: where prompts are kept beyond this process. ended: called
+    once, when it is closed without a failure and nothing runs any more.
 
     Begins at once. An exception that is not one job's fault ends it: every job fails, and so does
     every later one. Raises RuntimeRefusal for a share of time that is not below 1.
@@ -63,12 +64,13 @@ class ServeEngine:
         options: Options | None = None,
         files: PrefixFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ended: Callable[[], None] | None = None,
     ) -> None:
         own = options or Options()
         if not 0 <= own.sharing.share < 1:
             raise RuntimeRefusal(f"share is {own.sharing.share}, expected 0 or more and below 1")
         self.backend = backend
-        self._files = files
+        self._files, self._ended = files, ended
         cache = None
         if own.prefix_bytes > 0:
             cache = PrefixCache(backend, own.prefix_bytes, own.root, files)
@@ -136,6 +138,10 @@ class ServeEngine:
             self._thread.join()
         if self._files is not None:
             self._files.close()
+        with self._changed:
+            ended, self._ended = self._ended, None
+        if ended is not None and self._failure is None:
+            ended()
 
     def _wake(self) -> None:
         with self._changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import dsv4
 from dsv4.formats.checkpoint import PackedCheckpoint
@@ -32,7 +32,8 @@ class Wanted:
     the runtime's own. queue: most jobs that wait, None for four a slot. max_pause: seconds that an
     answer may stand still because of somebody's prompt. prefix_bytes: of host memory for beginnings
     of prompts. cache_dir: where they outlive the process, in at most `cache_bytes`. reproducible:
-    whether a prompt gives the same bytes however much of it was known.
+    whether a prompt gives the same bytes however much of it was known. experts, routes: for
+    `dsv4.load`; counts are added to the file when the engine is closed.
     """
 
     device: str
@@ -44,6 +45,8 @@ class Wanted:
     cache_dir: Path | None = None
     cache_bytes: int = CACHE_BYTES
     reproducible: bool = False
+    experts: Literal["auto", "resident"] | int = "auto"
+    routes: Path | None = None
 
 
 def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
@@ -52,7 +55,15 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
     """
     files = None if wanted.cache_dir is None else _files(wanted.cache_dir, wanted.cache_bytes)
     try:
-        model = dsv4.load(packed, device=wanted.device, mark=mark)
+        model = dsv4.load(
+            packed,
+            device=wanted.device,
+            experts=wanted.experts,
+            routes=wanted.routes,
+            max_seq_len=wanted.max_seq_len,
+            slots=wanted.slots,
+            mark=mark,
+        )
         backend = backend_of(model, wanted.slots, wanted.max_seq_len)
     except BaseException:
         if files is not None:
@@ -65,7 +76,7 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
         sharing=Sharing(max_pause=wanted.max_pause),
         memory=Memory(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
     )
-    return ServeEngine(backend, options, files)
+    return ServeEngine(backend, options, files, ended=lambda: model.write_routes(wanted.routes))
 
 
 def _files(place: Path, limit: int) -> PrefixFiles:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,13 +57,14 @@ _SHIFT = 4099 * 512  # no two files begin alike; a multiple of every element and
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A store that was made. nbytes: of all array files."""
+    """A store that was made. nbytes: of all array files; written: on the disk, of these."""
 
     path: Path
     root: str
     nbytes: int
     files: int
     seconds: float
+    written: int
 
 
 def make_store(
@@ -72,26 +74,29 @@ def make_store(
     recipe: str = DEFAULT_RECIPE,
     draft: DraftKind = DraftKind.NONE,
     workers: int | None = None,
+    distinct: int | None = None,
 ) -> Made:
     """Write the store of a model of `config` into the empty directory `out`.
+
+    distinct: so many layers have their own numbers in a file of the same name and size; the others
+    share theirs, and one file on the disk serves all that share (hard links). The manifest says of
+    every file what is in it. None: all have their own.
 
     Raises OutOfSpaceError when it does not fit, ConflictError when there is something else.
     """
     begin = time.perf_counter()
     plan = plan_store(config, recipe, draft)
-    require_space(out.parent, plan.output_bytes)
-    results = {
-        unit.key: result
-        for output in plan.outputs
-        for unit, result in unmeasured(output, GLOBAL_SCALE)
-    }
+    work = _work(plan, distinct or config.num_hidden_layers)
+    written = sum(one.file.nbytes for one in work if one.same_as is None)
+    require_space(out.parent, written)
+    results = dict(_results(plan))
     identity = {"tool": "dsv4 bench", "config": config.to_dict(), "recipe": recipe}
     with StoreWriter(out, identity) as writer:
-        writer.adopt(_write_arrays(out, plan, results, workers or len(os.sched_getaffinity(0))))
+        writer.adopt(_write_arrays(out, plan, work, workers or len(os.sched_getaffinity(0))))
         groups, arrays, _ = describe(plan, results)
         root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION, _ORIGIN))
     files = sum(1 for _ in plan.files())
-    return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin)
+    return Made(out, root, plan.output_bytes, files, time.perf_counter() - begin, written)
 
 
 def plan_store(
@@ -148,28 +153,57 @@ class _Headers(Source):
         return "synthetic"
 
 
-def _write_arrays(
-    out: Path, plan: Plan, results: dict[str, Result], workers: int
-) -> dict[str, FileRecord]:
-    tiles = _Tiles(plan.config.n_routed_experts)
-    work: list[tuple[FileSpec, ArraySpec, bytes | None]] = []
+class _Work(NamedTuple):
+    """A file of the array `spec`. exact: its bytes, where no tile serves; same_as: the number of
+    the file before it that it shares its bytes with.
+    """
+
+    file: FileSpec
+    spec: ArraySpec
+    exact: bytes | None
+    same_as: int | None
+
+
+def _work(plan: Plan, distinct: int) -> list[_Work]:
+    found: list[_Work] = []
+    alike: dict[tuple[object, ...], list[int]] = {}
     for output in plan.outputs:
         exact = dict(_exact(output))
-        work += [
-            (file, spec, exact.get(spec.path)) for spec in output.arrays() for file in spec.files()
-        ]
-    directories = Directories(out)
-    for file, *_ in work:
-        directories.ensure(file.key.rpartition("/")[0])
-    order = sorted(range(len(work)), key=lambda index: -work[index][0].nbytes)
+        for spec, file in ((one, file) for one in output.arrays() for file in one.files()):
+            own = exact.get(spec.path)
+            name = re.sub(r"^layers/\d+/", "layers/", file.key)
+            same = alike.setdefault((name, file._replace(key=""), own), [])
+            layer = int(file.key.split("/")[1]) if name != file.key else 0
+            number = same[layer % distinct] if len(same) == distinct else None
+            if number is None:
+                same.append(len(found))
+            found.append(_Work(file, spec, own, number))
+    return found
 
-    def one(index: int) -> tuple[str, FileRecord]:
-        file, spec, exact = work[index]
+
+def _write_arrays(
+    out: Path, plan: Plan, work: Sequence[_Work], workers: int
+) -> dict[str, FileRecord]:
+    tiles = _Tiles(plan.config.n_routed_experts)
+    directories = Directories(out)
+    for one in work:
+        directories.ensure(one.file.key.rpartition("/")[0])
+    own = [index for index, one in enumerate(work) if one.same_as is None]
+    own.sort(key=lambda index: -work[index].file.nbytes)
+
+    def write(index: int) -> tuple[str, FileRecord]:
+        file, spec, exact, _ = work[index]
         pieces = [memoryview(exact)] if exact is not None else tiles.pieces(spec, file, index)
         return file.key, _write(out, file, pieces)
 
     with storage_errors(out, "writing"), ThreadPoolExecutor(workers) as pool:
-        return dict(pool.map(one, order))
+        records = dict(pool.map(write, own))
+        for one in work:
+            if one.same_as is not None:
+                first = work[one.same_as].file.key
+                os.link(out / first, out / one.file.key)
+                records[one.file.key] = records[first]
+    return records
 
 
 def _exact(output: Output) -> Iterator[tuple[str, bytes]]:

@@ -105,3 +105,18 @@ def test_the_command_makes_one(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["root"] == PackedStore.open(out).manifest["root"]
+
+
+def test_layers_that_share_files_are_whole_and_true(tmp_path: Path) -> None:
+    """Four layers, of which two have files of their own; validation reads every byte."""
+    config = dataclasses.replace(SMALL, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
+    made = make_store(tmp_path / "made", config, distinct=2, workers=2)
+    whole = make_store(tmp_path / "whole", config, workers=2)
+    assert made.nbytes == whole.nbytes == whole.written
+    assert made.written < 0.7 * made.nbytes
+    report = dsv4.validate(made.path)
+    assert report.ok, report.findings
+    codes = [made.path / f"layers/{n}/ffn/experts/w13/codes/c/0/0/0" for n in range(4)]
+    inodes = [path.stat().st_ino for path in codes]
+    assert inodes[0] == inodes[2] != inodes[1] == inodes[3]
+    assert codes[0].read_bytes() != codes[1].read_bytes()

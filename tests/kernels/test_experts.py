@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.releases import FLASH, PRO
-from dsv4.formats.numeric.operands import Nvfp4Matrix
+from dsv4.formats.numeric.operands import INTERLEAVE, Nvfp4Matrix
 from dsv4.kernels.core.bounds import chained, mma_order, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
 from dsv4.kernels.core.sizes import SHARED_BYTES
@@ -32,7 +32,7 @@ class _Stack:
     """The stacks of `buffers` as the reference reads them."""
 
     buffers: Buffers
-    interleave: int = reference.INTERLEAVE
+    interleave: int = INTERLEAVE
 
     def __len__(self) -> int:
         return SMALL.experts
@@ -108,8 +108,8 @@ def test_experts_that_are_not_here_choose_nothing(buffers: Buffers) -> None:
 
 def test_the_clamp_bites_and_a_weight_of_zero_is_there(buffers: Buffers) -> None:
     w13 = reference.operand(SMALL, buffers, "13", 4)
-    plain = reference.matrix(buffers, "13", 4) @ buffers["x"][0].to(torch.float64)
-    gates = plain.view(-1, 2, reference.INTERLEAVE)[:, 0] * w13.global_scales[0]
+    plain = reference.matrix(SMALL, buffers, "13", 4) @ buffers["x"][0].to(torch.float64)
+    gates = plain.view(-1, 2, INTERLEAVE)[:, 0] * w13.global_scales[0]
     assert 0.001 < float((gates > SMALL.limit).to(torch.float64).mean()) < 0.3
     assert (buffers["topk_weights"] == 0).any()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.releases import FLASH, PRO
-from dsv4.formats.numeric.operands import Nvfp4Matrix
+from dsv4.formats.numeric.operands import INTERLEAVE, Nvfp4Matrix
 from dsv4.kernels.core.bounds import blocked
 from dsv4.kernels.core.contract import Buffers, Case, Expected
 from dsv4.kernels.core.signature import Kernel
@@ -42,7 +42,7 @@ class _Stack:
     """The stacks of `buffers` as the reference reads them."""
 
     buffers: Buffers
-    interleave: int = reference.INTERLEAVE
+    interleave: int = INTERLEAVE
 
     def __len__(self) -> int:
         return SMALL.experts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 import dsv4
 from dsv4.formats.errors import QueueFull, RuntimeRefusal
+from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.model import Model
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.engine_choice import Wanted, make_engine
 from dsv4.serve.jobs import Engine, Event, Finish, Job, TokenLogprob
@@ -34,6 +37,29 @@ def forward(native_store: Path) -> Callable[[list[int]], Tensor]:
     """ids -> logits of a fresh session."""
     model = dsv4.load(native_store)
     return lambda ids: model.session(ROOM).forward(torch.tensor(ids))
+
+
+def test_counts_of_experts_are_written_once_when_it_is_closed(
+    native_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, written = [], []
+    right = dsv4.load
+
+    def load(*given: object, **named: Any) -> Model | GpuModel:
+        asked.append({name: named[name] for name in ("experts", "routes", "slots", "max_seq_len")})
+        return right(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dsv4, "load", load)
+    monkeypatch.setattr(Model, "write_routes", lambda model, path: written.append(path))
+    file = tmp_path / "routes.json"
+    wanted = Wanted("cpu", slots=2, max_seq_len=ROOM, experts=1 << 30, routes=file)
+    made = make_engine(dsv4.open(native_store), wanted, lambda phase: None)
+    run(made, Job(PROMPT, Sampler(), 2))
+    assert asked == [{"experts": 1 << 30, "routes": file, "slots": 2, "max_seq_len": ROOM}]
+    assert not written
+    made.close(finish=True)
+    made.close(finish=False)
+    assert written == [file]
 
 
 def run(engine: Engine, job: Job) -> list[Event]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from dsv4.runtime.cuda_driver import NOT_READY
 
+OUT_OF_MEMORY = 2
+
 
 class Function:
     """Callable like one of ctypes, which has argument types."""
@@ -24,10 +26,17 @@ class EmulatedCuda:
     """Its `cu...` attributes are functions. A copy is done when somebody waits for it.
 
     pinned: address -> length. events: those that are alive. eager: says of every event that it
-    happened. failing: name of a call -> the code that it returns.
+    happened. failing: name of a call -> the code that it returns. pin_limit: most bytes pinned.
     """
 
-    def __init__(self, *, eager: bool = False, failing: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        eager: bool = False,
+        failing: dict[str, int] | None = None,
+        pin_limit: int = 1 << 62,
+    ) -> None:
+        self.pin_limit = pin_limit
         self.pinned: dict[int, int] = {}
         self.events: set[int] = set()
         self.entered: list[int] = []  # threads, which may follow each other under one number
@@ -88,8 +97,15 @@ class EmulatedCuda:
             last = max((n for n, one in enumerate(self._queue) if one == event), default=-1)
             self._run(last + 1)
 
-    def _cuMemHostRegister_v2(self, address: int, nbytes: int, flags: int) -> None:
+    def _cuMemHostRegister_v2(self, address: int, nbytes: int, flags: int) -> int:
+        if sum(self.pinned.values()) + nbytes > self.pin_limit:
+            return OUT_OF_MEMORY
         self.pinned[address] = nbytes
+        return 0
+
+    def _cuMemHostGetDevicePointer_v2(self, found: Any, address: int, flags: int) -> None:
+        assert address in self.pinned and not flags
+        ctypes.cast(found, ctypes.POINTER(ctypes.c_uint64))[0] = address
 
     def _cuMemHostUnregister(self, address: int) -> None:
         del self.pinned[address]

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig
+from dsv4.formats.numeric.operands import SLABS
 from dsv4.kernels.core.contract import Buffers
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.attention import reference as attention_rows
 from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.experts import fetch_contract
 from dsv4.kernels.ops.experts import reference as experts_reference
 from dsv4.kernels.ops.gemv import contract as gemv
 from dsv4.kernels.ops.hyper_connections import contract as mhc
@@ -80,11 +82,11 @@ class Emulator(Library):
         return {}
 
     def _experts_up(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        self._routed |= {name: buffers[name] for name in buffers if name.endswith(("x", "13"))}
+        self._routed |= buffers
         return {}
 
     def _experts_down(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        self._routed |= {name: buffers[name] for name in buffers if name.endswith("2")}
+        self._routed |= buffers
         return {}
 
     def _experts_combine(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
@@ -134,7 +136,11 @@ class Emulator(Library):
 
     def _experts(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         shape = experts.Shape.of(self.config, bool(given["shared"]))
-        return _values(experts_reference.expected(shape, buffers, experts_reference.SLABS))
+        return _values(experts_reference.expected(shape, buffers, SLABS))
+
+    def _experts_fetch(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
+        found = fetch_contract.run(int(given["experts"]), buffers)
+        return {name: value for name, value in found.items() if name != "records"}
 
     def _sampling(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
         drawn = sample(buffers["logits"], Parameters(*(buffers[n] for n in Parameters._fields)))

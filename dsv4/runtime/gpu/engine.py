@@ -132,6 +132,7 @@ class Engine:
             activations,
             self.tables,
             self.capacity,
+            self.model.operands.memory,
             own.step,
             self.ctas,
         )
@@ -166,11 +167,11 @@ class Engine:
         if rows == self.chunk:
             if self._whole_chunk is None:
                 program = Program(self.model.functions, graphs=False)
-                self._put_chunk(program.record, tokens)
+                self._put_chunk(program.record, program.between, tokens)
                 self._whole_chunk = program
             self._whole_chunk.launch()
         else:
-            self._put_chunk(self.model.functions.launch, tokens)
+            self._put_chunk(self.model.functions.launch, lambda function: function(), tokens)
         for start in range(0, wanted, MAX_ROWS):
             few = min(MAX_ROWS, wanted - start)
             logits[start : start + few] = self.chunk_logits(rows - wanted + start, few)
@@ -181,7 +182,9 @@ class Engine:
         run = self.step_pass(self.model.functions.launch, first(self.buffers.tokens, rows))
         return plan.head(run, self.model.operands.head, x)
 
-    def _put_chunk(self, launch: Launch, tokens: Tokens) -> None:
+    def _put_chunk(
+        self, launch: Launch, between: Callable[[Callable[[], None]], None], tokens: Tokens
+    ) -> None:
         own, rows = self.buffers, tokens.ids.shape[0]
         assert own.chunk is not None
         run = ChunkPass(
@@ -191,7 +194,9 @@ class Engine:
             first(own.activations, rows),
             self.tables,
             self.capacity,
+            self.model.operands.memory,
             own.chunk.first(rows),
+            between,
         )
         prefill_plan.chunk(run, self.model.operands, own.caches)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from dsv4.runtime.gpu.rehearsal import chunk_kernels, step_kernels
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.load.report import LoadReport
+from dsv4.runtime.load.routes import Routes, default_file
 from dsv4.runtime.session import capacity_of
 
 
@@ -28,7 +30,9 @@ class GpuModel:
         """
         self.config: ModelConfig = weights.config
         self.device, self.library = device, library
-        self.load_report: LoadReport | None = None
+        self.load_reports: tuple[LoadReport, ...] = ()
+        self.pinning = 0.0
+        self.routes: Routes | None = None
         self.operands = read_model(weights)
         self.functions = Functions(library)
         some = self.operands.different_layers()
@@ -46,9 +50,31 @@ class GpuModel:
         )
 
     def load_lines(self) -> Iterator[str]:
-        """What loading took, phase by phase, for people."""
-        if self.load_report is not None:
-            yield from self.load_report.lines()
+        """What loading took, phase by phase, and where experts are, for people."""
+        for report in self.load_reports:
+            yield from report.lines()
+        memory = self.operands.memory
+        if memory is not None and memory.placement.cold:
+            placed = memory.placement
+            expected = placed.misses(
+                None if self.routes is None else self.routes.counts, self.config.num_experts_per_tok
+            )
+            yield (
+                f"experts {int(placed.hot.sum())} on the GPU, {placed.cold} in host memory, "
+                f"{placed.spare} spare; {expected:.1f} misses a token expected with none cached; "
+                f"pinned in {self.pinning:.2f} s"
+            )
+
+    def write_routes(self, path: Path | None = None) -> None:
+        """Add what tokens chose since to the counts at `path`, by default the user's own.
+
+        Nothing is written where nothing is counted. Raises RuntimeRefusal when it cannot be.
+        """
+        memory = self.operands.memory
+        if self.routes is None or memory is None or not memory.fetches:
+            return
+        self.routes = self.routes.plus(*memory.counted())
+        self.routes.write(path or default_file(self.routes.root))
 
     def multiprocessors(self) -> int:
         """Of the device."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import AttentionKind, ModelConfig
-from dsv4.formats.numeric.operands import INTERLEAVE, SLABS, Nvfp4Matrix
+from dsv4.formats.numeric.operands import SLABS, Nvfp4Matrix
 from dsv4.kernels.ops.gemv.contract import Weight
-from dsv4.runtime.gpu.weights import DeviceWeights, Nvfp4Stack
+from dsv4.runtime.gpu.expert_memory import ExpertMemory
+from dsv4.runtime.gpu.weights import DeviceWeights, LayerRecords
 
 T = TypeVar("T")
 
@@ -99,23 +100,6 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stack:
-    """Of all experts' matrices: codes, scales uint8 `[E, ...]`; global_scale float32 `[E, P]`."""
-
-    codes: Tensor
-    scales: Tensor
-    global_scale: Tensor
-
-    def arguments(self, suffix: str) -> dict[str, Tensor]:
-        """The tensors by the names of `experts.Shape.stack(suffix)`."""
-        return {
-            f"codes{suffix}": self.codes,
-            f"scales{suffix}": self.scales,
-            f"global_scale{suffix}": self.global_scale,
-        }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class SharedExpert:
     """The expert of every token: w1 and w3 `[I, D]`, w2 `[D, I]`, in any format."""
 
@@ -136,11 +120,21 @@ class SharedExpert:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experts:
-    """The routed experts and the shared one."""
+    """The routed experts, found in records by their places, and the shared one."""
 
-    w13: Stack
-    w2: Stack
+    routed: LayerRecords
     shared: SharedExpert
+
+    def arguments(self, *, prompt: bool = False) -> dict[str, Tensor]:
+        """Places and records by the names of `experts.Shape.placed`."""
+        own = self.routed
+        places = own.prompt_places if prompt else own.places
+        return {"places": places, "records": own.records}
+
+    def scales(self, *names: str) -> dict[str, Tensor]:
+        """Global scales of "13" and "2" by the names of `experts.Shape.global_scale`."""
+        found = {"13": self.routed.global_scale13, "2": self.routed.global_scale2}
+        return {f"global_scale{name}": found[name] for name in names}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,13 +151,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """All of it. embed: bfloat16 `[V, D]`."""
+    """All of it. embed: bfloat16 `[V, D]`. memory: see `DeviceWeights`."""
 
     config: ModelConfig
     embed: Tensor
     layers: tuple[Layer, ...]
     before_head: Connection
     head: MatrixOperand
+    memory: ExpertMemory | None = None
 
     def different_layers(self) -> Model:
         """With the first layer of every kind alone: they launch each kernel that all launch."""
@@ -205,6 +200,7 @@ def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> M
         tuple(read.layer(index) for index in which),
         read.connection("hc_head", "norm.weight"),
         read.matrix("head"),
+        weights.memory,
     )
 
 
@@ -220,7 +216,7 @@ class _Reader:
             self.attention(f"{own}attn.", self.weights.config.attention_kind(index)),
             self.connection(f"{own}hc_ffn", f"{own}ffn_norm.weight"),
             self.gate(f"{own}ffn.gate", self.weights.config.is_hash_layer(index)),
-            self.experts(f"{own}ffn."),
+            self.experts(f"{own}ffn.", index),
         )
 
     def connection(self, prefix: str, norm: str) -> Connection:
@@ -262,11 +258,9 @@ class _Reader:
             return Gate(matrix, None, table)
         return Gate(matrix, self.parameter(f"{own}.bias"), None)
 
-    def experts(self, own: str) -> Experts:
-        w13, w2 = self.weights.stacks(f"{own}experts")
+    def experts(self, own: str, index: int) -> Experts:
         return Experts(
-            _stack(f"{own}experts.w13", w13, 1, INTERLEAVE),
-            _stack(f"{own}experts.w2", w2, SLABS, 0),
+            self.weights.layer_records(index),
             SharedExpert(*(self.matrix(f"{own}shared_experts.{n}") for n in ("w1", "w2", "w3"))),
         )
 
@@ -296,14 +290,3 @@ class _Reader:
             )
         weight = Weight("fp8", found.rows, found.cols, slabs)
         return MatrixOperand(weight, codes, found.scales.view(torch.uint8))
-
-
-def _stack(name: str, stack: Nvfp4Stack, slabs: int, interleave: int) -> Stack:
-    found = stack.codes.shape[1], stack.interleave
-    if found != (slabs, interleave):
-        raise RuntimeRefusal(
-            f"{name} has {found[0]} slabs and rows interleaved by {found[1]}, "
-            f"kernels read {slabs} and {interleave}"
-        )
-    # One slab is not a dimension to the kernel.
-    return Stack(stack.codes.squeeze(1), stack.scales.squeeze(1), stack.global_scales)

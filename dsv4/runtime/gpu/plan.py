@@ -23,6 +23,7 @@ from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.attention import contract as attention
 from dsv4.kernels.ops.attention.reference import Shape
 from dsv4.kernels.ops.experts import contract as experts
+from dsv4.kernels.ops.experts import fetch_contract
 from dsv4.kernels.ops.gemv import contract as gemv
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.hyper_connections import contract as mhc
@@ -42,6 +43,7 @@ from dsv4.runtime.gpu.activations import (
     shaped,
 )
 from dsv4.runtime.gpu.caches import LayerCaches
+from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.operands import (
     Attention,
     Compressor,
@@ -62,7 +64,8 @@ Product = tuple[MatrixOperand, Tensor]
 class Pass(abc.ABC):
     """Some tokens on their way through the layers.
 
-    tokens, a: of as many rows as there are tokens. capacity: tokens that the caches hold.
+    tokens, a: of as many rows as there are tokens. capacity: tokens that the caches hold. memory:
+    see `DeviceWeights`.
     """
 
     config: ModelConfig
@@ -71,6 +74,7 @@ class Pass(abc.ABC):
     a: Activations
     tables: RopeTables
     capacity: int
+    memory: ExpertMemory | None
 
     @property
     def rows(self) -> int:
@@ -91,7 +95,7 @@ class Pass(abc.ABC):
         """What an attention kernel hands to the one that joins its `splits` parts."""
 
     @abc.abstractmethod
-    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
+    def mix_experts(self, layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
         """x and the router's choice -> u `[T, D]`, or two parts of it in float32."""
 
 
@@ -119,8 +123,13 @@ class StepPass(Pass):
             "statistics": shaped(self.scratch.statistics, *sizes, 2),
         }
 
-    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
-        """The chosen experts and the shared one: in one launch where that reads its format."""
+    def mix_experts(self, layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
+        """The chosen experts and the shared one: in one launch where that reads its format. Before
+        it, what is absent comes.
+        """
+        own = layer.experts
+        if self.memory is not None and self.memory.fetches:
+            self._fetch(self.memory, layer.index)
         if own.shared.in_one_launch:
             shared: dict[str, Tensor] = {}
             for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
@@ -143,14 +152,19 @@ class StepPass(Pass):
             x=x,
             topk_idx=self.a.topk_idx,
             topk_weights=self.a.topk_weights,
-            **own.w13.arguments("13"),
-            **own.w2.arguments("2"),
+            **own.arguments(),
+            **own.scales("13", "2"),
             **shared,
             h=self.scratch.h,
             counters=self.scratch.counters,
             y=y,
             ctas=self.ctas,
         )
+
+    def _fetch(self, memory: ExpertMemory, layer: int) -> None:
+        kernel = _fetch(memory.records.shape[1], self.config.n_routed_experts)
+        given = memory.arguments()
+        self.launch(kernel, topk_idx=self.a.topk_idx, layer=layer, **given)
 
 
 def step(run: StepPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
@@ -175,7 +189,7 @@ def layers(
         u = (attend(run, layer.attention, caches[layer.index], x),)
         streams, x = connect(run, "middle", layer.before_experts, streams, u)
         route(run, layer, x)
-        u = run.mix_experts(layer.experts, x)
+        u = run.mix_experts(layer, x)
     return streams, u
 
 
@@ -447,6 +461,11 @@ def _router(config: ModelConfig, hashed: bool, kind: str) -> Kernel:
 @functools.cache
 def _experts(config: ModelConfig) -> Kernel:
     return experts.experts(experts.Shape.of(config, shared=True), "bfloat16")
+
+
+@functools.cache
+def _fetch(record_nbytes: int, experts: int) -> Kernel:
+    return fetch_contract.fetch(record_nbytes, experts)
 
 
 @functools.cache

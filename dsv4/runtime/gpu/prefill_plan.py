@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
 from dsv4.runtime.gpu.activations import ChunkScratch, shaped
 from dsv4.runtime.gpu.caches import LayerCaches
-from dsv4.runtime.gpu.operands import Experts, MatrixOperand, Model
+from dsv4.runtime.gpu.operands import Layer, MatrixOperand, Model
 from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers, swiglu_of
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
@@ -36,9 +36,13 @@ def chunk_rows(capacity: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChunkPass(Pass):
-    """Any number of tokens; what each of them gives is the same bytes, whatever their number."""
+    """Any number of tokens; what each of them gives is the same bytes, whatever their number.
+
+    between: has a function of the host called between the launches before it and those after it.
+    """
 
     scratch: ChunkScratch
+    between: Callable[[Callable[[], None]], None]
 
     @property
     def tuned_rows(self) -> int:
@@ -70,21 +74,27 @@ class ChunkPass(Pass):
         """A chunk's attention is one kernel."""
         raise TypeError(f"attention of {self.tuned_rows} tokens has {splits} parts, expected one")
 
-    def mix_experts(self, own: Experts, x: Tensor) -> tuple[Tensor, ...]:
+    def mix_experts(self, layer: Layer, x: Tensor) -> tuple[Tensor, ...]:
         """-> what the routed experts leave, and the shared one: float32 `[T, D]` each."""
-        s, a, shared = self.scratch, self.a, own.shared
+        s, a, own = self.scratch, self.a, layer.experts
+        shared, copies = own.shared, self.memory and self.memory.prompt_copies
         shape = _experts_shape(self.config)
         tuning = experts_contract.tuned(shape, self.tuned_rows)
         routing, up, down, combine = _experts(self.config, tuple(tuning.items()))
         listed = {"entries": s.entries, "offsets": s.offsets, "weights": s.weights}
         self.launch(
-            routing, topk_idx=a.topk_idx, topk_weights=a.topk_weights, places=s.places, **listed
+            routing, topk_idx=a.topk_idx, topk_weights=a.topk_weights, targets=s.places, **listed
         )
         arranged = self.arrange(x, 1, shape.hidden)
-        self.launch(up, x=arranged, **listed, **own.w13.arguments("13"), h=s.h)
-        places = {"places": s.places, "offsets": s.offsets}
-        self.launch(down, h=s.h, **places, **own.w2.arguments("2"), partial=s.partial)
+        if copies:
+            self.between(functools.partial(copies.arrive, layer.index, a.topk_idx))
+        placed = own.arguments(prompt=True)
+        self.launch(up, x=arranged, **listed, **placed, **own.scales("13"), h=s.h)
+        rows = {"targets": s.places, "offsets": s.offsets}
+        self.launch(down, h=s.h, **rows, **placed, **own.scales("2"), partial=s.partial)
         self.launch(combine, partial=s.partial, topk_idx=a.topk_idx, y=s.routed)
+        if copies:
+            self.between(functools.partial(copies.leave, layer.index))
 
         for matrix, y in ((shared.w1, s.gate), (shared.w3, s.up)):
             self.multiply_one(x if matrix.weight.kind == "bf16" else arranged, matrix, y)
@@ -95,6 +105,8 @@ class ChunkPass(Pass):
 
 def chunk(run: ChunkPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
     """A chunk: `run.tokens` -> x bfloat16 `[T, D]` for the head, which is not part of it."""
+    if run.memory is not None and run.memory.prompt_copies:
+        run.between(run.memory.prompt_copies.begin)
     streams, u = layers(run, model, caches)
     _, x = connect(run, "last", model.before_head, streams, u)
     return x

@@ -5,7 +5,7 @@ A call whose tensors are of another type, size or number than its kernel's is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +121,9 @@ class Program:
     """
 
     def __init__(self, functions: Functions, graphs: bool = True) -> None:
-        self.calls: list[Call] = []  # they keep the tensors: a graph knows only addresses
+        self.calls: list[
+            Call | Callable[[], None]
+        ] = []  # they keep the tensors: a graph knows only addresses
         self._functions = functions
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm, self._graphs = False, graphs
@@ -132,6 +134,10 @@ class Program:
     def record(self, kernel: Kernel, **given: Tensor | int) -> None:
         """Put down a call. See `Launch`; raises KernelError for a kernel that is missing."""
         self.calls.append(Call(kernel, self._functions.of(kernel), arguments(kernel, given)))
+
+    def between(self, function: Callable[[], None]) -> None:
+        """Put down a function of the host: for programs that are launched, not recorded."""
+        self.calls.append(function)
 
     def launch(self) -> None:
         """Launch everything on torch's current stream; waits for nothing."""

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.limits import few, refusals
+from dsv4.kernels.ops.experts.contract import Shape
+from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.xxh3.contract import xxh3
 from dsv4.runtime.gpu import plan, prefill_plan
@@ -63,11 +66,17 @@ def all_kernels(model: Model) -> Iterator[Kernel]:
     model = model.different_layers()
     yield xxh3()  # compares what is loaded with its checksums
     yield draw_kernel(model)
+    yield fetch_kernel(model.config)
     for capacity in CAPACITIES:
         for rows in range(1, MAX_ROWS + 1):
             yield from step_kernels(model, rows, capacity)
         for rows in SIZES:
             yield from chunk_kernels(model, rows, capacity)
+
+
+def fetch_kernel(config: ModelConfig) -> Kernel:
+    """What brings a step's experts that are not on the GPU, and counts them."""
+    return fetch(Shape.of(config).record.nbytes, config.n_routed_experts)
 
 
 def step_kernels(model: Model, rows: int, capacity: int) -> list[Kernel]:
@@ -115,6 +124,7 @@ class Rehearsal:
             first(self.own.activations, self.rows),
             self._tables(),
             self.capacity,
+            None,
             self.own.step,
             ctas=1,
         )
@@ -129,7 +139,9 @@ class Rehearsal:
             first(self.own.activations, self.rows),
             self._tables(),
             self.capacity,
+            None,
             self.own.chunk.first(self.rows),
+            lambda function: None,
         )
 
     def _tables(self) -> RopeTables:

@@ -6,19 +6,17 @@ loaded.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind, Kind, parameters
 from dsv4.formats.model.recipes import cut_by_columns, make_recipe
-from dsv4.formats.numeric.operands import INTERLEAVE, SLABS, Fp8Matrix, Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.operands import SLABS, Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.kernels.ops.experts.contract import Shape
 from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.runtime.gpu.operands import Model, read_model
-from dsv4.runtime.gpu.weights import Nvfp4Stack
+from dsv4.runtime.gpu.weights import LayerRecords
 
 META = torch.device("meta")
 STANDARD = make_recipe("standard")
@@ -57,12 +55,25 @@ class StandardWeights:
         fp8 = codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu)
         return Fp8Matrix(*fp8, rows, cols)
 
-    def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
-        """w13 and w2 of all experts of a layer."""
+    @property
+    def memory(self) -> None:
+        """All experts are on the device."""
+        return None
+
+    def layer_records(self, layer: int) -> LayerRecords:
+        """As many records as the layer has experts."""
         shape = Shape.of(self.config)
-        up = _stack(shape, "13", 2 * shape.inter, shape.hidden, INTERLEAVE)
-        up = dataclasses.replace(up, codes=up.codes[:, None], scales=up.scales[:, None])
-        return up, _stack(shape, "2", shape.hidden, shape.inter, 0)
+        sizes = {"records": shape.experts}
+        arguments = (*shape.placed(), shape.global_scale("13"), shape.global_scale("2"))
+        made = {
+            one.name: torch.empty(
+                [n if isinstance(n, int) else sizes[n] for n in one.shape],
+                dtype=_dtype(one.dtype),
+                device=META,
+            )
+            for one in arguments
+        }
+        return LayerRecords(prompt_places=torch.empty_like(made["places"]), **made)
 
 
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:
@@ -71,18 +82,6 @@ def _tensors(weight: Weight) -> tuple[Tensor, ...]:
         torch.empty([int(n) for n in one.shape], dtype=_dtype(one.dtype), device=META)
         for one in weight.operands()
     )
-
-
-def _stack(shape: Shape, name: str, rows: int, cols: int, interleave: int) -> Nvfp4Stack:
-    codes, scales, global_scale = (
-        torch.empty(
-            [shape.experts if n == "experts" else int(n) for n in one.shape],
-            dtype=_dtype(one.dtype),
-            device=META,
-        )
-        for one in shape.stack(name)
-    )
-    return Nvfp4Stack(codes, scales, global_scale, rows, cols, interleave)
 
 
 def _dtype(found: object) -> torch.dtype:

@@ -8,12 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv4.formats.errors import RuntimeRefusal, StoreError
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.numeric.operands import SF_ROWS, SF_TILE_BYTES, Matrix, Nvfp4Matrix
-from dsv4.formats.store.specs import path_of
+from dsv4.formats.numeric.operands import INTERLEAVE, Matrix, Nvfp4Matrix
+from dsv4.kernels.ops.experts.record import Record
+from dsv4.kernels.ops.experts.reference import record_parts
+from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.load import LoadedWeights
-from dsv4.runtime.load.outline import OutlinedWeights
+from dsv4.runtime.load.outline import META, OutlinedWeights
+from dsv4.runtime.load.records import record_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,31 @@ class Nvfp4Stack:
         return Nvfp4Matrix(*parts, self.rows, self.cols, self.interleave)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerRecords:
+    """The experts of a layer. places, prompt_places: int32 `[E]`, of their records in a step and in
+    a prompt; records: uint8 `[R, nbytes]`, of this layer and any others; global_scale13 `[E, 2]`,
+    global_scale2 `[E, 1]`: float32.
+    """
+
+    places: Tensor
+    prompt_places: Tensor
+    records: Tensor
+    global_scale13: Tensor
+    global_scale2: Tensor
+
+    def stacks(self, record: Record) -> tuple[Nvfp4Stack, Nvfp4Stack]:
+        """w13 and w2 of all records, which are views; numbered as the records are."""
+        (up, up_scales), (down, down_scales) = (
+            record_parts(record, self.records, name) for name in ("13", "2")
+        )
+        rows, cols = 2 * record.inter, record.hidden
+        return (
+            Nvfp4Stack(up, up_scales, self.global_scale13, rows, cols, INTERLEAVE),
+            Nvfp4Stack(down, down_scales, self.global_scale2, cols, record.inter, 0),
+        )
+
+
 class DeviceWeights(Protocol):
     """All weights of a model in the memory of one device, packed."""
 
@@ -54,16 +81,24 @@ class DeviceWeights(Protocol):
         """A `[out, in]` weight."""
         ...
 
-    def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
-        """w13 and w2 of the experts `prefix`, as "layers.0.ffn.experts"."""
+    def layer_records(self, layer: int) -> LayerRecords:
+        """The experts of a layer."""
+        ...
+
+    @property
+    def memory(self) -> ExpertMemory | None:
+        """Where all experts lie; None where all are on the device and nobody counts."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A loaded store as `DeviceWeights`: nothing is copied. Or the outline of one."""
+    """A loaded store as `DeviceWeights`: nothing is copied. Or the outline of one, without memory:
+    its records have no bytes.
+    """
 
     weights: LoadedWeights | OutlinedWeights
+    memory: ExpertMemory | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -78,28 +113,16 @@ class Loaded:
         """See `DeviceWeights`."""
         return self.weights.matrix(name)
 
-    def stacks(self, prefix: str) -> tuple[Nvfp4Stack, Nvfp4Stack]:
-        """See `DeviceWeights`. Raises RuntimeRefusal when the experts are not NVFP4."""
-        path = path_of(prefix, StoreError)
-        w13, w2 = (self._stack(f"{path}/{name}") for name in ("w13", "w2"))
-        return w13, w2
-
-    def _stack(self, path: str) -> Nvfp4Stack:
-        group = self.weights.contents.stacks.get(path)
-        if group is None or group.format != "nvfp4":
-            found = "absent" if group is None else group.format
-            raise RuntimeRefusal(
-                f"{path} is {found}, kernels read NVFP4; convert with --recipe standard"
-            )
-        experts, slabs, rows = group.experts or 0, group.slabs, group.packed_rows
-        codes = self.weights.share_of(f"{path}/codes").view(experts, slabs, rows, -1)
-        tiles = -(-rows // SF_ROWS)
-        scales = self.weights.share_of(f"{path}/scales").view(torch.uint8)
-        return Nvfp4Stack(
-            codes,
-            scales.view(experts, slabs, tiles, -1, SF_TILE_BYTES),
-            self.weights.array(f"{path}/global_scale").tensor(),
-            rows,
-            group.cols,
-            group.interleave,
+    def layer_records(self, layer: int) -> LayerRecords:
+        """See `DeviceWeights`. Raises RuntimeRefusal for experts that no kernel reads."""
+        own, c = self.memory, self.config
+        scales = (
+            self.weights.array(f"layers/{layer}/ffn/experts/{name}/global_scale").tensor()
+            for name in ("w13", "w2")
         )
+        if own is not None:
+            return LayerRecords(own.table[layer], own.prompt_table[layer], own.records, *scales)
+        places = torch.empty(c.n_routed_experts, dtype=torch.int32, device=META)
+        sizes = c.num_hidden_layers * c.n_routed_experts, record_of(self.weights).nbytes
+        records = torch.empty(sizes, dtype=torch.uint8, device=META)
+        return LayerRecords(places, places, records, *scales)

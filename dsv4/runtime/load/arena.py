@@ -27,6 +27,7 @@ HEADROOM = 256 << 20  # bytes of a device that stay free besides the arena
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USE = Path("/sys/fs/cgroup/memory.current")
+_CGROUP_PARTS = Path("/sys/fs/cgroup/memory.stat")
 
 
 class Slot:
@@ -51,6 +52,10 @@ class Arena(abc.ABC):
     def enter(self) -> None:
         """To be called by each thread that copies."""
 
+    def target(self, slot: Slot, nbytes: int, at: int) -> memoryview:
+        """Where a reader puts the `nbytes` bytes that are to be at byte `at`: in the slot."""
+        return slot.memory[:nbytes]
+
     @abc.abstractmethod
     def copy(self, slot: Slot, nbytes: int, at: int) -> None:
         """Begin to copy the first `nbytes` of a slot to byte `at`."""
@@ -73,7 +78,7 @@ class HostArena(Arena):
     @contextlib.contextmanager
     def slots(self, count: int, nbytes: int) -> Iterator[list[Slot]]:
         """Anonymous memory."""
-        yield [Slot(part) for part in _host_memory(count * nbytes).view(count, nbytes)]
+        yield [Slot(part) for part in host_memory(count * nbytes).view(count, nbytes)]
 
     def enter(self) -> None:
         """Nothing has to be prepared."""
@@ -100,7 +105,7 @@ class CudaArena(Arena):
     @contextlib.contextmanager
     def slots(self, count: int, nbytes: int) -> Iterator[list[Slot]]:
         """Pinned memory."""
-        memory, driver = _host_memory(count * nbytes), self._driver
+        memory, driver = host_memory(count * nbytes), self._driver
         events: list[int] = []
         driver.pin(memory.data_ptr(), len(memory))
         try:
@@ -167,7 +172,7 @@ def require_memory(nbytes: int, device: torch.device, what: str, instead: str) -
 def free_memory(device: torch.device) -> tuple[int, str]:
     """-> (bytes that can be allocated on `device`, what to call it)."""
     if device.type == "cpu":
-        return _free_host_memory(), "this machine"
+        return _freehost_memory(), "this machine"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeRefusal(
             f"weights cannot be loaded to {device}: expected cpu, or a cuda device that torch sees"
@@ -175,15 +180,18 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     return torch.cuda.mem_get_info(device)[0], f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _free_host_memory() -> int:
+def _freehost_memory() -> int:
     fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) << 10
-    with contextlib.suppress(OSError, ValueError):
-        free = min(free, int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USE.read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit, used = int(_CGROUP_LIMIT.read_text()), int(_CGROUP_USE.read_text())
+        pairs = dict(line.split() for line in _CGROUP_PARTS.read_text().splitlines())
+        cached = int(pairs["file"]) - int(pairs["shmem"])  # given up when memory is wanted
+        free = min(free, limit - used + max(cached, 0))
     return free
 
 
-def _host_memory(nbytes: int) -> Tensor:
+def host_memory(nbytes: int) -> Tensor:
     """Anonymous memory that begins at a huge page, and consists of them where the system has some.
 
     Reads into it and its pinning are faster so; O_DIRECT needs less.

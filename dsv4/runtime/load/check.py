@@ -28,7 +28,7 @@ from dsv4.kernels.ops.xxh3.contract import LINE_BYTES, xxh3
 from dsv4.kernels.reference.xxh3 import BLOCK_BYTES, LANES, accumulators, digests, secret_words
 from dsv4.runtime.load.arena import Arena, CudaArena
 from dsv4.runtime.load.jobs import Job
-from dsv4.runtime.load.plan import LoadPlan, Span
+from dsv4.runtime.load.plan import Plan, Span
 
 WAVES = 8
 
@@ -66,7 +66,7 @@ class DeviceCheck:
     """Hashes the chunks of a plan as its jobs are copied."""
 
     def __init__(
-        self, store: PackedStore, plan: LoadPlan, arena: Arena, jobs: Sequence[Job], run: Hash
+        self, store: PackedStore, plan: Plan, arena: Arena, jobs: Sequence[Job], run: Hash
     ) -> None:
         self._store, self._arena, self._run = store, arena, run
         self._spans = [span for span in plan.spans() if on_device(span.file)]

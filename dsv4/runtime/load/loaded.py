@@ -33,6 +33,7 @@ from dsv4.runtime.load.plan import (
     LoadPlan,
     Part,
     Placed,
+    Plan,
     Share,
     plan_load,
 )
@@ -104,10 +105,15 @@ class LoadedWeights(StoredWeights):
         self._arrays: dict[str, StoredArray] = {}
 
     def load(
-        self, parts: Collection[Part], progress: Callable[[int], None] | None = None
+        self,
+        parts: Collection[Part],
+        progress: Callable[[int], None] | None = None,
+        *,
+        records: bool = False,
     ) -> LoadReport:
         """Load `parts` into one more arena.
 
+        records: leave out the experts' codes and scales, which are loaded as records.
         progress: called with the bytes moved so far, from any thread. Raises RuntimeRefusal when
         one of them is there already, OutOfSpaceError when they do not fit, StoreError for a file
         that is missing, short or damaged; nothing of them is there then.
@@ -115,10 +121,10 @@ class LoadedWeights(StoredWeights):
         wanted = frozenset(parts)
         if again := sorted(part for one in self._resident for part in one.parts & wanted):
             raise RuntimeRefusal(f"{self.root}: {', '.join(again)} are loaded already")
-        plan = plan_load(self._store, wanted, self.share)
+        plan = plan_load(self._store, wanted, self.share, records=records)
         begin = time.perf_counter()
         arena = make_arena(plan.nbytes, self.device, str(self.root))
-        report = _fill(self._store, plan, arena, self.settings, begin, progress)
+        report = fill(self._store, plan, arena, self.settings, begin, progress)
         self._resident.append(_Resident(wanted, plan, arena))
         self.reports.append(report)
         return report
@@ -183,10 +189,11 @@ def load_weights(
     share: Share = ALONE,
     settings: Settings | None = None,
     progress: Callable[[int], None] | None = None,
+    records: bool = False,
 ) -> LoadedWeights:
-    """Load `parts` of a store to a device. Raises as `LoadedWeights.load`."""
+    """Load `parts` of a store to a device. records, errors: see `LoadedWeights.load`."""
     weights = LoadedWeights(store, torch.device(device), share, settings or Settings())
-    weights.load(parts, progress)
+    weights.load(parts, progress, records=records)
     return weights
 
 
@@ -219,14 +226,18 @@ def _opener(files: dict[str, _ArenaFile]) -> Callable[[FileSpec], _ArenaFile]:
     return lambda file: files[file.key]
 
 
-def _fill(
+def fill(
     store: PackedStore,
-    plan: LoadPlan,
+    plan: Plan,
     arena: Arena,
     settings: Settings,
     begin: float,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> LoadReport:
+    """Read and check everything of `plan` into `arena`. begin: when its making began.
+
+    Raises StoreError as `LoadedWeights.load`; no thread is left then, and no copy under way.
+    """
     count, per_reader = settings.threads, settings.slots_a_reader
     verifies = settings.verify != "off"
     kernel, note = find_hash(arena.bytes.device, settings.verify) if verifies else (None, "")

@@ -14,7 +14,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Collection, Iterator, Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice
@@ -105,6 +105,18 @@ class LoadPlan:
         return sum(placed.nbytes for placed in self.arrays.values())
 
 
+class Plan(Protocol):
+    """What a load needs to know of its plan: see `LoadPlan`."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def payload_nbytes(self) -> int: ...
+
+    def spans(self) -> Iterator[Span]: ...
+
+
 def part_of(store: Nodes, path: str) -> Part | None:
     """Which part the array at `path` belongs to; None: none that a model reads."""
     group, _, member = path.rpartition("/")
@@ -116,12 +128,23 @@ def part_of(store: Nodes, path: str) -> Part | None:
     return Part.EXPERTS if stacked else Part.CORE
 
 
-def plan_load(store: Nodes, parts: Collection[Part] = EVERYTHING, share: Share = ALONE) -> LoadPlan:
-    """Place `share` of the arrays of `parts`. Raises RuntimeRefusal when there are none."""
+def plan_load(
+    store: Nodes,
+    parts: Collection[Part] = EVERYTHING,
+    share: Share = ALONE,
+    *,
+    records: bool = False,
+) -> LoadPlan:
+    """Place `share` of the arrays of `parts`. Raises RuntimeRefusal when there are none.
+
+    records: leave out the codes and scales of experts, which are loaded as records.
+    """
     arrays: dict[str, Placed] = {}
     at = 0
     for path in sorted(store.hierarchy.arrays, key=natural_key):
         if (part := part_of(store, path)) is None or part not in parts:
+            continue
+        if records and part is Part.EXPERTS and not path.endswith("/global_scale"):
             continue
         spec = store.hierarchy.arrays[path]
         spans = tuple(_spans(spec, _ranges(spec, path.rpartition("/")[0], store, share), at))

@@ -156,9 +156,10 @@ class _Reader:
             self._large(job.spans[0])
         else:
             slot = self._next()
+            whole = self._arena.target(slot, job.nbytes, job.at)
             for span in job.spans:
                 place = span.at - job.at
-                memory = slot.memory[place : place + span.nbytes]
+                memory = whole[place : place + span.nbytes]
                 self._read(span.file, span.begin, memory)
                 if self._readers.hashes(span.file):
                     self._hash(span, memory)
@@ -202,7 +203,8 @@ class _Reader:
         checksum = xxhash.xxh3_64()
         for begin in range(0, span.nbytes, self._room):
             slot = self._next()
-            memory = slot.memory[: min(self._room, span.nbytes - begin)]
+            count = min(self._room, span.nbytes - begin)
+            memory = self._arena.target(slot, count, span.at + begin)
             self._read(span.file, span.begin + begin, memory)
             if hashes:
                 start = time.perf_counter()

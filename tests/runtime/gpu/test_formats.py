@@ -18,13 +18,17 @@ from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.reference.linear import dequantize_rows
 from dsv4.kernels.reference.moe import routed_experts
+from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu import rehearsal
-from dsv4.runtime.gpu.operands import Experts, parts, read_model
+from dsv4.runtime.gpu.expert_memory import ExpertMemory
+from dsv4.runtime.gpu.operands import Layer, parts, read_model
 from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model
 from dsv4.runtime.gpu.standard import standard_model
 from dsv4.runtime.gpu.weights import Loaded
-from dsv4.runtime.load import Part, load_weights
+from dsv4.runtime.load import Part, Settings, load_weights
 from dsv4.runtime.load.outline import OutlinedWeights
+from dsv4.runtime.load.placement import Placement
+from dsv4.runtime.load.records import load_records
 from dsv4.synthetic.store import make_store, plan_store, shaped
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
 from tests.runtime.test_fit import SMALL as STORED
@@ -48,7 +52,7 @@ class Other(RandomWeights):
         return self._made[name]
 
 
-def _mixed(weights: Other, own: Experts, x: Tensor, choice: Tensor, share: Tensor) -> Tensor:
+def _mixed(weights: Other, own: Layer, x: Tensor, choice: Tensor, share: Tensor) -> Tensor:
     """What a step leaves of one layer's experts."""
     engine = HostModel(weights, Emulator(SMALL), CPU).engine(64, chunk=0)
     rows = len(x)
@@ -63,8 +67,9 @@ def _mixed(weights: Other, own: Experts, x: Tensor, choice: Tensor, share: Tenso
 def test_a_shared_expert_in_launches_of_its_own(kind: str) -> None:
     """Against the model's routed experts, and the shared one in float64."""
     weights = Other(SMALL, kind)
-    own = read_model(weights, [1]).layers[0].experts
-    assert not own.shared.in_one_launch
+    layer = read_model(weights, [1]).layers[0]
+    shared = layer.experts.shared
+    assert not shared.in_one_launch
     rng = torch.Generator().manual_seed(5)
     x = torch.randn(3, SMALL.hidden_size, generator=rng).to(torch.bfloat16)
     choice, share = torch.tensor([[0, 5], [3, 1], [5, 7]]), torch.rand(3, 2, generator=rng)
@@ -77,10 +82,11 @@ def test_a_shared_expert_in_launches_of_its_own(kind: str) -> None:
     limit = SMALL.swiglu_limit
     gate, up = (x.double() @ w1.T).clamp(max=limit), (x.double() @ w3.T).clamp(-limit, limit)
     wanted += (functional.silu(gate) * up) @ w2.T
-    found = _mixed(weights, own, x, choice, share)
+    found = _mixed(weights, layer, x, choice, share)
     assert float((found - wanted).std() / wanted.std()) < 2.0**-7
-    shared = dataclasses.replace(own.shared, w1=own.shared.w3, w3=own.shared.w1)
-    swapped = _mixed(weights, dataclasses.replace(own, shared=shared), x, choice, share)
+    shared = dataclasses.replace(shared, w1=shared.w3, w3=shared.w1)
+    other = dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, shared=shared))
+    swapped = _mixed(weights, other, x, choice, share)
     assert float((swapped - wanted).std() / wanted.std()) > 0.1
 
 
@@ -109,7 +115,12 @@ def test_a_planned_store_needs_the_kernels_of_its_recipe(monkeypatch: pytest.Mon
 def test_an_outline_is_what_is_loaded(tmp_path: Path) -> None:
     make_store(tmp_path / "packed", STORED)
     store = PackedStore.open(tmp_path / "packed")
-    loaded = read_model(Loaded(load_weights(store, "cpu", parts={Part.CORE, Part.EXPERTS})))
+    shape = STORED.num_hidden_layers, STORED.n_routed_experts
+    placement = Placement.resident(*shape)
+    records = load_records(store, placement, CPU, Settings(), Driver)
+    memory = ExpertMemory.make(placement, records.device, records.host, 0)
+    weights = load_weights(store, "cpu", parts={Part.CORE, Part.EXPERTS}, records=True)
+    loaded = dataclasses.replace(read_model(Loaded(weights, memory)), memory=None)
     outline = read_model(Loaded(OutlinedWeights(store)))
     for one, other in zip(parts(loaded, torch.Tensor), parts(outline, torch.Tensor), strict=True):
         assert (one.shape, one.dtype, other.device.type) == (other.shape, other.dtype, "meta")

@@ -50,7 +50,14 @@ PLANTED: dict[str, tuple[Model, str]] = {
         in_attention(lambda own: dataclasses.replace(own, compressor=own.indexer.compressor)),
         "y2 is",
     ),
-    "the stacks": (in_experts(lambda own: swapped(own, "w13", "w2")), "codes13 is"),
+    "the global scales": (
+        in_experts(
+            lambda own: dataclasses.replace(
+                own, routed=swapped(own.routed, "global_scale13", "global_scale2")
+            )
+        ),
+        "global_scale13 is",
+    ),
     "base and scale": (
         with_layer(
             lambda layer: dataclasses.replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,21 @@ Alteration = Callable[[str], str]
 
 
 def interpret(
-    kernel: Kernel, arch: str, buffers: Buffers, seed: int = 0, alter: Alteration | None = None
+    kernel: Kernel,
+    arch: str,
+    buffers: Buffers,
+    seed: int = 0,
+    alter: Alteration | None = None,
+    pointed: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Run `kernel` on its arguments, which it writes. alter: changes the PTX first."""
+    """Run `kernel` on its arguments, which it writes. alter: changes the PTX first.
+
+    pointed: arguments int64 `[1]` that are the address of another tensor, with this tensor.
+    """
     ptx = machine_code(kernel, arch).ptx
     program = parse(alter(ptx) if alter else ptx)
-    launched, memory = _launch(kernel, arch, buffers, list(program.parameters.values()))
+    parameters = list(program.parameters.values())
+    launched, memory = _launch(kernel, arch, buffers, parameters, pointed or {})
     width, height, depth = launched.grid
     for first in range(0, width * height * depth, launched.cluster):
         run(
@@ -54,11 +63,15 @@ def interpret(
 def shared_bytes(kernel: Kernel, arch: str, buffers: Buffers) -> int:
     """Dynamic shared memory of a CTA of `kernel`, launched on its arguments."""
     program = parse(machine_code(kernel, arch).ptx)
-    return _launch(kernel, arch, buffers, list(program.parameters.values()))[0].shared_bytes
+    return _launch(kernel, arch, buffers, list(program.parameters.values()), {})[0].shared_bytes
 
 
 def _launch(
-    kernel: Kernel, arch: str, buffers: Buffers, parameters: list[int]
+    kernel: Kernel,
+    arch: str,
+    buffers: Buffers,
+    parameters: list[int],
+    pointed: Mapping[str, Tensor],
 ) -> tuple[Launched, GlobalMemory]:
     """What the host code asks the driver for, and the memory that it points into."""
     arguments = {one.name: buffers[one.name] for one in kernel.leaves()}
@@ -67,7 +80,13 @@ def _launch(
         for name, one in arguments.items()
         if isinstance(one, Tensor)
     }
+    raw |= {
+        f"{name} points": one.view(torch.uint8).view(-1).numpy() for name, one in pointed.items()
+    }
     memory = GlobalMemory(raw)
+    for name in pointed:
+        address = torch.tensor([memory.address[f"{name} points"]])
+        raw[name][:] = address.view(torch.uint8).numpy()
 
     def describe(argument: Argument | tuple[Argument, ...]) -> Any:
         if isinstance(argument, tuple):
@@ -105,7 +124,8 @@ def faults(case: Case, arch: str, seed: int = 0, alter: Alteration | None = None
     guard_outputs(case, buffers)  # poisons them; the interpreter watches their ends itself
     for launch in case.launches:
         own = {one.name: buffers[launch.buffer(one)] for one in launch.kernel.leaves()}
-        interpret(launch.kernel, arch, own, seed, alter)
+        pointed = {n: buffers[f"{n}_records"] for n in own if f"{n}_records" in buffers}
+        interpret(launch.kernel, arch, own, seed, alter, pointed)
     return [f for name, want in expected.items() if (f := fault(name, buffers[name], want))]
 
 

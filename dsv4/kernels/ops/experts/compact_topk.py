@@ -24,8 +24,8 @@ def most_choices(top_k: int) -> int:
 
 
 class Chosen:
-    """Of `most` choices. experts: ascending; count: `[1]` how many; entry: `[most * 8]`, for
-    (expert, token) the place in topk_idx, or -1; weights: of the places.
+    """Of `most` choices. experts: ascending; places: of their records; count: `[1]` how many;
+    entry: `[most * 8]`, for (expert, token) the place in topk_idx, or -1; weights: of the choices.
     """
 
     def __init__(self, smem: Any, most: int) -> None:
@@ -33,6 +33,7 @@ class Chosen:
             return smem.allocate_tensor(kind, cute.make_layout(size), 16)
 
         self.experts, self.count = table(Int32, most), table(Int32, 4)
+        self.places = table(Int32, most)
         self.entry = table(Int32, most * STEP_ROWS)
         self.weights = table(Float32, most)
         self.ids, self.keys = table(Int32, most), table(Int32, most)
@@ -40,22 +41,26 @@ class Chosen:
 
 @cute.jit
 def choose(
-    chosen: Any, topk_idx: cute.Tensor, topk_weights: cute.Tensor, experts: Int32, threads: int
+    chosen: Any, topk_idx: cute.Tensor, topk_weights: cute.Tensor, places: cute.Tensor, threads: int
 ) -> None:
-    """By all threads of a CTA; ends with a barrier. experts: how many there are; any other number
-    in topk_idx chooses nothing.
+    """By all threads of a CTA; ends with a barrier. places: int32 `[E]`, of the experts' records;
+    any other number in topk_idx chooses nothing, and neither does an expert whose place is -1.
+
+    A place is asked for first and looked at last: the barriers between hide the trip to memory.
     """
     thread, _, _ = cute.arch.thread_idx()
     top_k = topk_idx.shape[1]
     most = most_choices(top_k)
     weights, ids, keys, entry = chosen.weights, chosen.ids, chosen.keys, chosen.entry
-    firsts, total = chosen.experts, chosen.count
+    firsts, first_places, total = chosen.experts, chosen.places, chosen.count
     choices = Int32(topk_idx.shape[0]) * top_k
-    own = Int32(-1)
+    own, place = Int32(-1), Int32(-1)
     if thread < choices:
         own = topk_idx[thread // top_k, thread % top_k]
-        if (own < 0) | (own >= experts):
+        if (own < 0) | (own >= Int32(places.shape[0])):
             own = Int32(-1)
+        if own >= 0:
+            place = places[own]
         weights[thread] = topk_weights[thread // top_k, thread % top_k]
     if thread < most:
         ids[thread] = own
@@ -76,10 +81,11 @@ def choose(
             key = keys[other]
             rank += Int32(key < own)
             count += Int32(key < _NONE)
-        if own >= 0:
+        if (own >= 0) & (place >= 0):
             entry[rank * STEP_ROWS + thread // top_k] = thread
         if first != 0:
             firsts[rank] = own
+            first_places[rank] = cutlass.max(place, 0)  # some record: nobody asks for its sums
         if thread == 0:
             total[0] = count
     cute.arch.sync_threads()

@@ -3,7 +3,8 @@
     y[t] = sum over i of w2[e] · bf16(weight[t, i] · silu(min(g, L)) · clamp(u, -L, L))
     e = topk_idx[t, i],  g, u = w13[e] · x[t]
 
-The stacks are NVFP4 and the shared expert, whose weight is 1, FP8, as they lie in the store.
+The experts are NVFP4, each in a record (see `record`) that a table finds, and the shared expert,
+whose weight is 1, is FP8, as they lie in the store.
 Reference: `dsv4.kernels.reference.moe`.
 """
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
+from dsv4.formats.numeric.operands import FP8_BLOCK, SLABS
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, kernel
 from dsv4.kernels.core.sizes import STEP_ROWS
-from dsv4.kernels.ops.experts.reference import SLABS, expected
+from dsv4.kernels.ops.experts.record import Record
+from dsv4.kernels.ops.experts.reference import expected, record_parts
 
 MAX_ROWS = STEP_ROWS
 COUNTERS = 2
@@ -76,19 +78,22 @@ class Shape:
             arguments.append(Argument(f"shared_scales{name}", torch.uint8, tiles, align=4))
         return tuple(arguments)
 
-    def stack(self, name: str) -> tuple[Argument, ...]:
-        """Codes, scales and global scale of "13" or "2", as they lie in the store."""
-        if name == "13":
-            slabs: tuple[int, ...] = ()
-            rows, cols, globals_ = 2 * self.inter, self.hidden, 2
-        else:
-            slabs, rows, cols, globals_ = (SLABS,), self.hidden, self.inter // SLABS, 1
-        tiles = (rows // SF_ROWS, cols // NVFP4_K_ALIGN, SF_TILE_BYTES)
+    @property
+    def record(self) -> Record:
+        """How an expert's bytes lie."""
+        return Record(self.hidden, self.inter)
+
+    def placed(self) -> tuple[Argument, ...]:
+        """The table of the records' places, and the records: of this layer and of any others."""
         return (
-            Argument(f"codes{name}", torch.uint8, ("experts", *slabs, rows, cols // 2)),
-            Argument(f"scales{name}", torch.uint8, ("experts", *slabs, *tiles)),
-            Argument(f"global_scale{name}", torch.float32, ("experts", globals_), align=4),
+            Argument("places", torch.int32, (self.experts,), align=4),
+            Argument("records", torch.uint8, ("records", self.record.nbytes)),
         )
+
+    def global_scale(self, name: str) -> Argument:
+        """The global scales of "13" or "2", as they lie in the store."""
+        sizes = self.experts, 2 if name == "13" else 1
+        return Argument(f"global_scale{name}", torch.float32, sizes, align=4)
 
 
 def experts(
@@ -96,8 +101,9 @@ def experts(
 ) -> Kernel:
     """The kernel for one shape. out: "float32" or "bfloat16".
 
-    A token's experts are all different; a number outside of the stack chooses nothing, so that a
-    rank may hold some of the experts. h: scratch, a row for each choice
+    A token's experts are all different; a number that is not an expert's chooses nothing, and
+    neither does an expert whose place is -1, so that a rank may hold some of the experts. What is
+    computed does not depend on places. h: scratch, a row for each choice
     and, with a shared expert, for each token. counters: zero, and
     zero afterwards. ctas: the device's multiprocessors; the launch needs all of them at once, so
     two launches that share the device must not overlap.
@@ -119,8 +125,9 @@ def experts(
             Argument("x", torch.bfloat16, (rows, shape.hidden)),
             Argument("topk_idx", torch.int32, (rows, top_k), align=4),
             Argument("topk_weights", torch.float32, (rows, top_k), align=4),
-            shape.stack("13") + shape.shared_expert("1", "3"),
-            shape.stack("2") + shape.shared_expert("2"),
+            *shape.placed(),
+            (shape.global_scale("13"), *shape.shared_expert("1", "3")),
+            (shape.global_scale("2"), *shape.shared_expert("2")),
             Argument("h", torch.bfloat16, ("activations", shape.inter), "out"),
             Argument("counters", torch.int32, (COUNTERS,), "inout", align=4),
             Argument("y", getattr(torch, out), (rows, shape.hidden), "out"),
@@ -204,7 +211,7 @@ def case(
             "x": x.to(torch.bfloat16),
             "topk_idx": choices.to(device, torch.int32).contiguous(),
             "topk_weights": weights * (1.5 / weights.sum(1, keepdim=True)),
-            **random_stacks(shape, rng, scales, codes),
+            **random_records(shape, rng, scales, codes),
             **random_shared(shape, rng),
             "h": torch.empty(
                 rows * (top_k + shape.shared), shape.inter, dtype=torch.bfloat16, device=device
@@ -223,15 +230,7 @@ def case(
         distinct * shape.expert_nbytes + shape.shared_nbytes + small,
         make,
         lambda buffers: expected(shape, buffers, chains),
-        cold=tuple(
-            a.name
-            for part in (
-                shape.stack("13")[:2],
-                shape.stack("2")[:2],
-                shape.shared_expert("1", "3", "2"),
-            )
-            for a in part
-        ),
+        cold=("records", *(a.name for a in shape.shared_expert("1", "3", "2"))),
         note=f"{distinct} experts",
     )
 
@@ -243,29 +242,35 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def random_stacks(
+def random_records(
     shape: Shape, rng: torch.Generator, scales: tuple[int, int], mask: int = 0xFF
 ) -> Buffers:
-    """Every code, and every scale in the range; gates of some units, so that the clamp bites."""
-    buffers: Buffers = {}
+    """Every code, and every scale in the range; gates of some units, so that the clamp bites.
+
+    Places are mixed up, and there are two records more than experts. The stacks are views of the
+    records, expert by expert, for those who read them so.
+    """
+    record, device = shape.record, rng.device
+    records = torch.randint(
+        0, 256, (shape.experts + 2, record.nbytes), generator=rng, device=device, dtype=torch.uint8
+    )
+    order = torch.randperm(shape.experts + 2, generator=rng, device=device)[: shape.experts]
+    buffers: Buffers = {"places": order.to(torch.int32), "records": records}
     for name, fan_in, spread in (("13", shape.hidden, 5.0), ("2", shape.inter, 1.0)):
-        for argument, (low, high) in zip(shape.stack(name)[:2], ((0, 256), scales), strict=True):
-            size = (shape.experts, *argument.shape[1:])
-            buffers[argument.name] = torch.randint(
-                low,
-                high,
-                size,  # type: ignore[arg-type]
-                generator=rng,
-                device=rng.device,
-                dtype=torch.uint8,
+        codes, scale_codes = record_parts(record, records, name)
+        codes &= mask
+        low, high = scales
+        scale_codes.copy_(
+            torch.randint(
+                low, high, scale_codes.shape, generator=rng, device=device, dtype=torch.uint8
             )
-        buffers[f"codes{name}"] &= mask
-        codes = torch.arange(*scales, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        scale_rms = codes.to(torch.float64).square().mean().sqrt().item()
+        )
+        known = torch.arange(*scales, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scale_rms = known.to(torch.float64).square().mean().sqrt().item()
         code_rms = (8.5625) ** 0.5
         base = spread / (code_rms * scale_rms * fan_in**0.5)
         size = (shape.experts, 2 if name == "13" else 1)
-        factors = torch.rand(size, generator=rng, device=rng.device) + 0.5
+        factors = torch.rand(size, generator=rng, device=device) + 0.5
         buffers[f"global_scale{name}"] = factors * base
     return buffers
 

@@ -42,7 +42,7 @@ from dsv4.kernels.ops.experts.weight_stream import (
     SCALE_AT,
     SLOT_BYTES,
     Shape,
-    Stack,
+    Shared,
     Stream,
 )
 
@@ -82,6 +82,8 @@ class Experts:
         x: cute.Tensor,
         topk_idx: cute.Tensor,
         topk_weights: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         w13: Any,
         w2: Any,
         h: cute.Tensor,
@@ -90,10 +92,11 @@ class Experts:
         ctas: Int32,
         stream: cuda.CUstream,
     ) -> None:
-        """w13, w2: codes, scales and global scale of the stack; with a shared expert also codes
-        and scales of its w1 and w3, or of its w2.
+        """w13, w2: global scales of all experts; with a shared expert also codes and scales of its
+        w1 and w3, or of its w2.
         """
-        self.kernel(x, topk_idx, topk_weights, w13, w2, h, counters, y, ctas).launch(
+        arguments = x, topk_idx, topk_weights, places, records, w13, w2, h, counters, y, ctas
+        self.kernel(*arguments).launch(
             grid=[ctas, 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=self.pdl
         )
 
@@ -103,6 +106,8 @@ class Experts:
         x: cute.Tensor,
         topk_idx: cute.Tensor,
         topk_weights: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         w13: Any,
         w2: Any,
         h: cute.Tensor,
@@ -121,16 +126,16 @@ class Experts:
         frags = smem.allocate(self.shape.hidden // STEP * STEP_BYTES, 128).toint()
         rings = smem.allocate(SLOT_BYTES * self.slots * self.shape.warps, 128).toint()
         own = rings + cute.arch.warp_idx() * (SLOT_BYTES * self.slots) + cute.arch.lane_idx() * 16
-        up, down = Stack(*w13), Stack(*w2)
-        weights = Stream(self.shape, self.slots, up.addresses(), down.addresses(), own, cta, ctas)
+        first_record, shared = records.iterator.toint(), Shared.of(w13, w2)
+        weights = Stream(self.shape, self.slots, first_record, shared, own, cta, ctas)
         weight_stream.start(weights)
         self._clear(frags)
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_wait()
-        compact_topk.choose(table, topk_idx, topk_weights, Int32(up.codes.shape[0]), self.threads)
-        weight_stream.go_on(weights, table.experts, table.count[0])
+        compact_topk.choose(table, topk_idx, topk_weights, places, self.threads)
+        weight_stream.go_on(weights, table.places, table.count[0])
         self._stage(x, frags)
-        self._read_scales(up.global_scales, down.global_scales, table, scale)
+        self._read_scales(w13[0], w2[0], table, scale)
         cute.arch.sync_threads()
         if cutlass.const_expr(self.shape.shared):
             first, end, stride = weights.shared_units()

@@ -12,16 +12,23 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.numeric.layouts import dequantize
-from dsv4.formats.numeric.operands import FP8_BLOCK, Fp8Matrix, Nvfp4Matrix
+from dsv4.formats.numeric.operands import (
+    FP8_BLOCK,
+    INTERLEAVE,
+    NVFP4_K_ALIGN,
+    SF_ROWS,
+    SF_TILE_BYTES,
+    SLABS,
+    Fp8Matrix,
+    Nvfp4Matrix,
+)
 from dsv4.kernels.core.bounds import chained, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
+from dsv4.kernels.ops.experts.record import Record
 from dsv4.kernels.reference.moe import split_gate_up
 
 if TYPE_CHECKING:
     from dsv4.kernels.ops.experts.contract import Shape
-
-SLABS = 8  # of w2
-INTERLEAVE = 8
 
 
 def expected(shape: Shape, buffers: Buffers, chains: int) -> dict[str, Expected]:
@@ -38,7 +45,7 @@ def expected(shape: Shape, buffers: Buffers, chains: int) -> dict[str, Expected]
     bound = torch.zeros_like(y)
     for token in range(rows):
         chosen = [int(e) for e in buffers["topk_idx"][token]]
-        here = [place for place in range(top_k) if 0 <= chosen[place] < shape.experts]
+        here = [place for place in range(top_k) if is_here(buffers["places"], chosen[place])]
         parts = [_expert(shape, buffers, token, chosen[i], i, chains) for i in here]
         if shape.shared:
             parts.append(_shared(shape, buffers, token))
@@ -58,14 +65,14 @@ def _expert(
 ) -> tuple[Tensor, Tensor]:
     """One token at one expert: (value, uncertainty), float64 `[D]`."""
     x = buffers["x"][token].to(torch.float64)
-    sums = chained(x, matrix(buffers, "13", expert), chains, "nvfp4")
+    sums = chained(x, matrix(shape, buffers, "13", expert), chains, "nvfp4")
     gate_up = [split_gate_up(part[None], INTERLEAVE) for part in sums]
     scales = buffers["global_scale13"][expert].to(torch.float64)
     gate, up = ((gate_up[0][i][0] * scales[i], gate_up[1][i][0] * scales[i]) for i in range(2))
     act, error = activated(gate, up, shape.limit)
     weight = buffers["topk_weights"][token, place].to(torch.float64)
     act, error = act * weight, error * weight.abs()
-    value, off = _down(act, error, matrix(buffers, "2", expert), chains, "nvfp4")
+    value, off = _down(act, error, matrix(shape, buffers, "2", expert), chains, "nvfp4")
     scale = buffers["global_scale2"][expert, 0].to(torch.float64)
     return value * scale, off * scale.abs()
 
@@ -104,11 +111,40 @@ def activated(
     return bent * u, d_bent * (u.abs() + du) + bent.abs() * du + (bent * u).abs() * 2.0**-23
 
 
-def matrix(buffers: Buffers, name: str, expert: int) -> Tensor:
-    """One expert's w13 or w2 without its global scale: float64 `[N, K]`."""
-    codes, scales = (buffers[f"{kind}{name}"][expert] for kind in ("codes", "scales"))
+def is_here(places: Tensor, expert: int) -> bool:
+    """Whether the number of an expert is one, and it has a record."""
+    return 0 <= expert < len(places) and int(places[expert]) >= 0
+
+
+def record_parts(record: Record, records: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Views of records `[R, nbytes]`: codes `[R, S, N, K/S/2]`, scales `[R, S, N/128, K/S/64, 512]`
+    of "13" (one slab) or "2".
+    """
     if name == "13":
-        codes, scales = codes[None], scales[None]
+        at, scales_at, slabs, rows, cols = 0, record.scales13_at, 1, 2 * record.inter, record.hidden
+    else:
+        at, scales_at = record.codes2_at, record.scales2_at
+        slabs, rows, cols = SLABS, record.hidden, record.inter
+    cols //= slabs
+    codes = records[:, at : at + slabs * rows * cols // 2]
+    scales = records[:, scales_at : scales_at + slabs * rows * cols // 16]
+    tiles = (slabs, rows // SF_ROWS, cols // NVFP4_K_ALIGN, SF_TILE_BYTES)
+    count = len(records)
+    return codes.view(count, slabs, rows, cols // 2), scales.view(count, *tiles)
+
+
+def expert_matrix(
+    record: Record, buffers: Mapping[str, Any], name: str, expert: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one expert's "13" or "2", where its record lies."""
+    place = int(buffers["places"][expert])
+    codes, scales = record_parts(record, buffers["records"][place : place + 1], name)
+    return codes[0], scales[0]
+
+
+def matrix(shape: Shape, buffers: Buffers, name: str, expert: int) -> Tensor:
+    """One expert's w13 or w2 without its global scale: float64 `[N, K]`."""
+    codes, scales = expert_matrix(shape.record, buffers, name, expert)
     rows, cols = codes.shape[1], codes.shape[0] * codes.shape[2] * 2
     one = torch.ones(1, device=codes.device)
     return dequantize(Nvfp4Matrix(codes, scales, one, rows, cols)).to(torch.float64)
@@ -123,11 +159,8 @@ def shared_operand(shape: Shape, buffers: Mapping[str, Any], name: str) -> Fp8Ma
 
 def operand(shape: Shape, buffers: Mapping[str, Any], name: str, expert: int) -> Nvfp4Matrix:
     """One expert's w13 or w2 as `dsv4.kernels.reference` knows it."""
-    codes, scales, globals_ = (
-        buffers[f"{kind}{name}"][expert] for kind in ("codes", "scales", "global_scale")
-    )
+    codes, scales = expert_matrix(shape.record, buffers, name, expert)
+    factors = buffers[f"global_scale{name}"][expert]
     if name == "13":
-        return Nvfp4Matrix(
-            codes[None], scales[None], globals_, 2 * shape.inter, shape.hidden, INTERLEAVE
-        )
-    return Nvfp4Matrix(codes, scales, globals_, shape.hidden, shape.inter)
+        return Nvfp4Matrix(codes, scales, factors, 2 * shape.inter, shape.hidden, INTERLEAVE)
+    return Nvfp4Matrix(codes, scales, factors, shape.hidden, shape.inter)

@@ -10,6 +10,7 @@ rows of `w13` are summed, and the shared expert's before anybody knows which exp
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 import cutlass
@@ -20,8 +21,9 @@ from dsv4.kernels.core.sizes import SCALE_TILE_BYTES, SCALE_TILE_COLUMNS, SCALE_
 from dsv4.kernels.device import async_copies
 from dsv4.kernels.device.async_copies import PIECE_BYTES
 from dsv4.kernels.device.weight_operands import ROW_STRIDE, ROWS_PER_LANE, STEP
+from dsv4.kernels.ops.experts.record import W2_SLABS as SLABS
+from dsv4.kernels.ops.experts.record import Record
 
-SLABS = 8  # of w2
 PIECES = 5
 FP8_PIECES = 4
 SCALE_AT = FP8_PIECES * PIECE_BYTES  # words of a slot of FP8
@@ -31,10 +33,28 @@ SHARED_ROWS = 8  # of gate and of up
 BAND_ROWS = 32
 SHARED = -1  # in the place of a chosen expert
 
-# state: next units and band, next expert of the band, what is being read, slots of it left
-_SHARED_UNIT, _UNIT, _BAND, _EXPERT, _KIND, _LEFT, _SLOT = range(7)
-_UP, _DOWN, _SHARED_UP, _SHARED_DOWN = range(4)
-_CODES, _SCALES = range(2)
+_UP, _DOWN, _SHARED_UP, _SHARED_DOWN = range(4)  # what is being read
+
+
+class State(enum.IntEnum):
+    """Registers that say where a warp is in the sequence: its next units and band, the next expert
+    of the band, what is being read, how many slots of it are left, the slot that is read next.
+    """
+
+    SHARED_UNIT = 0
+    UNIT = 1
+    BAND = 2
+    EXPERT = 3
+    KIND = 4
+    LEFT = 5
+    SLOT = 6
+
+
+class Source(enum.IntEnum):
+    """Registers with the addresses of what the lane asks for next."""
+
+    CODES = 0
+    SCALES = 1
 
 
 class Shape:
@@ -58,43 +78,50 @@ class Shape:
             inter // SLABS // SCALE_TILE_COLUMNS,
         )
         self.per_slab = warps // SLABS
-        self.codes13, self.codes2 = 2 * inter * hidden // 2, hidden * inter // 2
-        self.scales13, self.scales2 = self.codes13 // 8, self.codes2 // 8
+        self.record = Record(hidden, inter)
 
 
-class Stack(NamedTuple):
-    """Tensors of w13 or w2 of all experts; then of a shared expert's w1 and w3, or of its w2."""
+class Shared(NamedTuple):
+    """The shared expert's w1, w3 and w2, its codes and scales: tensors, or their addresses."""
 
-    codes: Any
-    scales: Any
-    global_scales: Any
-    shared: Any = None
-    shared_scales: Any = None
-    shared_up: Any = None
-    shared_up_scales: Any = None
+    up: Any
+    up_scales: Any
+    up3: Any
+    up3_scales: Any
+    down: Any
+    down_scales: Any
 
-    def addresses(self) -> Stack:
-        """Numbers of bytes in place of the tensors."""
-        return Stack(*(None if one is None else one.iterator.toint() for one in self))
+    @classmethod
+    def of(cls, w13: Any, w2: Any) -> Shared | None:
+        """Addresses of what follows the global scales among the arguments; None for nothing."""
+        tensors = (*w13[1:], *w2[1:])
+        return cls(*(one.iterator.toint() for one in tensors)) if tensors else None
 
 
 class Stream:
     """State of one warp.
 
-    w13, w2: addresses. first: the lane's
-    part of the first slot. count: how many experts are chosen, once that is known.
+    records: address of the first record; shared: of the shared expert. first: the lane's part of
+    the first slot. count: how many experts are chosen, once that is known; places: their records'.
     """
 
     def __init__(
-        self, shape: Shape, slots: int, w13: Stack, w2: Stack, first: Int32, cta: Int32, ctas: Int32
+        self,
+        shape: Shape,
+        slots: int,
+        records: Int64,
+        shared: Shared | None,
+        first: Int32,
+        cta: Int32,
+        ctas: Int32,
     ) -> None:
-        self.shape, self.slots, self.w13, self.w2 = shape, slots, w13, w2
+        self.shape, self.slots, self.records, self.shared = shape, slots, records, shared
         self.first, self.cta, self.ctas = first, cta, ctas
         self.last_cta = ctas - 1 - cta
-        self.experts: Any = None
+        self.places: Any = None
         self.count: Any = None
-        self.state = cute.make_rmem_tensor(7, Int32)
-        self.at = cute.make_rmem_tensor(2, Int64)
+        self.state = cute.make_rmem_tensor(len(State), Int32)
+        self.at = cute.make_rmem_tensor(len(Source), Int64)
 
     def units(self) -> tuple[Int32, Int32, Int32]:
         """Bounds and stride of the CTA's units of the chosen experts."""
@@ -115,9 +142,13 @@ def start(stream: Any) -> None:
     state = stream.state
     state.fill(0)
     stream.at.fill(0)
-    state[_SHARED_UNIT], state[_UNIT], state[_BAND] = stream.last_cta, stream.cta, stream.last_cta
-    state[_EXPERT] = Int32(SHARED if stream.shape.shared else 0)
-    state[_SLOT] = stream.first
+    state[State.SHARED_UNIT], state[State.UNIT], state[State.BAND] = (
+        stream.last_cta,
+        stream.cta,
+        stream.last_cta,
+    )
+    state[State.EXPERT] = Int32(SHARED if stream.shape.shared else 0)
+    state[State.SLOT] = stream.first
     if cutlass.const_expr(stream.shape.shared):
         known = _shared_slots(stream)
         for index in cutlass.range(stream.slots, unroll=1):
@@ -126,9 +157,9 @@ def start(stream: Any) -> None:
 
 
 @cute.jit
-def go_on(stream: Any, experts: Any, count: Int32) -> None:
-    """Ask for the other slots. experts: in shared memory, ascending."""
-    stream.experts, stream.count = experts, count
+def go_on(stream: Any, places: Any, count: Int32) -> None:
+    """Ask for the other slots. places: of the chosen experts' records, in shared memory."""
+    stream.places, stream.count = places, count
     known = Int32(0)
     if cutlass.const_expr(stream.shape.shared):
         known = _shared_slots(stream)
@@ -146,11 +177,11 @@ def _shared_slots(stream: Any) -> Int32:
 def take(stream: Any) -> Int32:
     """-> the slot that is read next; the one behind it is next then."""
     state = stream.state
-    slot = state[_SLOT]
+    slot = state[State.SLOT]
     following = slot + SLOT_BYTES
     if following == stream.first + stream.slots * SLOT_BYTES:
         following = stream.first
-    state[_SLOT] = following
+    state[State.SLOT] = following
     return slot
 
 
@@ -164,33 +195,33 @@ def refill(stream: Any, free: Int32, phase: str = "shared", chosen: bool = True)
     whether the experts are known.
     """
     shape, state = stream.shape, stream.state
-    if state[_LEFT] == 0:
+    if state[State.LEFT] == 0:
         if cutlass.const_expr(phase == "bands"):
-            if state[_BAND] < shape.bands:
+            if state[State.BAND] < shape.bands:
                 _band(stream)
         elif cutlass.const_expr(phase == "units" or not shape.shared):
             _chosen_up(stream)
         else:
-            if state[_SHARED_UNIT] < shape.shared_units:
+            if state[State.SHARED_UNIT] < shape.shared_units:
                 _shared_up(stream)
             elif cutlass.const_expr(chosen):
                 _chosen_up(stream)
-    if state[_LEFT] > 0:
+    if state[State.LEFT] > 0:
         if cutlass.const_expr(not chosen):
             _copy_shared_up(stream, free)
         elif cutlass.const_expr(phase == "bands"):
             _copy_down_any(stream, free)
         else:
-            if state[_KIND] == _UP:
+            if state[State.KIND] == _UP:
                 _copy_up(stream, free)
             elif cutlass.const_expr(phase == "units" or not shape.shared):
                 _copy_down_any(stream, free)
             else:
-                if state[_KIND] == _SHARED_UP:
+                if state[State.KIND] == _SHARED_UP:
                     _copy_shared_up(stream, free)
                 else:
                     _copy_down_any(stream, free)
-        state[_LEFT] -= 1
+        state[State.LEFT] -= 1
     async_copies.commit()
 
 
@@ -199,7 +230,7 @@ def _copy_down_any(stream: Any, free: Int32) -> None:
     if cutlass.const_expr(not stream.shape.shared):
         _copy_down(stream, free)
     else:
-        if stream.state[_KIND] == _DOWN:
+        if stream.state[State.KIND] == _DOWN:
             _copy_down(stream, free)
         else:
             _copy_shared_down(stream, free)
@@ -209,9 +240,9 @@ def _copy_down_any(stream: Any, free: Int32) -> None:
 def _copy_nvfp4(free: Int32, at: Any, row_bytes: int) -> None:
     for i in cutlass.range_constexpr(ROWS_PER_LANE):
         async_copies.copy(
-            free, at[_CODES], l2=256, to=i * PIECE_BYTES, of=i * ROW_STRIDE * row_bytes
+            free, at[Source.CODES], l2=256, to=i * PIECE_BYTES, of=i * ROW_STRIDE * row_bytes
         )
-    async_copies.copy(free, at[_SCALES], l2=256, to=ROWS_PER_LANE * PIECE_BYTES)
+    async_copies.copy(free, at[Source.SCALES], l2=256, to=ROWS_PER_LANE * PIECE_BYTES)
 
 
 @cute.jit
@@ -219,37 +250,37 @@ def _copy_up(stream: Any, free: Int32) -> None:
     """Gate rows, then the up rows beside them, then the next columns."""
     at, down = stream.at, 8 * stream.shape.row13
     _copy_nvfp4(free, at, stream.shape.row13)
-    if stream.state[_LEFT] % 2 == 0:
-        at[_CODES] += down
-        at[_SCALES] += 8 * 16
+    if stream.state[State.LEFT] % 2 == 0:
+        at[Source.CODES] += down
+        at[Source.SCALES] += 8 * 16
     else:
-        at[_CODES] += STEP // 2 - down
-        at[_SCALES] += 2 * SCALE_TILE_BYTES - 8 * 16
+        at[Source.CODES] += STEP // 2 - down
+        at[Source.SCALES] += 2 * SCALE_TILE_BYTES - 8 * 16
 
 
 @cute.jit
 def _copy_down(stream: Any, free: Int32) -> None:
     at = stream.at
     _copy_nvfp4(free, at, stream.shape.row2)
-    at[_CODES] += STEP // 2
-    at[_SCALES] += 2 * SCALE_TILE_BYTES
+    at[Source.CODES] += STEP // 2
+    at[Source.SCALES] += 2 * SCALE_TILE_BYTES
 
 
 @cute.jit
 def _copy_shared_up(stream: Any, free: Int32) -> None:
     """Gate rows and up rows, 64 bytes of each at a time."""
-    at, w13 = stream.at, stream.w13
-    async_copies.copy(free, at[_CODES], l2=256)
-    async_copies.copy(free, at[_CODES], l2=256, to=PIECE_BYTES, of=STEP // 2)
-    up = at[_CODES] + (w13.shared_up - w13.shared)
+    at, shared = stream.at, stream.shared
+    async_copies.copy(free, at[Source.CODES], l2=256)
+    async_copies.copy(free, at[Source.CODES], l2=256, to=PIECE_BYTES, of=STEP // 2)
+    up = at[Source.CODES] + (shared.up3 - shared.up)
     async_copies.copy(free, up, l2=256, to=2 * PIECE_BYTES)
     async_copies.copy(free, up, l2=256, to=3 * PIECE_BYTES, of=STEP // 2)
-    async_copies.copy_word_around(free, at[_SCALES], SCALE_AT)
+    async_copies.copy_word_around(free, at[Source.SCALES], SCALE_AT)
     async_copies.copy_word_around(
-        free, at[_SCALES] + (w13.shared_up_scales - w13.shared_scales), SCALE_AT + 4
+        free, at[Source.SCALES] + (shared.up3_scales - shared.up_scales), SCALE_AT + 4
     )
-    at[_CODES] += STEP
-    at[_SCALES] += 1
+    at[Source.CODES] += STEP
+    at[Source.SCALES] += 1
 
 
 @cute.jit
@@ -260,47 +291,59 @@ def _copy_shared_down(stream: Any, free: Int32) -> None:
     for i in cutlass.range_constexpr(2):
         for half in cutlass.range_constexpr(2):
             slot = (2 * i + half) * PIECE_BYTES
-            async_copies.copy(free, at[_CODES], l2=256, to=slot, of=i * row + half * STEP // 2)
-    async_copies.copy_word_around(free, at[_SCALES], SCALE_AT)
-    if stream.state[_LEFT] % 2 == 0:
-        at[_CODES] += 2 * row
+            async_copies.copy(
+                free, at[Source.CODES], l2=256, to=slot, of=i * row + half * STEP // 2
+            )
+    async_copies.copy_word_around(free, at[Source.SCALES], SCALE_AT)
+    if stream.state[State.LEFT] % 2 == 0:
+        at[Source.CODES] += 2 * row
     else:
-        at[_CODES] += STEP - 2 * row
-        at[_SCALES] += 1
+        at[Source.CODES] += STEP - 2 * row
+        at[Source.SCALES] += 1
 
 
 @cute.jit
 def _shared_up(stream: Any) -> None:
     """A unit of the shared expert."""
-    shape, state, at, w13 = stream.shape, stream.state, stream.at, stream.w13
+    shape, state, at, shared = stream.shape, stream.state, stream.at, stream.shared
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    row = state[_SHARED_UNIT] * SHARED_ROWS + lane // 4
-    at[_CODES] = w13.shared + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
-    at[_SCALES] = (
-        w13.shared_scales + row // SCALE_TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
+    row = state[State.SHARED_UNIT] * SHARED_ROWS + lane // 4
+    at[Source.CODES] = (
+        shared.up + row * shape.hidden + warp * (shape.steps13 * STEP) + lane % 4 * 16
     )
-    state[_LEFT] = Int32(shape.steps13)
-    state[_KIND] = Int32(_SHARED_UP)
-    state[_SHARED_UNIT] += stream.ctas
+    at[Source.SCALES] = (
+        shared.up_scales + row // SCALE_TILE_ROWS * (shape.hidden // STEP) + warp * shape.steps13
+    )
+    state[State.LEFT] = Int32(shape.steps13)
+    state[State.KIND] = Int32(_SHARED_UP)
+    state[State.SHARED_UNIT] += stream.ctas
+
+
+@cute.jit
+def _record(stream: Any, expert: Int32) -> Int64:
+    """Address of the record of the chosen expert number `expert`."""
+    return stream.records + Int64(stream.places[expert]) * stream.shape.record.nbytes
 
 
 @cute.jit
 def _chosen_up(stream: Any) -> None:
     """A unit of a chosen expert; what follows when there are no more."""
-    shape, state, at, w13 = stream.shape, stream.state, stream.at, stream.w13
+    shape, state, at = stream.shape, stream.state, stream.at
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    if state[_UNIT] < stream.count * shape.units:
-        expert, unit = state[_UNIT] // shape.units, state[_UNIT] % shape.units
+    if state[State.UNIT] < stream.count * shape.units:
+        expert, unit = state[State.UNIT] // shape.units, state[State.UNIT] % shape.units
         tile, row = unit // 2, unit % 2 * 16 + lane // 4
-        index = Int64(stream.experts[expert])
+        record = _record(stream, expert)
         column = (tile * SCALE_TILE_ROWS + row) * shape.row13 + warp * (shape.steps13 * STEP // 2)
-        at[_CODES] = w13.codes + index * shape.codes13 + column + lane % 4 * 16
+        at[Source.CODES] = record + column + lane % 4 * 16
         place = tile * shape.tiles13 + warp * (2 * shape.steps13) + lane % 4 // 2
-        at[_SCALES] = w13.scales + index * shape.scales13 + place * SCALE_TILE_BYTES + row * 16
-        state[_LEFT] = Int32(2 * shape.steps13)
-        state[_KIND] = Int32(_UP)
-        state[_UNIT] += stream.ctas
-    elif state[_BAND] < shape.bands:
+        at[Source.SCALES] = (
+            record + shape.record.scales13_at + (place * SCALE_TILE_BYTES + row * 16)
+        )
+        state[State.LEFT] = Int32(2 * shape.steps13)
+        state[State.KIND] = Int32(_UP)
+        state[State.UNIT] += stream.ctas
+    elif state[State.BAND] < shape.bands:
         _band(stream)
 
 
@@ -309,45 +352,45 @@ def _band(stream: Any) -> None:
     """One expert's part of a band."""
     shape, state = stream.shape, stream.state
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    tile, row = state[_BAND] // 4, state[_BAND] % 4 * 8 + lane // 4
+    tile, row = state[State.BAND] // 4, state[State.BAND] % 4 * 8 + lane // 4
     slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
     in_slab = (slab * shape.hidden + tile * SCALE_TILE_ROWS + row) * shape.row2 + part * (STEP // 2)
     if cutlass.const_expr(not shape.shared):
         _chosen_down(stream, in_slab, tile, row)
     else:
-        if state[_EXPERT] == SHARED:
+        if state[State.EXPERT] == SHARED:
             _shared_down(stream, in_slab, tile)
         else:
             _chosen_down(stream, in_slab, tile, row)
-    state[_EXPERT] += 1
-    if state[_EXPERT] >= stream.count:
-        state[_EXPERT] = Int32(SHARED if shape.shared else 0)
-        state[_BAND] += stream.ctas
+    state[State.EXPERT] += 1
+    if state[State.EXPERT] >= stream.count:
+        state[State.EXPERT] = Int32(SHARED if shape.shared else 0)
+        state[State.BAND] += stream.ctas
 
 
 @cute.jit
 def _shared_down(stream: Any, in_slab: Int32, tile: Int32) -> None:
-    shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
+    shape, state, at, shared = stream.shape, stream.state, stream.at, stream.shared
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-    at[_CODES] = w2.shared + 2 * in_slab + lane % 4 * 16
-    at[_SCALES] = w2.shared_scales + tile * (shape.inter // STEP) + warp * shape.steps2
-    state[_LEFT] = Int32(2 * shape.steps2)
-    state[_KIND] = Int32(_SHARED_DOWN)
+    at[Source.CODES] = shared.down + 2 * in_slab + lane % 4 * 16
+    at[Source.SCALES] = shared.down_scales + tile * (shape.inter // STEP) + warp * shape.steps2
+    state[State.LEFT] = Int32(2 * shape.steps2)
+    state[State.KIND] = Int32(_SHARED_DOWN)
 
 
 @cute.jit
 def _chosen_down(stream: Any, in_slab: Int32, tile: Int32, row: Int32) -> None:
-    shape, state, at, w2 = stream.shape, stream.state, stream.at, stream.w2
+    shape, state, at = stream.shape, stream.state, stream.at
     warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
     if stream.count > 0:
-        index = Int64(stream.experts[state[_EXPERT]])
-        at[_CODES] = w2.codes + index * shape.codes2 + in_slab + lane % 4 * 16
+        record = _record(stream, state[State.EXPERT])
+        at[Source.CODES] = record + shape.record.codes2_at + (in_slab + lane % 4 * 16)
         slab, part = warp // shape.per_slab, warp % shape.per_slab * shape.steps2
         place = (
             (slab * (shape.hidden // SCALE_TILE_ROWS) + tile) * shape.tiles2
             + 2 * part
             + lane % 4 // 2
         )
-        at[_SCALES] = w2.scales + index * shape.scales2 + place * SCALE_TILE_BYTES + row * 16
-        state[_LEFT] = Int32(shape.steps2)
-        state[_KIND] = Int32(_DOWN)
+        at[Source.SCALES] = record + shape.record.scales2_at + (place * SCALE_TILE_BYTES + row * 16)
+        state[State.LEFT] = Int32(shape.steps2)
+        state[State.KIND] = Int32(_DOWN)

@@ -17,6 +17,7 @@ from cutlass import Float32, Int32, Int64, range_constexpr
 
 from dsv4.kernels.device import conversions, global_memory, shared_memory
 from dsv4.kernels.device.elementary import swiglu
+from dsv4.kernels.ops.experts.record import W2_SLABS, Record
 from dsv4.kernels.ops.prefill.mainloop import (
     CONSUMERS_BARRIER,
     PRODUCERS,
@@ -25,7 +26,37 @@ from dsv4.kernels.ops.prefill.mainloop import (
     WARPGROUP,
     Mainloop,
 )
-from dsv4.kernels.ops.prefill.weight_fragments import RUN
+from dsv4.kernels.ops.prefill.weight_fragments import RUN, Nvfp4Fragments
+
+
+class RecordFragments(Nvfp4Fragments):
+    """A matrix of an expert that lies in its record: matrices are numbered by records' places.
+
+    All records together are rows of codes, of which a part is this matrix: so the copy unit needs
+    one description of them, wherever the chosen ones lie. first, scales_at: where codes and scales
+    begin in a record, in rows and in bytes.
+    """
+
+    def __init__(self, record: Record, slabs: int, first: int, scales_at: int, *cut: Any) -> None:
+        super().__init__(*cut)
+        self.first, self.scales_at, self.nbytes = first, scales_at, record.nbytes
+        self.record_rows = record.nbytes // self.pitch
+        if record.nbytes % self.pitch:
+            raise ValueError(f"a record of {record.nbytes} bytes is not rows of {self.pitch}")
+
+    def place(self, matrix: Int32, row: Int32, step: Int32) -> tuple[Int32, Int32]:
+        """See `Fragments`. matrix: the place of the record."""
+        slab, within = step // self.slab_steps, step % self.slab_steps
+        in_record = self.first + slab * self.n + row
+        return matrix * self.record_rows + in_record, within * self.runs
+
+    def copy_scales(
+        self, scales: Int64, place: tuple[Int32, Int32], stage: Int32, barrier: Int32
+    ) -> None:
+        """See `Fragments`. scales: the address of the records."""
+        record, row = place[0] // self.record_rows, place[0] % self.record_rows
+        own = scales + Int64(record) * self.nbytes + self.scales_at
+        super().copy_scales(own, (row - self.first, place[1]), stage, barrier)
 
 
 class ExpertGemm(Mainloop):
@@ -35,13 +66,31 @@ class ExpertGemm(Mainloop):
     """
 
     def __init__(
-        self, experts: int, top_k: int, ctas: int, narrow: int, *shape: Any, **tuning: Any
+        self,
+        record: Record,
+        experts: int,
+        top_k: int,
+        ctas: int,
+        narrow: int,
+        *shape: Any,
+        **tuning: Any,
     ) -> None:
         super().__init__("nvfp4", *shape, **tuning)
+        n, k, slabs = shape
+        down = slabs > 1
+        first = record.codes2_at // record.row2 if down else 0
+        scales_at = record.scales2_at if down else record.scales13_at
+        cut = n, k, slabs, self.rows, self.runs, self.products
+        self.weight = RecordFragments(record, slabs, first, scales_at, *cut)
         narrower = [width for width in (16, 32, 48, 56) if width < self.n_tile]
         self.widths = [*narrower[len(narrower) - narrow :], self.n_tile]
         self.experts, self.top_k, self.ctas = experts, top_k, ctas
         self.search = 1 << (experts - 1).bit_length()
+
+    def records_source(self, records: Any) -> Any:
+        """All records as rows of codes, to be copied from."""
+        rows = records.shape[0] * self.weight.record_rows
+        return self.codes.source(records, rows, self.weight.pitch)
 
     @cute.jit
     def tile_table(self, offsets: Any) -> Any:
@@ -98,8 +147,9 @@ class ExpertsUp(ExpertGemm):
     """`h = silu(min(g, limit)) · clamp(u, -limit, limit) · weight`, g and u from w13.
 
     x: bfloat16 `[T, D]`, arranged; entries: int32, the list: token times k plus choice; offsets:
-    int32 `[E + 1]`; weights: float32, in the list's order; codes, scales, global_scales: w13; h:
-    bfloat16 `[T k or more, I]`, rows in the list's order, columns arranged.
+    int32 `[E + 1]`; weights: float32, in the list's order; places: int32 `[E]`, of the experts'
+    records; records; global_scales: of w13; h: bfloat16 `[T k or more, I]`, rows in the list's
+    order, columns arranged.
     """
 
     def __init__(
@@ -115,8 +165,9 @@ class ExpertsUp(ExpertGemm):
         arch: str,
         **tuning: int,
     ) -> None:
+        record, shape = Record(hidden, inter), (2 * inter, hidden, 1)
         super().__init__(
-            experts, top_k, ctas, narrow, 2 * inter, hidden, 1, gathers=True, arch=arch, **tuning
+            record, experts, top_k, ctas, narrow, *shape, gathers=True, arch=arch, **tuning
         )
         self.hidden, self.inter, self.limit = hidden, inter, limit
         self.h_cols = self.rows // 2
@@ -130,14 +181,15 @@ class ExpertsUp(ExpertGemm):
         entries: cute.Tensor,
         offsets: cute.Tensor,
         weights: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         global_scales: cute.Tensor,
         h: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
-        weight = self.codes.source(codes, self.experts * self.n, self.weight.pitch)
-        self.kernel(x, entries, offsets, weights, *weight, scales, global_scales, h).launch(
+        source = self.records_source(records)
+        listed = x, entries, offsets, weights
+        self.kernel(*listed, *source, places, records, global_scales, h).launch(
             grid=[self.ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,
@@ -153,7 +205,8 @@ class ExpertsUp(ExpertGemm):
         weights: cute.Tensor,
         codes_atom: cute.CopyAtom,
         codes: cute.Tensor,
-        scales: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         global_scales: cute.Tensor,
         h: cute.Tensor,
     ) -> None:
@@ -166,7 +219,7 @@ class ExpertsUp(ExpertGemm):
         if thread < PRODUCERS:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             tokens = cute.make_rmem_tensor(self.own_rows, Int32)
-            weight = ((codes_atom, codes), scales.iterator.toint())
+            weight = ((codes_atom, codes), records.iterator.toint())
             for item in cutlass.range(block, items, self.ctas, unroll=1):
                 expert, m_tile, first, count = self.find(table, offsets, item)
                 present = Int32(0)
@@ -177,7 +230,7 @@ class ExpertsUp(ExpertGemm):
                     tokens[i] = entry // self.top_k * (self.hidden // 8)
                     present = present | (here << i)
                 source = (x.iterator.toint(), tokens, present)
-                at = (expert, m_tile * self.rows)
+                at = (places.iterator[expert], m_tile * self.rows)
                 done = self.produce(ring, barriers, weight, at, source, done)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
@@ -259,8 +312,9 @@ class ExpertsUp(ExpertGemm):
 class ExpertsDown(ExpertGemm):
     """`w2 h`, a row for each token and choice, rounded to bfloat16.
 
-    h: as `ExpertsUp` writes it; places: int32, where the list's rows belong; offsets: int32
-    `[E + 1]`; codes, scales, global_scales: w2; partial: bfloat16 `[T k or more, D]`.
+    h: as `ExpertsUp` writes it; targets: int32, where the list's rows belong; offsets: int32
+    `[E + 1]`; places, records: as of `ExpertsUp`; global_scales: of w2; partial: bfloat16
+    `[T k or more, D]`.
     """
 
     def __init__(
@@ -276,26 +330,26 @@ class ExpertsDown(ExpertGemm):
         arch: str,
         **tuning: int,
     ) -> None:
-        super().__init__(experts, top_k, ctas, narrow, hidden, inter, slabs, arch=arch, **tuning)
+        assert slabs == W2_SLABS
+        record, shape = Record(hidden, inter), (hidden, inter, slabs)
+        super().__init__(record, experts, top_k, ctas, narrow, *shape, arch=arch, **tuning)
         self.inter = inter
 
     @cute.jit
     def __call__(
         self,
         h: cute.Tensor,
-        places: cute.Tensor,
+        targets: cute.Tensor,
         offsets: cute.Tensor,
-        codes: cute.Tensor,
-        scales: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         global_scales: cute.Tensor,
         partial: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
         tokens = self.tokens.source(h, h.shape[0], self.inter)
-        weight = self.codes.source(
-            codes, self.experts * self.weight.slabs * self.n, self.weight.pitch
-        )
-        self.kernel(*tokens, places, offsets, *weight, scales, global_scales, partial).launch(
+        listed = *tokens, targets, offsets, *self.records_source(records)
+        self.kernel(*listed, places, records, global_scales, partial).launch(
             grid=[self.ctas, 1, 1],
             block=[self.threads, 1, 1],
             min_blocks_per_mp=1,
@@ -307,11 +361,12 @@ class ExpertsDown(ExpertGemm):
         self,
         h_atom: cute.CopyAtom,
         h: cute.Tensor,
-        places: cute.Tensor,
+        targets: cute.Tensor,
         offsets: cute.Tensor,
         codes_atom: cute.CopyAtom,
         codes: cute.Tensor,
-        scales: cute.Tensor,
+        places: cute.Tensor,
+        records: cute.Tensor,
         global_scales: cute.Tensor,
         partial: cute.Tensor,
     ) -> None:
@@ -324,11 +379,11 @@ class ExpertsDown(ExpertGemm):
         if thread < PRODUCERS:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if thread < 32:
-                weight = ((codes_atom, codes), scales.iterator.toint())
+                weight = ((codes_atom, codes), records.iterator.toint())
                 for item in cutlass.range(block, items, self.ctas, unroll=1):
                     expert, m_tile, first, _ = self.find(table, offsets, item)
                     source = ((h_atom, h), first, Int32(0))
-                    at = (expert, m_tile * self.rows)
+                    at = (places.iterator[expert], m_tile * self.rows)
                     done = self.produce(ring, barriers, weight, at, source, done)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
@@ -342,7 +397,7 @@ class ExpertsDown(ExpertGemm):
                 for i in range_constexpr(self.own_rows):
                     own = thread % WARPGROUP // 8 + 16 * i
                     here = Int32(own < count)
-                    rows[i] = places.iterator[first + own * here] * here + here - 1
+                    rows[i] = targets.iterator[first + own * here] * here + here - 1
                 factor = global_scales[expert, 0] * Float32(self.weight.factor)
                 own_staging = staging + group * STAGING_BYTES
                 for m in range_constexpr(self.m_each):

@@ -1,4 +1,4 @@
-"""The routed experts of a layer for a chunk of a prompt, on the stacked NVFP4 weights.
+"""The routed experts of a layer for a chunk of a prompt, on their NVFP4 records.
 
     h = silu(min(g, limit)) · clamp(u, -limit, limit) · routing weight,   g, u = w13 x
     y = sum over a token's experts, in ascending order, of bfloat16(w2 bfloat16(h))
@@ -12,16 +12,16 @@ is an expert that is not here, and chooses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
+from dsv4.formats.numeric.operands import SLABS
 from dsv4.kernels.core.contract import Buffers, Case, Launch
 from dsv4.kernels.core.signature import Argument, Kernel, Role, kernel
-from dsv4.kernels.ops.experts.contract import MAX_ROWS, Shape
-from dsv4.kernels.ops.experts.reference import SLABS
+from dsv4.kernels.ops.experts.contract import MAX_ROWS, Shape, random_records
+from dsv4.kernels.ops.experts.reference import record_parts
 from dsv4.kernels.ops.prefill.experts_reference import expected
 from dsv4.kernels.ops.prefill.gemm_contract import CTAS, MODULE, RAGGED, arrange
 
@@ -43,7 +43,7 @@ def offsets(shape: Shape, role: Role = "in") -> Argument:
 
 
 def route(shape: Shape) -> Kernel:
-    """topk_idx, topk_weights `[T, k]` -> entries, places, weights, offsets `[E + 1]`."""
+    """topk_idx, topk_weights `[T, k]` -> entries, targets, weights, offsets `[E + 1]`."""
     return kernel(
         "experts_route",
         f"{MODULE}.permute:Route",
@@ -52,7 +52,7 @@ def route(shape: Shape) -> Kernel:
             Argument("topk_idx", torch.int32, ("rows", shape.top_k)),
             Argument("topk_weights", torch.float32, ("rows", shape.top_k)),
             choices("entries", torch.int32, "out"),
-            choices("places", torch.int32, "out"),
+            choices("targets", torch.int32, "out"),
             choices("weights", torch.float32, "out"),
             offsets(shape, "out"),
         ),
@@ -70,7 +70,8 @@ def up(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
             choices("entries", torch.int32),
             offsets(shape),
             choices("weights", torch.float32),
-            *shape.stack("13"),
+            *shape.placed(),
+            shape.global_scale("13"),
             choices("h", torch.bfloat16, "out", shape.inter),
         ),
     )
@@ -84,9 +85,10 @@ def down(shape: Shape, tuning: Mapping[str, int] | None = None) -> Kernel:
         {**_sizes(shape), "slabs": SLABS, "ctas": CTAS, **(tuning or FEW)},
         (
             choices("h", torch.bfloat16, "in", shape.inter),
-            choices("places", torch.int32),
+            choices("targets", torch.int32),
             offsets(shape),
-            *shape.stack("2"),
+            *shape.placed(),
+            shape.global_scale("2"),
             choices("partial", torch.bfloat16, "out", shape.hidden),
         ),
     )
@@ -195,7 +197,6 @@ def case(
     """`rows` tokens through one layer's experts. hard: extreme scales, clamped sums, zeros."""
     used = min(shape.experts, rows * shape.top_k)
     activations = rows * shape.hidden * (2 + (4 if out == "float32" else 2))
-    stacks = (*shape.stack("13"), *shape.stack("2"))
     return Case(
         "experts_prefill",
         name,
@@ -205,7 +206,7 @@ def case(
         used * shape.expert_nbytes + activations,
         lambda rng: _make(rng, shape, rows, routing, out, hard),
         lambda buffers: {"y": expected(shape, buffers)},
-        cold=tuple(argument.name for argument in stacks),
+        cold=("records",),
         flops=2 * rows * shape.top_k * shape.hidden * shape.inter * 3,
         note="routing, arranging and the sum included",
     )
@@ -216,10 +217,7 @@ def _make(
 ) -> Buffers:
     device, choices_ = rng.device, rows * shape.top_k
 
-    def some(argument: Argument) -> Tensor:
-        high = 256 if argument.name.startswith("codes") else 0x7F
-        size: Any = (shape.experts, *argument.shape[1:])
-        return torch.randint(0, high, size, generator=rng, device=device, dtype=torch.uint8)
+    placed = random_records(shape, rng, (0, 0x7F))
 
     def scratch(*width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(choices_, *width, dtype=dtype, device=device)
@@ -231,12 +229,12 @@ def _make(
         "x": x,
         "topk_idx": routing(rng, rows, shape),
         "topk_weights": torch.rand(rows, shape.top_k, generator=rng, device=device),
-        **{a.name: some(a) for name in ("13", "2") for a in shape.stack(name)[:2]},
+        **{name: placed[name] for name in ("places", "records")},
         "global_scale13": (spread[:, :2] * 2.0**-14).contiguous(),
         "global_scale2": (spread[:, 2:] * 2.0**-14).contiguous(),
         "arranged": torch.empty_like(x),
         "entries": scratch(dtype=torch.int32),
-        "places": scratch(dtype=torch.int32),
+        "targets": scratch(dtype=torch.int32),
         "weights": scratch(dtype=torch.float32),
         "offsets": torch.empty(shape.experts + 1, dtype=torch.int32, device=device),
         "h": scratch(shape.inter),
@@ -244,11 +242,11 @@ def _make(
         "y": torch.empty(rows, shape.hidden, dtype=getattr(torch, out), device=device),
     }
     if hard:
-        _harden(buffers)
+        _harden(shape, buffers)
     return buffers
 
 
-def _harden(buffers: Buffers) -> None:
+def _harden(shape: Shape, buffers: Buffers) -> None:
     """Gate and up far beyond the clamps or tiny, weights of 0, zeros of both signs."""
     x = buffers["x"]
     x[:, :, ::7] = 0.0
@@ -256,7 +254,8 @@ def _harden(buffers: Buffers) -> None:
     x[-1] = -0.0
     buffers["topk_weights"][::3, ::2] = 0.0
     buffers["topk_weights"][1::3, ::2] = -0.0
-    for scales in (buffers["scales13"], buffers["scales2"]):
+    for name in ("13", "2"):
+        scales = record_parts(shape.record, buffers["records"], name)[1]
         scales[..., ::3] = 0x7E  # 448
         scales[..., 1::3] &= 0x01  # 2^-9 or 0
     buffers["global_scale13"][::2] *= 2.0**10

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsv4.formats.numeric.operands import INTERLEAVE
 from dsv4.kernels.core.bounds import blocked, rounded_range
 from dsv4.kernels.core.contract import Buffers, Expected
-from dsv4.kernels.ops.experts.reference import INTERLEAVE, activated, matrix
+from dsv4.kernels.ops.experts.reference import activated, matrix
 from dsv4.kernels.reference.moe import split_gate_up
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _expert(
     shape: Shape, buffers: Buffers, expert: int, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rows of one expert's tokens and their uncertainty."""
-    sums = blocked(x, matrix(buffers, "13", expert))
+    sums = blocked(x, matrix(shape, buffers, "13", expert))
     scales = buffers["global_scale13"][expert].to(torch.float64)
     halves = [split_gate_up(part, INTERLEAVE) for part in sums]
     gate, up = ((halves[0][i] * scales[i], halves[1][i] * scales[i]) for i in range(2))
@@ -58,7 +59,7 @@ def _expert(
     error = error + _FLUSHED * (largest.clamp(max=shape.limit) if shape.limit else largest)
     act, error = act * weight, error * weight.abs()
     h, spread = rounded_range(act, error + act.abs() * 2.0**-23)
-    w2 = matrix(buffers, "2", expert)
+    w2 = matrix(shape, buffers, "2", expert)
     value, off = blocked(h, w2)
     off = off + spread @ w2.abs().T * (1 + 2.0**-12)  # these have uncertain sums, too
     scale = buffers["global_scale2"][expert, 0].to(torch.float64)

@@ -22,7 +22,7 @@ class Route:
 
     topk_idx: int32 `[T, k]`, not from 0 to E - 1 where an expert is not here; topk_weights: float32
     `[T, k]`. The list has the choices of expert 0 first, then those of 1, …: entries: int32, token
-    times k plus choice; places: int32, token times k plus how many of the token's experts come
+    times k plus choice; targets: int32, token times k plus how many of the token's experts come
     before this one; weights: float32; all three with room for T k or more; offsets: int32
     `[E + 1]`, where an expert's part begins.
     """
@@ -36,12 +36,12 @@ class Route:
         topk_idx: cute.Tensor,
         topk_weights: cute.Tensor,
         entries: cute.Tensor,
-        places: cute.Tensor,
+        targets: cute.Tensor,
         weights: cute.Tensor,
         offsets: cute.Tensor,
         stream: cuda.CUstream,
     ) -> None:
-        self.kernel(topk_idx, topk_weights, entries, places, weights, offsets).launch(
+        self.kernel(topk_idx, topk_weights, entries, targets, weights, offsets).launch(
             grid=[self.experts, 1, 1], block=[ROUTE_THREADS, 1, 1], stream=stream
         )
 
@@ -51,7 +51,7 @@ class Route:
         topk_idx: cute.Tensor,
         topk_weights: cute.Tensor,
         entries: cute.Tensor,
-        places: cute.Tensor,
+        targets: cute.Tensor,
         weights: cute.Tensor,
         offsets: cute.Tensor,
     ) -> None:
@@ -78,7 +78,7 @@ class Route:
                     rank += Int32(_precedes(other, expert))
                     rank += Int32(other == expert) * Int32(choice < own_choice)
                 entries.iterator[place] = at
-                places.iterator[place] = token * self.top_k + rank
+                targets.iterator[place] = token * self.top_k + rank
                 weights.iterator[place] = topk_weights.iterator[at]
                 place += 1
 
