@@ -1,9 +1,12 @@
 """`dsv4 bench decode STORE`: a whole model on one GPU, its experts in two places, measured.
 
-Tokens are drawn at random from the model's own logits, so that no two steps choose alike. With
-`skew`, biases of the routers make experts as popular as those of the released model are: 150 of
-256 count in effect, the first 64 take 63 %, the first 128 86 %. The text that is counted and the
-one that is measured have different biases, as two texts have.
+A store of random bytes routes every token to the same few experts, so routes are drawn instead:
+before each step the routers' biases become the logarithm of every expert's popularity and Gumbel
+noise, whose largest are a draw without replacement. Uniform, or with `skew` as popular as those of
+the released model are: logarithms of normal deviation 1.03, so that 150 of 256 count in effect,
+the first 64 take 64 %, the first 128 85 %. Steps are independent: a real text repeats itself more.
+The text that is counted and the one that is measured share a part of their popularity only. Layers
+that route by token are as they are. Prompts are routed by the store itself.
 
 Beside each figure stands the arithmetic: a step without misses, measured, and the bytes of the
 misses at the rate of the bus, measured. Correctness: logits of a prompt and of steps are the same
@@ -38,8 +41,10 @@ from dsv4.runtime.text.sampling import Sampler
 CONTEXT = 8192  # tokens of the session, and of the prompt that is timed
 COMPARED = (2048, 64)  # tokens of a prompt, and steps after it
 COUNTED = 512  # tokens of decode that a placement goes by
-EFFECTIVE = 150 / 256  # of a layer's experts: exp of the entropy of their shares
-OTHER_TEXT = 0.6  # of a bias's deviation, what another text adds to it
+DEVIATION = 1.034  # of popularities' logarithms: exp(-DEVIATION**2 / 2) is 150 / 256
+OUTWEIGHS = 1e3  # every score of a router
+DRAWS = 1024  # of all routers' noise, in turn
+OTHER_TEXT = 0.6  # of the deviation that two texts share, what each has besides
 WARM = 16  # tokens before the clock starts
 TURNS = 5
 
@@ -111,18 +116,17 @@ class _Run:
         self, store: Path, routes: Path, skew: bool, tokens: int, say: Callable[[str], None]
     ) -> None:
         self.store, self.routes, self.skew, self.tokens, self.say = store, routes, skew, tokens, say
-        self.deviation, self.wanted = 0.0, torch.empty(0)
+        self.wanted = torch.empty(0)
         self.rates, self.record_nbytes = (0.0, 0.0), 0
         self.starts: list[dict[str, float]] = []
 
     def all(self, placements: Sequence[Experts]) -> Report:
         """See `measure`."""
-        lines, plain = self._first(placements[0])
+        lines = self._first(placements[0])
         for experts in placements:
             _free()
             model = self._load(experts)
-            text = "skewed" if self.skew else "as it is"
-            lines.append(self._line(model, experts, True, plain, text))
+            lines.append(self._line(model, experts, True, "skewed" if self.skew else "uniform"))
             del model
         _free()
         device, starts = torch.cuda.get_device_name(), tuple(self.starts)
@@ -130,8 +134,8 @@ class _Run:
             device, str(self.store), self.record_nbytes, *self.rates, tuple(lines), starts
         )
 
-    def _first(self, experts: Experts) -> tuple[list[Line], list[Tensor]]:
-        """Placed by nothing; then count. -> lines, and the store's biases."""
+    def _first(self, experts: Experts) -> list[Line]:
+        """Placed by nothing; then count."""
         model = self._load(experts)
         memory = _memory(model)
         if not memory.placement.cold:
@@ -140,20 +144,12 @@ class _Run:
             )
         self.record_nbytes = memory.records.shape[1]
         self.rates = fetch_rate(model, memory), copy_rate(memory)
-        plain = [
-            one.gate.bias.clone() for one in model.operands.layers if one.gate.bias is not None
-        ]
-        lines = [self._line(model, experts, False, plain, "as it is")]
-        if self.skew:
-            self.deviation = calibrate(_session(model))
-            self.say(f"routers' biases deviate by {self.deviation:.3f}")
-            self.wanted = torch.empty(0)
-            lines.append(self._line(model, experts, False, plain, "skewed"))
+        texts = ("uniform", "skewed") if self.skew else ("uniform",)
+        lines = [self._line(model, experts, False, text) for text in texts]
         memory.counted()
-        self._bias(model, plain, "counted")
-        count(_session(model))
+        count(_session(model), Routes.of(model, texts[-1], 0))
         model.write_routes(self.routes)
-        return lines, plain
+        return lines
 
     def _load(self, experts: Experts) -> GpuModel:
         phases: dict[str, float] = {}
@@ -171,31 +167,20 @@ class _Run:
             self.say(line)
         return model
 
-    def _bias(self, model: GpuModel, plain: Sequence[Tensor], text: str) -> None:
-        """The routers' biases for a text: the store's, or skewed ones."""
-        if text == "as it is" or not self.skew:
-            gates = [one.gate for one in model.operands.layers if one.gate.bias is not None]
-            for gate, bias in zip(gates, plain, strict=True):
-                assert gate.bias is not None
-                gate.bias.copy_(bias)
-        else:
-            skew_routers(model, self.deviation, 0 if text == "counted" else 1)
-
-    def _line(
-        self, model: GpuModel, experts: Experts, counts: bool, plain: Sequence[Tensor], text: str
-    ) -> Line:
+    def _line(self, model: GpuModel, experts: Experts, counts: bool, text: str) -> Line:
         memory = _memory(model)
-        self._bias(model, plain, text)
         same = self._same(model)
         session = _session(model)
         still = graph_seconds([MeasuredStep(session, CONTEXT // 2, 1).whole.launch])
         session.reset()
         prompt = prompt_rate(session)
         memory.counted()
-        seconds, misses = decode(session, self.tokens, seed=5)
+        routes = Routes.of(model, text, 1)
+        seconds, misses = decode(session, self.tokens, 5, routes)
         shares, _ = memory.counted()
+        still += routes.seconds()
         self.say(f"{experts}, {text}: {1 / seconds:.1f} tokens/s, {misses:.2f} misses a token")
-        placed, routes = memory.placement, shares.shape[0] * model.config.num_experts_per_tok
+        placed, routed = memory.placement, shares.shape[0] * model.config.num_experts_per_tok
         return Line(
             str(experts),
             text,
@@ -207,10 +192,10 @@ class _Run:
             still,
             still + misses * self.record_nbytes / self.rates[0],
             misses,
-            1 - misses / routes,
+            1 - misses / routed,
             misses * self.record_nbytes / max(seconds - still, 1e-9),
             prompt,
-            effective(shares),
+            effective(shares[model.config.num_hash_layers :]),
             same,
         )
 
@@ -222,27 +207,83 @@ class _Run:
         return all(torch.equal(one, self.wanted) for one in found)
 
 
-def count(session: GpuSession) -> None:
+class Routes:
+    """Routers' biases for one step after the other. Closed, the store's own are back."""
+
+    def __init__(self, biases: Sequence[Tensor], popularity: Sequence[Tensor], seed: int) -> None:
+        self._biases = list(biases)
+        self._own = [bias.clone() for bias in biases]
+        made = torch.Generator().manual_seed(seed)
+        stacked = torch.stack(list(popularity))
+        noise = torch.rand((DRAWS, *stacked.shape), generator=made).clamp_min(1e-30)
+        drawn = OUTWEIGHS * (stacked - noise.log().neg().log())
+        self._draws = [list(one.to(self._own[0].device).unbind()) for one in drawn]
+        self._taken = 0
+
+    @classmethod
+    def of(cls, model: GpuModel, text: str, number: int) -> Routes:
+        """For a text, uniform or skewed; `number` tells one text from another."""
+        gates = [(one.index, one.gate.bias) for one in model.operands.layers]
+        biases = [(index, bias) for index, bias in gates if bias is not None]
+        popularity = []
+        for index, bias in biases:
+            same, own = (
+                torch.randn(len(bias), generator=torch.Generator().manual_seed(seed))
+                for seed in (index, 1000 * (number + 1) + index)
+            )
+            drawn = (same + OTHER_TEXT * own) / (1 + OTHER_TEXT**2) ** 0.5
+            popularity.append(DEVIATION * drawn if text == "skewed" else torch.zeros(len(bias)))
+        return cls([bias for _, bias in biases], popularity, 17 + number)
+
+    def next(self) -> None:
+        """Those of the next step, on the stream of the steps."""
+        torch._foreach_copy_(self._biases, self._draws[self._taken % DRAWS])
+        self._taken += 1
+
+    def close(self) -> None:
+        """Put the store's back."""
+        torch._foreach_copy_(self._biases, self._own)
+
+    def seconds(self) -> float:
+        """What `next` takes on the device, in the middle of many."""
+
+        def many() -> None:
+            for _ in range(DRAWS):
+                self.next()
+
+        found = _elapsed(many) / DRAWS
+        self.close()
+        return found
+
+
+def count(session: GpuSession, routes: Routes) -> None:
     """A text to place by: tokens drawn, and a prompt."""
-    decode(session, COUNTED, seed=11)
+    decode(session, COUNTED, 11, routes)
     session.reset()
     session.forward(random_ids(session.model.config.vocab_size, COMPARED[0], 12), "last")
 
 
-def decode(session: GpuSession, tokens: int, seed: int) -> tuple[float, float]:
+def decode(session: GpuSession, tokens: int, seed: int, routes: Routes) -> tuple[float, float]:
     """Draw `tokens` tokens at random. -> seconds and misses of one, after WARM others."""
     memory, sampler = _memory(session.model), Sampler(temperature=1.0, seed=seed)
     session.reset()
     ids = random_ids(session.model.config.vocab_size, 8, seed)
     ids = session.append_and_draw(ids, sampler)
-    for _ in range(WARM):
-        ids = session.append_and_draw(ids, sampler)
+
+    def drawn(count: int) -> None:
+        nonlocal ids
+        for _ in range(count):
+            routes.next()
+            ids = session.append_and_draw(ids, sampler)
+
+    drawn(WARM)
     before = int(memory.fetched.sum())
     begin = time.perf_counter()
-    for _ in range(tokens):
-        ids = session.append_and_draw(ids, sampler)
+    drawn(tokens)
     misses = int(memory.fetched.sum()) - before  # waits for the device
-    return (time.perf_counter() - begin) / tokens, misses / tokens
+    seconds = (time.perf_counter() - begin) / tokens
+    routes.close()
+    return seconds, misses / tokens
 
 
 def logits(model: GpuModel, graphs: bool) -> Tensor:
@@ -263,36 +304,6 @@ def prompt_rate(session: GpuSession) -> float:
     begin = time.perf_counter()
     session.forward(ids, "last").cpu()
     return CONTEXT / (time.perf_counter() - begin)
-
-
-def skew_routers(model: GpuModel, deviation: float, text: int) -> None:
-    """Biases by which some experts are popular; text 0 and others differ in part."""
-    for layer in model.operands.layers:
-        if layer.gate.bias is not None:
-            same, own = (
-                torch.randn(len(layer.gate.bias), generator=torch.Generator().manual_seed(seed))
-                for seed in (layer.index, 1000 * text + layer.index)
-            )
-            bias = deviation * (same + (OTHER_TEXT * own if text else 0))
-            layer.gate.bias.copy_(bias)
-
-
-def calibrate(session: GpuSession) -> float:
-    """The deviation of biases with which as many experts count as in the released model."""
-    memory, low, high = _memory(session.model), 0.0, 4.0
-    ids = random_ids(session.model.config.vocab_size, COMPARED[0], 2)
-    for _ in range(12):
-        middle = (low + high) / 2
-        skew_routers(session.model, middle, 0)
-        memory.counted()
-        session.reset()
-        session.forward(ids, "last")
-        _, counts = memory.counted()
-        if effective(counts[session.model.config.num_hash_layers :]) > EFFECTIVE * counts.shape[1]:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def effective(counts: Counts) -> float:
