@@ -33,10 +33,9 @@ from dsv4.bench.logits import random_ids
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
-from dsv4.runtime.gpu.load import Experts
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.session import GpuSession
-from dsv4.runtime.load.placement import Counts
+from dsv4.runtime.load.placement import Counts, Experts
 from dsv4.runtime.text.sampling import Sampler
 
 CONTEXT = 8192  # tokens of the session, and of the prompt that is timed

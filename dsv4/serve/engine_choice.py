@@ -33,7 +33,7 @@ class Wanted:
     answer may stand still because of somebody's prompt. prefix_bytes: of host memory for beginnings
     of prompts. cache_dir: where they outlive the process, in at most `cache_bytes`. reproducible:
     whether a prompt gives the same bytes however much of it was known. experts, routes: for
-    `dsv4.load`; counts are added to the file when the engine is closed.
+    `dsv4.load`; count: whether what tokens chose is added to that file when the engine is closed.
     """
 
     device: str
@@ -47,6 +47,7 @@ class Wanted:
     reproducible: bool = False
     experts: Literal["auto", "resident"] | int = "auto"
     routes: Path | None = None
+    count: bool = True
 
 
 def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
@@ -76,7 +77,12 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
         sharing=Sharing(max_pause=wanted.max_pause),
         memory=Memory(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
     )
-    return ServeEngine(backend, options, files, ended=lambda: model.write_routes(wanted.routes))
+
+    def ended() -> None:
+        if wanted.count:
+            model.write_routes(wanted.routes)
+
+    return ServeEngine(backend, options, files, ended=ended)
 
 
 def _files(place: Path, limit: int) -> PrefixFiles:

@@ -116,8 +116,8 @@ def test_it_fits_exactly_where_a_load_and_a_session_do(
             assert (found.resident, found.spare) == (int(placed.hot.sum()), placed.spare)
             assert found.elsewhere == placed.cold
             assert found.misses == placed.misses(known, 2)
-    borders = {"auto": least, "resident": needs.whole}
-    assert fitted[0][0] == borders.get(asked, needs.beside + 40_000_000)  # type: ignore[call-overload]
+    borders = {"auto": least, "resident": needs.whole, 40_000_000: needs.beside + 40_000_000}
+    assert fitted[0][0] == borders[asked]
     assert fitted[-1][1] == (24 if isinstance(asked, str) else 40_000_000 // needs.experts.slot)
 
 

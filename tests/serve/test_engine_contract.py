@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_counts_of_experts_are_written_once_when_it_is_closed(
     assert not written
     made.close(finish=True)
     made.close(finish=False)
+    assert written == [file]
+    wanted = dataclasses.replace(wanted, count=False)
+    make_engine(dsv4.open(native_store), wanted, lambda phase: None).close(finish=True)
     assert written == [file]
 
 
