@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 SHORT = 2048  # tokens left to read: such a prompt may overtake longer ones
 MOST_OVERTAKEN = 8  # times that a long prompt lets others pass before each of its own chunks
 
+_HARDLY_LONGER = 1.6  # times the smallest chunk's time
 _SAFETY = 0.9  # of the time that a chunk may take: the next one sees more tokens than the last
 
 
@@ -90,8 +91,14 @@ class Pace:
             self._seconds[size] = seconds
 
     def tokens(self, seconds: float) -> int:
-        """The largest size that takes at most `seconds`; the smallest if none does."""
-        fitting = [size for size in self._sizes if self._expected(size) <= _SAFETY * seconds]
+        """The largest size that takes at most `seconds`, or hardly longer than the smallest does.
+
+        Where the smallest takes more than that, smaller chunks shorten no pause: a chunk that
+        brings experts from host memory takes as long for 64 tokens as for 2,048.
+        """
+        least = self._seconds.get(self._sizes[0], 0.0)
+        allowed = max(_SAFETY * seconds, _HARDLY_LONGER * least)
+        fitting = [size for size in self._sizes if self._expected(size) <= allowed]
         return max(fitting, default=self._sizes[0])
 
     @property

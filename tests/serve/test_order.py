@@ -114,7 +114,15 @@ def test_a_size_is_chosen_by_what_it_took() -> None:
     assert pace.tokens(0.2) == 2048
     pace.took(2048, 0.25)
     assert pace.tokens(0.2) == 512
-    assert pace.tokens(0.0) == 128
+    assert pace.tokens(0.0) == 256, "which takes hardly longer than 128"
+
+
+def test_chunks_grow_where_small_ones_shorten_no_pause() -> None:
+    pace, read = Pace(2048, 64), []
+    for _ in range(8):
+        read.append(pace.tokens(0.2))
+        pace.took(read[-1], 0.34 + read[-1] * 1e-5)
+    assert read == [64, 128, 256, 512, 1024, 2048, 2048, 2048]
 
 
 class Clock:
