@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,11 +14,13 @@ from click.testing import CliRunner
 
 from dsv4.cli import cli
 from dsv4.formats.errors import KernelError
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.releases import FLASH
 from dsv4.formats.numeric import operands
 from dsv4.kernels.core import library, signature, sizes
 from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library
+from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.device.arch import architecture
 from dsv4.kernels.names import ARCHITECTURES
 from dsv4.kernels.ops import cases
@@ -25,6 +28,7 @@ from dsv4.kernels.ops.gemv.contract import Weight, gemv
 
 SMALL = gemv([Weight("fp8", 128, 256)])
 OTHER = gemv([Weight("bf16", 128, 256)])
+PRUNED = dataclasses.replace(FLASH, n_routed_experts=160)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,17 @@ def test_the_architecture_is_decided_in_one_file() -> None:
         "device/arch.py",
         "ops/fp4_blackwell/gemm_contract.py",
     }
+
+
+def test_kernels_of_several_models_lie_beside_each_other() -> None:
+    """A configuration alone does not tell them apart: the arguments' shapes do."""
+    names = {model: {one.name for one in _experts(model)} for model in (FLASH, PRUNED)}
+    assert names[FLASH].isdisjoint(names[PRUNED])
+    again = {one.name for one in _experts(dataclasses.replace(PRUNED))}
+    assert again == names[PRUNED]
+
+
+def _experts(config: ModelConfig) -> list[Kernel]:
+    found = [kernel for case in cases(config, "", (1,), ("experts",)) for kernel in case.kernels]
+    assert found
+    return found

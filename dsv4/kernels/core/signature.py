@@ -64,9 +64,12 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """An identifier: the operation, how its configuration begins, and a digest of all of it."""
+        """An identifier: the operation, how its configuration begins, and a digest of all of it,
+        the arguments' shapes included: kernels of several models lie in one folder.
+        """
         words = "_".join([self.operation, *(f"{key}{value}" for key, value in self.config)])
-        digest = hashlib.sha256(json.dumps([self.implementation, self.config]).encode())
+        parts = [self.implementation, self.config, self._described()]
+        digest = hashlib.sha256(json.dumps(parts).encode())
         return f"{re.sub(r'[^a-z0-9]+', '_', words.lower())[:NAME_LENGTH]}_{digest.hexdigest()[:8]}"
 
     def leaves(self) -> Iterator[Argument]:
@@ -76,9 +79,12 @@ class Kernel:
 
     def key(self, arch: str, compiler: str) -> str:
         """What a build of it depends on, hashed: source, compiler, architecture, arguments."""
-        arguments = [(a.name, str(a.dtype), a.shape, a.role, a.align) for a in self.leaves()]
-        parts = [self.implementation, self.config, arguments, arch, compiler, source_digest(self)]
+        own = [self.implementation, self.config, self._described()]
+        parts = [*own, arch, compiler, source_digest(self)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def _described(self) -> list[tuple[object, ...]]:
+        return [(a.name, str(a.dtype), a.shape, a.role, a.align) for a in self.leaves()]
 
 
 def kernel(
