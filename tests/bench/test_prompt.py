@@ -55,6 +55,7 @@ def test_a_wrong_product_of_a_chunk_is_noticed(
     assert [one.right for one in lines(weights)] == [False, True]
 
 
+@pytest.mark.long
 def test_a_chunk_of_another_size_gives_the_same_bytes(
     weights: RandomWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:

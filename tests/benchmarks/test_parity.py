@@ -101,6 +101,7 @@ def test_greedy_text(
     assert wrong(list(greedy_text(gpu, weights, 8, prompt=6)))
 
 
+@pytest.mark.long
 def test_sessions_that_share_a_cache_are_noticed(
     gpu: HostModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_sessions_that_share_a_cache_are_noticed(
     assert found == ["a session among two others, in turns"]
 
 
+@pytest.mark.long
 def test_a_soak_notices_what_does_not_repeat(
     gpu: HostModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def test_bad_counts_are_refused() -> None:
         bench.quality(ELEMENTS, seeds=0)
 
 
+@pytest.mark.long
 def test_the_command_prints_one_json_document() -> None:
     done = subprocess.run(
         [

@@ -73,7 +73,11 @@ def test_base_with_draft_copies_of_embedding_and_head() -> None:
 
 @pytest.mark.parametrize(
     ("release", "recipe"),
-    [("Pro-0813-NVFP4", "native"), ("Flash-Base", "native"), ("Flash-Base", "standard")],
+    [
+        pytest.param("Pro-0813-NVFP4", "native", marks=pytest.mark.long),
+        pytest.param("Flash-Base", "native", marks=pytest.mark.long),
+        ("Flash-Base", "standard"),
+    ],
 )
 def test_plans_of_real_size_are_bounded_and_aligned(release: str, recipe: str) -> None:
     published = RELEASES[release]
