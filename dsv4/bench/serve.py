@@ -1,8 +1,9 @@
 """`dsv4 bench serve`: a store's engine under the load of several clients, each with its next job.
 
 Every client asks, reads its answer to the end, and asks again. Prompts are random ids, all of them
-different, so that nothing is remembered; the last line asks one prompt twice, which is. What is
-right: every answer, among others, is the same to the token as when it is asked alone.
+different, so that nothing is remembered while the clock runs. What is right: ALONE answers of a
+line are the same, token by token, when they are asked again alone, with their prompts remembered;
+and so is one that is asked twice in a row.
 """
 
 from __future__ import annotations

@@ -301,8 +301,22 @@ def bench_store(
 @bench.command("serve")
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--clients", default="1,4,8,16", show_default=True, help="Jobs at a time.")
-@click.option("--prompt", "prompt_tokens", type=click.IntRange(min=1), default=1024)
-@click.option("--answer", "answer_tokens", type=click.IntRange(min=2), default=256)
+@click.option(
+    "--prompt",
+    "prompt_tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Tokens of a prompt.",
+)
+@click.option(
+    "--answer",
+    "answer_tokens",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens of an answer.",
+)
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--device", type=Device(), default="cuda", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

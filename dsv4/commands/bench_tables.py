@@ -184,9 +184,10 @@ def streaming_table(report: streaming.Report) -> Table:
 
 def made_table(made: Made) -> Table:
     """A synthetic store."""
+    links = ", the others are links to these" if made.written < made.nbytes else ""
     rows = {
         "size": f"{size(made.nbytes)} in {made.files} files",
-        "written": f"{size(made.written)}, the others are links to these",
+        "written": size(made.written) + links,
         "seconds": f"{made.seconds:.1f} ({made.written / made.seconds / 1e9:.2f} GB/s)",
         "root": made.root,
     }

@@ -174,10 +174,13 @@ def _lines(place: str, found: Fit, remedies: list[str]) -> list[str]:
         spare = f", {found.spare:,} spare records" if found.spare else ""
         rows.append(("resident", f"{found.resident:,} of {sizes.total:,} experts{spare}"))
     if found.elsewhere:
-        known = "" if found.host is None else f" of {size(found.host)}"
+        known = " (not checked)" if found.host is None else f" of {size(found.host)}"
         rows.append(("host memory", f"{size(found.pinned)}{known} for {found.elsewhere:,} experts"))
     rows += [("speed" if n == 0 else "", line) for n, line in enumerate(found.arithmetic())]
-    rows.append(("fits", "yes" if found.fits else f"no: {'; '.join(found.reasons)}"))
+    yes = "yes"
+    if found.elsewhere and found.host is None:
+        yes = "the GPU: yes; --host-memory SIZE checks the host's memory too"
+    rows.append(("fits", yes if found.fits else f"no: {'; '.join(found.reasons)}"))
     rows += [("would fit" if n == 0 else "", line) for n, line in enumerate(remedies)]
     width = max(len(key) for key, _ in rows)
     return [f"fit of {place}", *(f"{key:<{width}}  {text}" for key, text in rows)]

@@ -85,7 +85,8 @@ EFFORTS = ("none", "low", "high", "max")
     default=200,
     show_default=True,
     metavar="MS",
-    help="How long an answer may stand still while another prompt is read.",
+    help="How long an answer may stand still while another prompt is read; longer where the "
+    "smallest chunk takes longer, as with experts in host memory.",
 )
 @click.option(
     "--prefix-memory",
@@ -112,7 +113,8 @@ EFFORTS = ("none", "low", "high", "max")
 @click.option(
     "--reproducible",
     is_flag=True,
-    help="The same bytes for a prompt, however much of it was known; answers are read again.",
+    help="Same bytes for a prompt whether or not its beginning was remembered; earlier answers are "
+    "read again as prompt, which is slower.",
 )
 @experts_option
 @routes_option

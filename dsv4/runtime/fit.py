@@ -1,4 +1,4 @@
-"""What runs where: what a store takes of a GPU, what stays there, and how fast that is at most.
+"""What runs where: what a store takes of a GPU, what stays there, and about how fast it is.
 
 Sizes and places come from what the loader and the engine ask for themselves (`beside_experts`,
 `place_as_asked`, `session_sizes`); so a store fits here exactly where its load and its session are

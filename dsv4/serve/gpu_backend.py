@@ -37,7 +37,7 @@ class GpuBackend:
         if engine.chunk < 2 * LEAST_ROWS:
             raise RuntimeRefusal(
                 f"chunks of a prompt have {engine.chunk} tokens, expected at least "
-                f"{2 * LEAST_ROWS}; serve with a larger max_seq_len"
+                f"{2 * LEAST_ROWS}; serve with a larger --max-seq-len"
             )
         config = engine.model.config
         self.engine, self.batch = engine, Batch(engine)

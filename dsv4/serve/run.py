@@ -167,5 +167,5 @@ def checked(job: Job, capacity: int, vocab: int) -> None:
     if count + min(job.max_new_tokens, 1) > capacity:
         raise RuntimeRefusal(
             f"the prompt has {count} tokens, and with its answer a sequence may have {capacity}; "
-            "shorten it, or serve with a larger max_seq_len"
+            "shorten it, or serve with a larger --max-seq-len"
         )

@@ -22,7 +22,9 @@ from dsv4.runtime.session import capacity_of
 
 
 class GpuModel:
-    """Immutable: operands and kernels. An engine holds all that sequences change."""
+    """Operands and kernels. Engines hold what sequences change, but for spare records of experts
+    and their counts, which are the model's: of such a model one engine runs at a time.
+    """
 
     def __init__(self, weights: DeviceWeights, library: Library, device: torch.device) -> None:
         """Raises RuntimeRefusal for a format that no kernel reads, KernelError for a kernel that

@@ -123,8 +123,8 @@ def place(
         spare = 2 * found.most_cold
     raise OutOfSpaceError(
         f"experts in two places need {size(2 * experts * record_nbytes)} on the GPU at the most "
-        f"for those that are in use, there are {size(max(budget, 0))}; shorten the context, or "
-        "give them more with --experts"
+        f"for those that are in use, there are {size(max(budget, 0))}; a smaller --max-seq-len "
+        "(of a server, fewer --slots) leaves more"
     )
 
 
