@@ -101,7 +101,7 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            text = f"{error.message} `dsv4 --help` lists the commands."
+            text = f"{error.format_message()} `dsv4 --help` lists the commands."
             raise click.UsageError(text, ctx) from None
 
 

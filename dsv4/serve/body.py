@@ -11,6 +11,7 @@ from starlette.requests import Request
 from dsv4.serve.refusal import Refusal
 
 MAX_DEPTH = 64
+MAX_VALUES = 500_000  # objects and arrays, or names: a second in which nothing else runs
 SECONDS = 30.0  # to send a body
 
 
@@ -21,6 +22,8 @@ async def read_json(request: Request, most: int) -> dict[str, Any]:
     that is not a JSON object.
     """
     raw = await _read(request, most)
+    if raw.count(b"[") + raw.count(b"{") > MAX_VALUES or raw.count(b'":') > MAX_VALUES:
+        raise Refusal(400, f"the body has more than {MAX_VALUES:,} objects, arrays or names")
     try:
         body = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError:

@@ -21,7 +21,7 @@ from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve import sse
 from dsv4.serve.body import read_json
 from dsv4.serve.courses import answer_grammar
-from dsv4.serve.exchange import unless_gone
+from dsv4.serve.exchange import as_refusals, unless_gone
 from dsv4.serve.face import Body
 from dsv4.serve.jobs import Engine, Event, Finish, Job, TokenLogprob
 from dsv4.serve.knobs import MAX_TOP_LOGPROBS, Knobs, flag, integer, read_knobs, read_stops
@@ -265,12 +265,17 @@ def _job(server: Server, asked: Asked, ids: list[int], choice: int, salt: bytes)
     )
 
 
+def _read(body: Body, server: Server, engine: Engine) -> Asked:
+    with as_refusals():
+        return read(body, server, engine)
+
+
 async def complete(request: Request, server: Server, record: Record) -> ASGIApp:
     """`POST /v1/completions`. Raises what `refusal_of` knows."""
     engine = server.engine
     body = await read_json(request, server.limits.body)
     record.model = server.model.names[0]
-    asked = await asyncio.to_thread(read, body, server, engine)
+    asked = await asyncio.to_thread(_read, body, server, engine)
     completion = Completion(server, engine, asked, request.scope["dsv4.salt"], record)
     if asked.stream:
         return sse.EventStream(completion.stream(), lambda: sse.COMMENT, completion.runs.cancel)

@@ -92,6 +92,11 @@ class ServeEngine:
         return self.backend.capacity
 
     @property
+    def most_jobs(self) -> int:
+        """See `jobs.Engine`."""
+        return self._most_jobs
+
+    @property
     def failure(self) -> str | None:
         """Why it has ended, if it failed."""
         return self._failure

@@ -52,7 +52,7 @@ def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, sal
     """Read, render and encode a body. Raises Refusal."""
     model = server.model
     model.check_name(body.get("model"))
-    with _as_refusals():
+    with as_refusals():
         read = face.read(body, model, id)
         prompt = encode(read.request.conversation, model.text, server.memory, salt)
     most = _length(server, engine.max_seq_len, read, len(prompt.ids))
@@ -62,8 +62,8 @@ def prepare(server: Server, engine: Engine, face: Face, body: Body, id: str, sal
 
 
 @contextlib.contextmanager
-def _as_refusals() -> Iterator[None]:
-    """The recipe raises errors of Python's for some bodies that it does not take."""
+def as_refusals() -> Iterator[None]:
+    """Libraries raise errors of Python's for some bodies that it does not take."""
     try:
         yield
     except (ValueError, TypeError, OverflowError) as error:
@@ -228,7 +228,7 @@ async def count_tokens(request: Request, server: Server, record: Record) -> ASGI
     model.check_name(body.get("model"))
 
     def count() -> int:
-        with _as_refusals():
+        with as_refusals():
             read = Messages().count(body, model)
             return len(encode(read.request.conversation, model.text, server.memory, salt).ids)
 

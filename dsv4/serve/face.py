@@ -146,6 +146,8 @@ def openai_tool_wish(body: Body) -> ToolWish:
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             inner = choice.get("allowed_tools", choice)
+            if not isinstance(inner, dict):
+                raise invalid("tool_choice", "tool_choice.allowed_tools is not an object")
             names = frozenset(map(_name, objects(inner.get("tools"), "tool_choice.tools")))
             return ToolWish(inner.get("mode") == "required", names, several)
         if choice.get("type") in ("function", "custom"):

@@ -44,9 +44,10 @@ def bind(host: str, port: int) -> socket.socket:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
             made.listen(_BACKLOG)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise RuntimeRefusal(
-                f"--host {host} --port {port} cannot be listened on: {error.strerror or error}; "
+                f"--host {host} --port {port} cannot be listened on: {reason}; "
                 "another --port, or 0 for a free one, may do"
             ) from None
         undo.pop_all()

@@ -102,6 +102,10 @@ class Engine(Protocol):
     def failure(self) -> str | None:
         """Why it runs nothing any more, as a sentence; None while it works."""
 
+    @property
+    def most_jobs(self) -> int:
+        """Jobs that it holds at once, those that wait included."""
+
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
         """Take a job. `deliver` is called on the engine's thread and must return at once.
 

@@ -7,7 +7,6 @@ may be stands in `_NUMBERS`; what is known and not honoured in `NEUTRAL`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,8 +147,7 @@ def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
+        or not low <= value <= high  # which NaN is not
         or (above and value == low)
     ):
         least = f"above {low:g}" if above else f"from {low:g}"
@@ -198,8 +196,10 @@ def _banned(value: Any, vocab: int) -> frozenset[int]:
         )
     banned = set()
     for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal() and int(key) < vocab):
-            raise invalid("logit_bias", f"logit_bias has {key!r}, expected token ids below {vocab}")
+        if not (len(key) <= 9 and key.isascii() and key.isdecimal() and int(key) < vocab):
+            raise invalid(
+                "logit_bias", f"logit_bias has {key[:20]!r}, expected token ids below {vocab}"
+            )
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise invalid("logit_bias", f"logit_bias of {key} is {_shown(bias)}, not a number")
         if bias == BAN:

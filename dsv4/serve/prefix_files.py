@@ -177,13 +177,18 @@ class PrefixFiles:
             return
         self._make_room(len(data))
         new = self._path(key).with_suffix(f"{SUFFIX}.new")
-        handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        new.replace(self._path(key))
+        try:
+            handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            new.replace(self._path(key))
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
         with self._lock:
             self._sizes[key] = len(data)
         self._used(before)

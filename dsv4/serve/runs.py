@@ -28,6 +28,12 @@ class Runs:
         seconds: float | None = None,
     ) -> None:
         """seconds: that all of them may take; None for any."""
+        if len(jobs) > engine.most_jobs:
+            raise Refusal(
+                400,
+                f"the request asks for {len(jobs)} answers; this server takes at most "
+                f"{engine.most_jobs} at once, by --slots and --queue",
+            )
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._record, self._seconds = record, seconds

@@ -31,6 +31,7 @@ class MixedUp:
     """An engine whose tokens are others while several jobs run."""
 
     failure = None
+    most_jobs = 64
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -140,6 +140,7 @@ def test_what_does_not_end_in_time_is_told_so(standard_store: Path) -> None:
         (("--api-key", " "), "the key is empty"),
         (("--port", "70000"), "70000 is not in the range"),
         (("--host", "203.0.113.7", "--no-auth"), "cannot be listened on"),
+        (("--host", "a..b", "--no-auth"), "cannot be listened on"),
     ],
 )
 def test_what_is_refused_before_anything_is_loaded(

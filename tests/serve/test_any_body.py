@@ -79,3 +79,44 @@ def test_any_json(anything: Live, path: str, fields: dict[str, Any], whole: bool
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:
         assert answer.json()["error"]["message"]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"temperature": 10**400}),
+        ("/v1/completions", {"logit_bias": {"9" * 5000: -100}}),
+        (
+            "/v1/completions",
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"const": "\ud800"}},
+                }
+            },
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": 5}},
+        ),
+        (
+            "/v1/responses",
+            {
+                "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": "x"},
+            },
+        ),
+        ("/v1/completions", {"prompt": ["a"] * 65, "max_tokens": 3}),
+        ("/v1/completions", {"x": [[]] * 500_001}),
+        ("/v1/completions", {"x": {str(name): 0 for name in range(500_001)}}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_once_a_fault_now_a_refusal(anything: Live, path: str, fields: dict[str, Any]) -> None:
+    content = json.dumps(VALID[path] | fields, separators=(",", ":")).encode()
+    answer = anything.client.post(anything.url + path, content=content)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]

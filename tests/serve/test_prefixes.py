@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -291,3 +293,17 @@ def test_what_was_being_written_is_removed(place: Path) -> None:
     rest.write_bytes(b"half")
     assert later(place)[0] == 96
     assert not rest.exists()
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    LINES.clear()
+    files = PrefixFiles(tmp_path / "prefixes", 1 << 30, LINES.append, least_tokens=BLOCK)
+    engine = serving(files, root=b"root")
+    told(engine, IDS[:100])
+    engine.close(finish=True)
+    assert any("No space left" in line for line in LINES)
+    assert list((tmp_path / "prefixes").iterdir()) == []

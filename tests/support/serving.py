@@ -79,6 +79,7 @@ class ScriptedEngine:
         step: float = 0.0,
     ) -> None:
         self.script, self.max_seq_len, self.most = script, max_seq_len, most
+        self.most_jobs = max(most, 64)  # what waits included
         self.cached, self.step = cached, step
         self.jobs: list[Job] = []
         self.swerved: list[tuple[int, int]] = []

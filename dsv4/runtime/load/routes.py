@@ -18,6 +18,8 @@ import numpy as np
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.load.placement import Counts, mixed
 
+MAX_COUNT = 2**53  # what a float64 counts to
+
 
 @dataclasses.dataclass(frozen=True)
 class Routes:
@@ -74,7 +76,7 @@ def read_routes(path: Path, root: str | None, shape: tuple[int, int]) -> Routes:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         return Routes.none(root or "", shape)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         raise RuntimeRefusal(f"{path} cannot be read: {reason}") from None
     if not isinstance(document, dict) or not isinstance(document.get("root"), str):
@@ -94,9 +96,9 @@ def read_routes(path: Path, root: str | None, shape: tuple[int, int]) -> Routes:
 def _counts(found: Any, shape: tuple[int, int], name: str, path: Path) -> Counts:
     try:
         counts = np.asarray(found, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         counts = np.empty(0)
-    if counts.shape != shape or not np.isfinite(counts).all() or (counts < 0).any():
+    if counts.shape != shape or not ((counts >= 0) & (counts <= MAX_COUNT)).all():
         raise RuntimeRefusal(
             f"{path}: {name!r} is not {shape[0]} rows of {shape[1]} counts; remove the file"
         )

@@ -154,6 +154,9 @@ def test_routes_are_kept_and_added_to(tmp_path: Path, monkeypatch: pytest.Monkey
         ('{"root": "other"}', "holds counts of another store"),
         ('{"root": "root", "decode": [[1]], "prompt": [[1]]}', "'decode' is not 2 rows of 3"),
         (json.dumps({"root": "root", "decode": [[-1] * 3] * 2, "prompt": []}), "'decode' is not"),
+        (json.dumps({"root": "root", "decode": [[10**400] * 3] * 2}), "'decode' is not"),
+        ('{"root": "root", "decode": [[1e308, 0, 0], [0, 0, 0]]}', "'decode' is not"),
+        ("[" * 200_000, "is not JSON"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
