@@ -172,7 +172,7 @@ def require_memory(nbytes: int, device: torch.device, what: str, instead: str) -
 def free_memory(device: torch.device) -> tuple[int, str]:
     """-> (bytes that can be allocated on `device`, what to call it)."""
     if device.type == "cpu":
-        return _freehost_memory(), "this machine"
+        return _free_host_memory(), "this machine"
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeRefusal(
             f"weights cannot be loaded to {device}: expected cpu, or a cuda device that torch sees"
@@ -180,7 +180,7 @@ def free_memory(device: torch.device) -> tuple[int, str]:
     return torch.cuda.mem_get_info(device)[0], f"{device} ({torch.cuda.get_device_name(device)})"
 
 
-def _freehost_memory() -> int:
+def _free_host_memory() -> int:
     fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) << 10
     with contextlib.suppress(OSError, ValueError, KeyError):
