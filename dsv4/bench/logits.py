@@ -19,7 +19,6 @@ from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.model import Model, load
 
 MEDIAN, RMS, WORST = 1.25, 1.5, 2.0
-ON_A_GPU = 1 << 25  # elements of a temporary of the reference
 AT_ONCE = 128  # tokens whose differences are in memory
 ON_A_GPU = 1 << 25  # elements of a temporary of the reference
 

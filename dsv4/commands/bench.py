@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def bench_kernels(
     help="Of STORE, on the GPU; may be given several times.  [default: auto]",
 )
 @click.option("--skew", is_flag=True, help="Experts of STORE as popular as a release's are.")
-@click.option("--tokens", type=click.IntRange(min=1), default=512, help="Of STORE, drawn.")
+@click.option("--tokens", type=click.IntRange(min=1), default=512, help="Of STORE: tokens to draw.")
 @click.option("--model", type=click.Choice(tuple(MODELS)), default="flash", show_default=True)
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
@@ -169,6 +170,9 @@ def bench_decode(
 
     Of STORE: all of it, with experts in two places.
     """
+    of_store, of_layers = ("experts", "skew", "tokens"), ("model", "layers", "context", "rows")
+    idle = (*of_layers, "no_check", "location") if store is not None else of_store
+    _refuse_idle_options(idle, "with STORE" if store is not None else "without STORE")
     if store is not None:
         _streaming(store, experts or ("auto",), skew, tokens, as_json)
         return
@@ -199,6 +203,15 @@ def bench_decode(
         show(decode_table(report))
     if not report.right:
         raise SystemExit(1)
+
+
+def _refuse_idle_options(names: Sequence[str], when: str) -> None:
+    """Raise UsageError for an option that was given and would change nothing."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} does nothing {when}; leave it out")
 
 
 def _streaming(

@@ -236,7 +236,9 @@ def _access(options: dict[str, Any]) -> Access:
     names = frozenset(name.lower() for name in options["hosts"])
     guarded = local and not keys
     hosts = frozenset({"localhost", "127.0.0.1", "::1", options["host"].lower()}) | names
-    return Access(keys, hosts if guarded else None, options["open_metrics"])
+    return Access(
+        tuple(key.strip() for key in keys), hosts if guarded else None, options["open_metrics"]
+    )
 
 
 def _is_local(host: str) -> bool:

@@ -294,7 +294,7 @@ def remedies(store: Nodes, found: Fit) -> Iterator[str]:
             "the others"
         )
     for gpus in (2, 4, 8):
-        if found.gpus == 1 and gpus > 1 and needs.whole > free:
+        if found.gpus == 1 and needs.whole > free:
             shared = needs.arena - needs.core["embedding"] + needs.experts.nbytes
             if needs.whole - shared + shared / gpus <= free:
                 note = "" if gpus <= MOST_GPUS else " (not built yet)"

@@ -14,7 +14,6 @@ from deepseek_recipe import (
     InferenceFinishReason,
     PromptUsage,
     StreamProcessor,
-    ThinkingInitialStage,
     Tokenizer,
 )
 
@@ -22,7 +21,6 @@ from dsv4.serve.jobs import Event, Finish
 from dsv4.serve.replay import Call, Said
 
 _FINISH = {Finish.STOP: InferenceFinishReason.Stop, Finish.LENGTH: InferenceFinishReason.Length}
-_NEW = (ThinkingInitialStage.ReasoningStart, None)
 
 
 class Answer:

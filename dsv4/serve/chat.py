@@ -24,11 +24,9 @@ from dsv4.serve.face import (
     openai_tool_wish,
     without_nulls,
 )
-from dsv4.serve.knobs import MAX_TOP_LOGPROBS, flag, integer, read_knobs, read_stops
+from dsv4.serve.knobs import MAX_TOKENS, MAX_TOP_LOGPROBS, flag, integer, read_knobs, read_stops
 from dsv4.serve.model import ServedModel
 from dsv4.serve.refusal import Refusal, invalid
-
-MAX_TOKENS = 393216  # the recipe's bound
 
 
 class ChatWire(Wire):

@@ -80,6 +80,17 @@ class Gate:
                 "the Host header names another machine; --allowed-host NAME lets it in",
                 code="host_not_allowed",
             )
+        origin = headers.get("origin")
+        if (
+            access.hosts is not None
+            and origin
+            and host_name(_authority(origin)) not in access.hosts
+        ):
+            return Refusal(
+                403,
+                "the Origin header names another site; --allowed-host NAME lets it in",
+                code="origin_not_allowed",
+            )
         salt = access.salt_of(key_of(headers))
         scope["dsv4.salt"] = salt or b""
         open_here = path in OPEN or path == PAGE or (access.open_metrics and path == "/metrics")
@@ -94,6 +105,11 @@ def key_of(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "bearer" and token.strip():
         return token.strip()
     return headers.get("x-api-key")
+
+
+def _authority(origin: str) -> str:
+    """Host and port of an Origin header; of "null", itself."""
+    return origin.partition("://")[2] or origin
 
 
 def host_name(host: str) -> str:

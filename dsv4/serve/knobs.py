@@ -15,6 +15,7 @@ from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.refusal import invalid, unsupported
 
 MAX_CHOICES = 8
+MAX_TOKENS = 393216  # of an answer: the recipe's bound
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -31,6 +32,9 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0, 100),
 }
 _ABOVE = ("top_p", "repetition_penalty")  # the least value itself is refused
+
+KNOBS = (*_NUMBERS, "top_k", "n", "best_of", "seed", "logit_bias", "ignore_eos", "min_tokens")
+"""Fields that `read_knobs` reads."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),

@@ -13,13 +13,13 @@ from deepseek_recipe import MessagesRequest, MessagesResponse
 
 from dsv4.serve import sse
 from dsv4.serve.face import Body, Face, Read, ToolWish, Usage, Wire, objects, without_nulls
-from dsv4.serve.knobs import flag, integer, read_knobs, read_stops
+from dsv4.serve.knobs import KNOBS, MAX_TOKENS, flag, integer, read_knobs, read_stops
 from dsv4.serve.model import ServedModel
-from dsv4.serve.refusal import Refusal, invalid
+from dsv4.serve.refusal import Refusal, invalid, unsupported
 
 BILLING = "x-anthropic-billing-header"
-MAX_TOKENS = 1 << 31  # more than the room is cut to it: Claude Code always asks for 32,000
-_KNOBS = ("temperature", "top_p", "top_k", "seed", "min_p")
+ASKED_TOKENS = 1 << 31  # more than the room is cut to it: Claude Code always asks for 32,000
+_OPENAI = ("stop", "response_format", "logprobs", "top_logprobs", "max_completion_tokens")
 _PING = sse.event({"type": "ping"}, "ping")
 
 
@@ -89,7 +89,7 @@ class Messages(Face):
     def read(self, body: Body, model: ServedModel, id: str) -> Read:
         """As the class says."""
         body = without_nulls(body)
-        if integer(body, "max_tokens", 1, MAX_TOKENS) is None:
+        if integer(body, "max_tokens", 1, ASKED_TOKENS) is None:
             raise invalid("max_tokens", "max_tokens is missing, expected an integer from 1 up")
         return self._read(body, model, id)
 
@@ -103,8 +103,13 @@ class Messages(Face):
         return refusal.anthropic()
 
     def _read(self, body: Body, model: ServedModel, id: str) -> Read:
-        knobs = read_knobs({name: body[name] for name in _KNOBS if name in body}, model.vocab)
-        max_tokens = integer(body, "max_tokens", 1, MAX_TOKENS)
+        knobs = read_knobs(body, model.vocab)
+        for name in _OPENAI:
+            if name in body:
+                raise unsupported(name, f"{name} is not a field of messages; leave it out")
+        if knobs.n > 1:
+            raise unsupported("n", f"n is {knobs.n}, and messages have one answer; leave it out")
+        max_tokens = integer(body, "max_tokens", 1, ASKED_TOKENS)
         stream = bool(flag(body, "stream"))
         if stops := read_stops(body.pop("stop_sequences", None), "stop_sequences"):
             body["stop_sequences"] = list(stops)
@@ -113,9 +118,9 @@ class Messages(Face):
         if "system" in body:
             body["system"] = _system(body["system"])
         body["messages"] = [_message(one) for one in objects(body.get("messages"), "messages")]
-        for handled in _KNOBS:
+        for handled in KNOBS:
             body.pop(handled, None)
-        body["max_tokens"] = min(max_tokens or 1, model.max_positions, 393216)
+        body["max_tokens"] = min(max_tokens or 1, model.max_positions, MAX_TOKENS)
         request = MessagesRequest(body | {"model": model.names[0]}).convert(model.options)
         return Read(
             request,
@@ -159,7 +164,7 @@ def _think(body: Body, model: ServedModel) -> int | None:
     thinking = body.get("thinking")
     if thinking is not None and not isinstance(thinking, dict):
         raise invalid("thinking", "thinking is not an object")
-    return integer(thinking or {}, "budget_tokens", 1, MAX_TOKENS)
+    return integer(thinking or {}, "budget_tokens", 1, ASKED_TOKENS)
 
 
 def _system(system: Any) -> Any:

@@ -13,11 +13,10 @@ from deepseek_recipe import ResponsesRequest, ResponsesResponse
 
 from dsv4.serve import sse
 from dsv4.serve.face import Body, Face, Read, Usage, Wire, as_text, openai_tool_wish, without_nulls
-from dsv4.serve.knobs import MAX_TOP_LOGPROBS, flag, integer, read_knobs
+from dsv4.serve.knobs import MAX_TOKENS, MAX_TOP_LOGPROBS, flag, integer, read_knobs
 from dsv4.serve.model import ServedModel
 from dsv4.serve.refusal import Refusal, invalid, unsupported
 
-MAX_TOKENS = 393216
 _KNOWN = frozenset(
     {
         "message",

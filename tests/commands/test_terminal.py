@@ -316,6 +316,15 @@ def test_a_bench_names_itself_where_there_is_no_gpu(command: str) -> None:
     assert f"`dsv4 bench {command}` needs one" in refused("bench", command)
 
 
+def test_options_that_would_do_nothing_are_refused(standard_store: Path) -> None:
+    for arguments, sentence in (
+        ([standard_store, "--layers", "3"], "--layers does nothing with STORE"),
+        (["--skew"], "--skew does nothing without STORE"),
+    ):
+        done = invoked("bench", "decode", *arguments)
+        assert done.exit_code == 2 and sentence in done.output
+
+
 def test_too_few_experts_name_the_option(tmp_path: Path) -> None:
     sentence = refused("bench", "convert", "--experts", "4", "--dir", tmp_path)
     assert "--experts 4 are too few" in sentence and "--experts 6 or more" in sentence

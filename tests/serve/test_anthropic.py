@@ -167,3 +167,24 @@ def test_the_reasoning_has_a_budget(client: anthropic.Anthropic, served: Live) -
 
 def test_models(client: anthropic.Anthropic) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"stop": ["x"]},
+        {"response_format": {"type": "json_object"}},
+        {"n": 2},
+        {"guided_json": {}},
+        {"stop_token_ids": [5]},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_interface_is_refused_by_name(
+    served: Live, field: dict[str, Any]
+) -> None:
+    body = {"model": "tiny", "max_tokens": 5, "messages": ASK}
+    answer = served.client.post(f"{served.url}/v1/messages", json=body | field)
+    assert answer.status_code == 400
+    assert next(iter(field)) in answer.json()["error"]["message"]
+    assert served.client.post(f"{served.url}/v1/messages", json=body).status_code == 200

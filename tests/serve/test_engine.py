@@ -18,6 +18,7 @@ from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.engine import Options, ServeEngine, backend_of
 from dsv4.serve.jobs import Event, Finish
 from tests.serve import small
+from tests.serve.faults import stale_ring_row, state_one_token_off
 from tests.serve.harness import Heard, ask, job
 from tests.serve.small import IDS, alone
 
@@ -77,25 +78,6 @@ def test_any_number_of_sequences(sequences: int) -> None:
         assert mismatches(sequences, max(1, sequences - seed), seed + 10) == []
 
 
-def _stale_ring_row(patch: pytest.MonkeyPatch) -> None:
-    right = SlotMemory.load_state
-
-    def wrong(self: SlotMemory, position: int, state: Tensor) -> None:
-        ring = self._rings[0].rows
-        before = ring[(position - 2) % len(ring)].clone()
-        right(self, position, state)
-        ring[(position - 2) % len(ring)] = before
-
-    patch.setattr(SlotMemory, "load_state", wrong)
-
-
-def _state_one_token_off(patch: pytest.MonkeyPatch) -> None:
-    right = SlotMemory.save_state
-    patch.setattr(
-        SlotMemory, "save_state", lambda self, position, state: right(self, position - 1, state)
-    )
-
-
 def _block_of_others(patch: pytest.MonkeyPatch) -> None:
     """The order of blocks is not looked at here: attention is over a set."""
     right = SlotMemory.load_blocks
@@ -119,7 +101,7 @@ def _slots_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "plant",
-    [_stale_ring_row, _state_one_token_off, _block_of_others],
+    [stale_ring_row, state_one_token_off, _block_of_others],
     ids=lambda plant: plant.__name__.strip("_").replace("_", " "),
 )
 def test_a_fault_of_what_is_remembered_is_noticed(

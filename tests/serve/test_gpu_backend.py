@@ -15,7 +15,6 @@ from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.gpu.batch import Batch
 from dsv4.runtime.gpu.program import Program
-from dsv4.runtime.snapshots import SlotMemory
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.engine import Options, ServeEngine, backend_of
@@ -25,6 +24,7 @@ from dsv4.serve.remembering import Memory
 from dsv4.serve.scheduler import Sharing
 from tests.runtime.gpu.test_rewind import FEW, Quick
 from tests.runtime.gpu.test_session import CPU, HostModel
+from tests.serve.faults import stale_ring_row, state_one_token_off
 from tests.serve.harness import Heard, ask, job
 
 CONFIG = dataclasses.replace(FEW, vocab_size=128)
@@ -213,25 +213,6 @@ def _rows_stay_where_they_were(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Batch, "_place", wrong)
 
 
-def _state_one_token_off(patch: pytest.MonkeyPatch) -> None:
-    right = SlotMemory.save_state
-    patch.setattr(
-        SlotMemory, "save_state", lambda self, position, state: right(self, position - 1, state)
-    )
-
-
-def _stale_ring_row(patch: pytest.MonkeyPatch) -> None:
-    right = SlotMemory.load_state
-
-    def wrong(self: SlotMemory, position: int, state: Tensor) -> None:
-        ring = self._rings[0].rows
-        before = ring[(position - 2) % len(ring)].clone()
-        right(self, position, state)
-        ring[(position - 2) % len(ring)] = before
-
-    patch.setattr(SlotMemory, "load_state", wrong)
-
-
 def _slots_mixed_up(patch: pytest.MonkeyPatch) -> None:
     right = Batch.begin
 
@@ -244,7 +225,7 @@ def _slots_mixed_up(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "plant",
-    [_rows_stay_where_they_were, _state_one_token_off, _stale_ring_row, _slots_mixed_up],
+    [_rows_stay_where_they_were, state_one_token_off, stale_ring_row, _slots_mixed_up],
     ids=lambda plant: plant.__name__.strip("_").replace("_", " "),
 )
 def test_a_planted_fault_is_noticed(

@@ -84,6 +84,25 @@ def _tool() -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f"}}
 
 
+def test_a_page_of_another_site_is_refused_without_a_key(script: Script) -> None:
+    """A browser sends it without asking: a body of text/plain needs no leave."""
+    access = Access(hosts=frozenset({"localhost", "127.0.0.1"}))
+    with live(ScriptedEngine(script), access=access) as running:
+        for origin, status in (
+            ("https://example.org", 403),
+            ("null", 403),
+            (running.url, 200),
+            ("http://localhost:3000", 200),
+        ):
+            headers = {"Origin": origin, "Content-Type": "text/plain"}
+            body = {"prompt": "hi", "max_tokens": 2}
+            content = json.dumps(body).encode()
+            answer = running.client.post(
+                f"{running.url}/v1/completions", content=content, headers=headers
+            )
+            assert answer.status_code == status, answer.text
+
+
 def test_names_that_are_not_this_machines(script: Script) -> None:
     access = Access(hosts=frozenset({"localhost", "127.0.0.1"}))
     with live(ScriptedEngine(script), access=access) as served:

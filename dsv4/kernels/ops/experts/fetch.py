@@ -23,13 +23,12 @@ from cutlass import Int32, Int64, range_constexpr
 from dsv4.kernels.device import global_memory
 from dsv4.kernels.device.asm import effect
 from dsv4.kernels.device.global_memory import Load
+from dsv4.kernels.ops.experts.fetch_contract import MAX_SPARE, NEVER
 
 THREADS = 256
 MAX_CHOICES = 128  # of all tokens together
-MAX_SPARE = 4096
 LINES = 8  # of 16 bytes that a thread has under way
 PIECE = THREADS * LINES * 16
-NEVER = 0x7FFFFFFF  # the age of a record that nothing lies in
 WANTED = -1  # the age of one that must stay
 CLOCK, ARRIVED = 0, 1  # in `state`
 

@@ -24,8 +24,8 @@ from dsv4.kernels.ops.experts.contract import Shape, random_choices
 
 IMPLEMENTATION = "dsv4.kernels.ops.experts.fetch:Fetch"
 CTAS = 16  # eight saturate the bus (H200)
-MAX_SPARE = 4096
-NEVER = 0x7FFFFFFF
+MAX_SPARE = 4096  # whose ages fit shared memory; a placement has at most twice a layer's experts
+NEVER = 0x7FFFFFFF  # the age of a record that nothing lies in
 WRITTEN = ("table", "owners", "used", "state", "counts", "fetched", "records")
 
 
