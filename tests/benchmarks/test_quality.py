@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks import quality as bench
+from benchmarks.__main__ import benchmarks as commands
 from benchmarks.peers import amax_rounding, modelopt_rounding
 from benchmarks.quality_table import cost_plot, cost_table
 from benchmarks.source_weights import SourceWeights
-from dsv4.commands.bench import bench as commands
 from dsv4.convert.engine import convert
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.numeric.operands import Fp8Matrix, Matrix
