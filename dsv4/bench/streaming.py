@@ -147,7 +147,7 @@ class _Run:
         texts = ("uniform", "skewed") if self.skew else ("uniform",)
         lines = [self._line(model, experts, False, text) for text in texts]
         memory.counted()
-        count(_session(model), Routes.of(model, texts[-1], 0))
+        count(_session(model), DrawnRoutes.of(model, texts[-1], 0))
         model.write_routes(self.routes)
         return lines
 
@@ -175,7 +175,7 @@ class _Run:
         session.reset()
         prompt = prompt_rate(session)
         memory.counted()
-        routes = Routes.of(model, text, 1)
+        routes = DrawnRoutes.of(model, text, 1)
         seconds, misses = decode(session, self.tokens, 5, routes)
         shares, _ = memory.counted()
         still += routes.seconds()
@@ -220,7 +220,7 @@ def log_popularity(experts: int, layer: int, text: int) -> Tensor:
     return torch.where(drawn > 0, above * drawn, below * drawn)
 
 
-class Routes:
+class DrawnRoutes:
     """Routers' biases for one step after the other. Closed, the store's own are back."""
 
     def __init__(self, biases: Sequence[Tensor], popularity: Sequence[Tensor], seed: int) -> None:
@@ -234,7 +234,7 @@ class Routes:
         self._taken = 0
 
     @classmethod
-    def of(cls, model: GpuModel, text: str, number: int) -> Routes:
+    def of(cls, model: GpuModel, text: str, number: int) -> DrawnRoutes:
         """For a text, uniform or skewed; `number` tells one text from another."""
         gates = [(one.index, one.gate.bias) for one in model.operands.layers]
         biases = [(index, bias) for index, bias in gates if bias is not None]
@@ -265,14 +265,14 @@ class Routes:
         return found
 
 
-def count(session: GpuSession, routes: Routes) -> None:
+def count(session: GpuSession, routes: DrawnRoutes) -> None:
     """A text to place by: tokens drawn, and a prompt."""
     decode(session, COUNTED, 11, routes)
     session.reset()
     session.forward(random_ids(session.model.config.vocab_size, COMPARED[0], 12), "last")
 
 
-def decode(session: GpuSession, tokens: int, seed: int, routes: Routes) -> tuple[float, float]:
+def decode(session: GpuSession, tokens: int, seed: int, routes: DrawnRoutes) -> tuple[float, float]:
     """Draw `tokens` tokens at random. -> seconds and misses of one, after WARM others."""
     memory, sampler = _memory(session.model), Sampler(temperature=1.0, seed=seed)
     session.reset()

@@ -161,7 +161,7 @@ def _lines(place: str, found: Fit, remedies: list[str]) -> list[str]:
         (
             "experts",
             f"{size(sizes.nbytes)}: {len(sizes.records)} layers x {sizes.experts} x "
-            f"{size(sizes.slot)}",
+            f"{size(sizes.record_nbytes)}",
         ),
         ("weights", f"{size(needs.arena + sizes.nbytes)} together"),
         ("caches", f"{size(needs.session.caches)}: {needs.context:,} tokens"),

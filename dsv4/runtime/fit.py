@@ -34,7 +34,7 @@ from dsv4.runtime.load.plan import ALONE, MODEL, Part, Share, part_of, plan_load
 from dsv4.runtime.load.records import record_of
 from dsv4.runtime.machines import KNOWN, Gpu
 from dsv4.runtime.session import capacity_of
-from dsv4.runtime.text.request import DEFAULT_MAX_SEQ_LEN
+from dsv4.runtime.text.request import RUN_MAX_SEQ_LEN
 
 MOST_GPUS = 1
 """That `dsv4 run` shares a model out to."""
@@ -83,7 +83,7 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
     config = store.config
     refuse_sizes(store)
     record_of(store)
-    wanted = min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    wanted = min(RUN_MAX_SEQ_LEN, config.max_position_embeddings)
     capacity = capacity_of(config, context or wanted)
     core = dict.fromkeys((*_KINDS, OTHERS), 0)
     tables = 0
@@ -138,7 +138,7 @@ class Fit:
     @property
     def pinned(self) -> int:
         """Bytes of host memory that hold them."""
-        return self.elsewhere * self.needs.experts.slot
+        return self.elsewhere * self.needs.experts.record_nbytes
 
     @property
     def reasons(self) -> list[str]:
@@ -168,7 +168,7 @@ class Fit:
     @property
     def miss_seconds(self) -> float:
         """Of a token for experts that are not."""
-        return self.misses * self.needs.experts.slot / self.gpu.bus
+        return self.misses * self.needs.experts.record_nbytes / self.gpu.bus
 
     @property
     def tokens_per_second(self) -> float:
@@ -210,7 +210,8 @@ class Fit:
             how = "by the counts of the routes file" if self.counted else "if all are chosen alike"
             yield (
                 f"misses {self.misses:.1f} of {choices} choices with none cached, {how}, x "
-                f"{size(own.experts.slot)} at {gpu.bus / 1e9:.0f} GB/s = {_ms(self.miss_seconds)}"
+                f"{size(own.experts.record_nbytes)} at {gpu.bus / 1e9:.0f} GB/s = "
+                f"{_ms(self.miss_seconds)}"
             )
         total = self.step_seconds + self.miss_seconds
         yield f"together {_ms(total)} a token: {1 / total:.0f} tokens/s"
@@ -253,9 +254,9 @@ def fit(
     known = counts if gpus == 1 else None
     refusal = None
     try:
-        placed = place_as_asked(experts, known, shape, sizes.slot, room, gpu.name)
+        placed = place_as_asked(experts, known, shape, sizes.record_nbytes, room, gpu.name)
     except OutOfSpaceError as error:
-        refusal, placed = str(error), _as_many_as_fit(known, shape, sizes.slot, room)
+        refusal, placed = str(error), _as_many_as_fit(known, shape, sizes.record_nbytes, room)
     return Fit(
         needs,
         gpu,

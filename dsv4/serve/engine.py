@@ -16,7 +16,7 @@ from dsv4.serve.gpu_backend import GpuBackend
 from dsv4.serve.jobs import Event, Job, Ticket
 from dsv4.serve.prefix_cache import PrefixCache
 from dsv4.serve.prefix_files import PrefixFiles
-from dsv4.serve.remembering import Memory, Remembering
+from dsv4.serve.remembering import MemoryOptions, Remembering
 from dsv4.serve.run import Run, checked
 from dsv4.serve.scheduler import Scheduler, Sharing
 from dsv4.serve.stats import Stats
@@ -36,7 +36,7 @@ class Options:
     prefix_bytes: int = PREFIX_BYTES
     root: bytes = b""
     sharing: Sharing = dataclasses.field(default_factory=Sharing)
-    memory: Memory = dataclasses.field(default_factory=Memory)
+    memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
 
 
 def backend_of(

@@ -16,7 +16,7 @@ from dsv4.serve.engine import PREFIX_BYTES, Options, ServeEngine, backend_of
 from dsv4.serve.jobs import Engine
 from dsv4.serve.prefix_files import PrefixFiles
 from dsv4.serve.record import LOG
-from dsv4.serve.remembering import Memory
+from dsv4.serve.remembering import MemoryOptions
 from dsv4.serve.scheduler import Sharing
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
         prefix_bytes=wanted.prefix_bytes,
         root=bytes.fromhex(packed.store.manifest["root"]),
         sharing=Sharing(max_pause=wanted.max_pause),
-        memory=Memory(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
+        memory=MemoryOptions(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
     )
 
     def ended() -> None:

@@ -20,7 +20,7 @@ PASSING_STATES = 2  # of an answer: the last ones stay
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class MemoryOptions:
     """reproducible: only what prompts computed is used again, so that a prompt gives the same
     bytes whether it was known or not. Else a conversation also goes on from what its answers left,
     which steps computed: the same numbers but for rounding. turn_id: the token that begins the
@@ -37,9 +37,9 @@ class Remembering:
     """cache: None to remember in slots alone."""
 
     def __init__(
-        self, backend: Backend, cache: PrefixCache | None, memory: Memory | None = None
+        self, backend: Backend, cache: PrefixCache | None, memory: MemoryOptions | None = None
     ) -> None:
-        self.backend, self.cache, self.memory = backend, cache, memory or Memory()
+        self.backend, self.cache, self.memory = backend, cache, memory or MemoryOptions()
 
     def keys(self, salt: bytes) -> Keys | None:
         """For a new run."""

@@ -26,7 +26,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> HostModel:
 
 def test_misses_are_those_of_the_measured_tokens(model: HostModel) -> None:
     session = streaming._session(model)
-    seconds, misses = streaming.decode(session, 3, 5, streaming.Routes.of(model, "uniform", 0))
+    seconds, misses = streaming.decode(session, 3, 5, streaming.DrawnRoutes.of(model, "uniform", 0))
     cold = SMALL.num_hidden_layers * SMALL.num_experts_per_tok
     assert seconds > 0 and 0 < misses <= cold
     memory = streaming._memory(model)
@@ -43,7 +43,7 @@ def test_routes_are_as_popular_as_was_asked_and_texts_differ(model: HostModel) -
 
     def chosen(text: str, number: int) -> np.ndarray:
         memory.counted()
-        streaming.decode(session, 30, 5, streaming.Routes.of(model, text, number))
+        streaming.decode(session, 30, 5, streaming.DrawnRoutes.of(model, text, number))
         return np.asarray(memory.counted()[0][SMALL.num_hash_layers :])
 
     even, skewed, other = chosen("uniform", 0), chosen("skewed", 0), chosen("skewed", 1)

@@ -101,8 +101,8 @@ def test_it_fits_exactly_where_a_load_and_a_session_do(
     """And as many experts stay on the GPU, and as many misses are expected, as the loader says."""
     needs = needs_of(store, context)
     counts = np.random.default_rng(3).pareto(1, (3, 8))
-    least = needs.beside + 2 * 8 * needs.experts.slot  # spare records for two layers
-    some = range(least, needs.whole, 3 * needs.experts.slot)
+    least = needs.beside + 2 * 8 * needs.experts.record_nbytes  # spare records for two layers
+    some = range(least, needs.whole, 3 * needs.experts.record_nbytes)
     ends = [*some, needs.arena, needs.whole, needs.beside + 40_000_000]
     fitted = []
     for free in sorted({end + more for end in ends for more in (-1, 0)}):
@@ -118,7 +118,9 @@ def test_it_fits_exactly_where_a_load_and_a_session_do(
             assert found.misses == placed.misses(known, 2)
     borders = {"auto": least, "resident": needs.whole, 40_000_000: needs.beside + 40_000_000}
     assert fitted[0][0] == borders[asked]
-    assert fitted[-1][1] == (24 if isinstance(asked, str) else 40_000_000 // needs.experts.slot)
+    assert fitted[-1][1] == (
+        24 if isinstance(asked, str) else 40_000_000 // needs.experts.record_nbytes
+    )
 
 
 def test_a_session_that_grew_is_noticed(
@@ -162,7 +164,7 @@ def test_flash_is_what_was_counted_of_it(flash: Nodes) -> None:
     misses and tokens/s of uniform routing near another arithmetic's (29 to 34, 77 to 87), which
     leaves no room for spare records and what runs beside."""
     needs = needs_of(flash, 131072)
-    assert needs.experts.slot == 14_155_776 and needs.experts.total == 11_008
+    assert needs.experts.record_nbytes == 14_155_776 and needs.experts.total == 11_008
     assert needs.experts.nbytes == 155_826_782_208
     h200 = fit(needs, machines.find("NVIDIA H200"))
     assert h200.fits and 0.86 < h200.resident / 11_008 < 0.89
@@ -186,14 +188,14 @@ def test_experts_are_never_over_budget_and_always_some_of_all(flash: Nodes) -> N
     frees = [*range(needs.beside - 10**9, needs.whole, 7 * 10**9), needs.whole]
     for free in frees:
         found = fit(needs, gpu, free=free)
-        taken = needs.beside + (found.resident + found.spare) * needs.experts.slot
+        taken = needs.beside + (found.resident + found.spare) * needs.experts.record_nbytes
         assert taken <= free or not found.fits
         assert found.resident >= before and found.resident + found.elsewhere == 11_008
-        assert found.pinned == found.elsewhere * needs.experts.slot
+        assert found.pinned == found.elsewhere * needs.experts.record_nbytes
         before = found.resident
     assert before == 11_008
     few = fit(needs, gpu, experts=10**10)
-    assert few.fits and few.resident + few.spare == 10**10 // needs.experts.slot
+    assert few.fits and few.resident + few.spare == 10**10 // needs.experts.record_nbytes
     (reason,) = fit(needs, gpu, experts="resident").reasons
     assert reason.startswith("the experts need 155.8 GB, h200 has 13")
     (reason,) = fit(needs, gpu, free=10**9).reasons

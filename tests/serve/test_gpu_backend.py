@@ -20,7 +20,7 @@ from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.engine import Options, ServeEngine, backend_of
 from dsv4.serve.gpu_backend import GpuBackend
 from dsv4.serve.jobs import Finish
-from dsv4.serve.remembering import Memory
+from dsv4.serve.remembering import MemoryOptions
 from dsv4.serve.scheduler import Sharing
 from tests.runtime.gpu.test_rewind import FEW, Quick
 from tests.runtime.gpu.test_session import CPU, HostModel
@@ -67,7 +67,7 @@ def alone(model: HostModel) -> list[list[int]]:
 def serving(model: HostModel, slots: int, **memory: Any) -> ServeEngine:
     backend = GpuBackend(model.engine(CAPACITY, slots=slots, chunk=CHUNK), block=BLOCK)
     # No time is left to answers alone: rows come and go while others read.
-    options = Options(queue=100, memory=Memory(**memory), sharing=Sharing(share=0.0))
+    options = Options(queue=100, memory=MemoryOptions(**memory), sharing=Sharing(share=0.0))
     return ServeEngine(backend, options)
 
 

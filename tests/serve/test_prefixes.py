@@ -18,7 +18,7 @@ from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.engine import Options, ServeEngine
 from dsv4.serve.prefix_cache import PrefixCache, common, packed
 from dsv4.serve.prefix_files import HEADER, PrefixFiles
-from dsv4.serve.remembering import Memory
+from dsv4.serve.remembering import MemoryOptions
 from tests.serve import small
 from tests.serve.harness import Heard, ask, job
 from tests.serve.small import BLOCK, IDS, alone
@@ -32,7 +32,7 @@ def _no_lines() -> None:
 
 
 def serving(files: PrefixFiles | None = None, slots: int = 1, **options: Any) -> ServeEngine:
-    memory = Memory(log=LINES.append, **options.pop("memory", {}))
+    memory = MemoryOptions(log=LINES.append, **options.pop("memory", {}))
     return ServeEngine(small.backend(slots), Options(memory=memory, **options), files)
 
 

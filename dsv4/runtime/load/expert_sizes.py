@@ -31,7 +31,7 @@ class ExpertSizes:
         return self.experts * len(self.records)
 
     @property
-    def slot(self) -> int:
+    def record_nbytes(self) -> int:
         """Bytes that hold any expert's record."""
         return max(self.records, default=0)
 

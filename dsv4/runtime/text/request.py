@@ -17,7 +17,7 @@ from dsv4.runtime.text.oneshot import answer_limit
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.runtime.text.tokenizer import Text
 
-DEFAULT_MAX_SEQ_LEN = 8192
+RUN_MAX_SEQ_LEN = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _room(asked: int | None, most: int) -> int:
         raise RuntimeRefusal(
             f"--max-seq-len is {asked}, expected 1 to {most} (the model's max_position_embeddings)"
         )
-    return min(DEFAULT_MAX_SEQ_LEN, most) if asked is None else asked
+    return min(RUN_MAX_SEQ_LEN, most) if asked is None else asked
 
 
 def _encode(prompt: str, text: Text, template: Template, raw: bool) -> list[int]:
