@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.cache import SLACK, LayerCache, allocate
+from dsv4.runtime.draft import Draft
 from dsv4.runtime.positions import RopeTables, Step
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
@@ -102,6 +103,16 @@ class SequenceBase(abc.ABC):
         result = torch.empty((rows, self._config.vocab_size), device=ids.device)
         self._feed(ids, result)
         return result
+
+    def propose(self, token: int, count: int) -> Draft:
+        """What the draft layers expect after `token`, the next one, which is not fed yet.
+
+        count: proposals, at least 1; fewer are the first rows of more. The sequence is as it was
+        afterwards. Raises RuntimeRefusal where the store has no draft layers, for a token that is
+        not in the vocabulary, a count that the draft layers do not have, before the first token is
+        fed, and where the sequence has no room for `token` and the proposals.
+        """
+        raise RuntimeRefusal("no draft layers are loaded, so there is nothing to propose with")
 
     def generate(
         self,
