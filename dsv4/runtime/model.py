@@ -61,10 +61,11 @@ class Model:
             self.drafter = made(read, self.embed, self.head.weight, dtype, numerics)
 
     def __repr__(self) -> str:
-        c, drafts = self.config, "" if self.drafter is None else ", draft layers"
+        c = self.config
+        parts = f"{c.num_hidden_layers} layers" + (", draft layers" if self.drafter else "")
         return (
-            f"<Model of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer{drafts}, "
-            f"on {self.device}, {self.dtype}, numerics {self.numerics}>"
+            f"<Model of {parts}, {c.n_routed_experts} experts a layer, on "
+            f"{self.device}, {self.dtype}, numerics {self.numerics}>"
         )
 
     def load_lines(self) -> Iterator[str]:
