@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.kernels.reference.attention import sparse_attention
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.norm import rms_norm
+from dsv4.kernels.reference.rope import apply_rope
 from dsv4.runtime import attention
 from dsv4.runtime.attention import Attention
 from dsv4.runtime.cache import WindowCache
@@ -32,12 +35,12 @@ from tests.runtime.official_drafts import (
 )
 from tests.runtime.small_models import DSPARK_SMALL, random_ids, random_weights
 
+Keys = Callable[[Tensor, Tensor, Tensor], Tensor]
 CONFIG = DSPARK_SMALL
 BLOCK = CONFIG.dspark_block_size or 0
 MARKOV, CONFIDENCE = "mtp.2.markov_head.markov_w", "mtp.2.confidence_head.proj.weight"
 
 last, propose, observe, follow = WindowCache.last, DSpark.propose, DSpark.observe, DSpark._follow
-over, apply_rope = Attention.over, attention.apply_rope
 
 
 @functools.cache
@@ -95,11 +98,13 @@ def taps_reversed(patch: pytest.MonkeyPatch) -> None:
 
 
 def norm_of_attention_on_the_context(patch: pytest.MonkeyPatch) -> None:
-    for stage in model().drafter.stages:  # type: ignore[union-attr]
+    drafter = model().drafter
+    assert isinstance(drafter, DSpark)
+    for stage in drafter.stages:
         right, norm = stage.attn.keys, stage.attn_hc.norm
 
-        def keys(x: Tensor, cos: Tensor, sin: Tensor, right=right, norm=norm) -> Tensor:  # type: ignore[no-untyped-def]
-            return right(rms_norm(x, norm, CONFIG.rms_norm_eps), cos, sin)
+        def keys(*at: Tensor, right: Keys = right, norm: Tensor = norm) -> Tensor:
+            return right(rms_norm(at[0], norm, CONFIG.rms_norm_eps), *at[1:])
 
         patch.setattr(stage.attn, "keys", keys)
 
@@ -194,10 +199,16 @@ def test_an_empty_markov_head_is_refused(factor: str) -> None:
         load(InMemoryWeights(CONFIG, weights), draft=DraftKind.DSPARK)
 
 
-@pytest.mark.parametrize("field", ["dspark_noise_token_id", "dspark_target_layer_ids"])
-def test_a_config_that_does_not_say_enough_is_refused(field: str) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, dspark_noise_token_id=None),
+        dataclasses.replace(CONFIG, dspark_target_layer_ids=None),
+    ],
+    ids=["noise", "layers"],
+)
+def test_a_config_that_does_not_say_enough_is_refused(config: ModelConfig) -> None:
     weights = random_weights(CONFIG, 0, DraftKind.DSPARK)
-    config = dataclasses.replace(CONFIG, **{field: None})
     with pytest.raises(RuntimeRefusal, match=r"does not have all of .* \(drafts=False\)"):
         load(InMemoryWeights(config, weights), draft=DraftKind.DSPARK)
 

@@ -13,6 +13,7 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.kernels.reference.linear import linear
 from dsv4.kernels.reference.norm import rms_norm
+from dsv4.kernels.reference.rope import apply_rope
 from dsv4.runtime import attention
 from dsv4.runtime.cache import WindowCache
 from dsv4.runtime.model import Model, load
@@ -33,12 +34,7 @@ from tests.runtime.small_models import MTP_SMALL, random_weights
 CONFIG = MTP_SMALL
 EPS = CONFIG.rms_norm_eps
 
-last, propose, observe, apply_rope = (
-    WindowCache.last,
-    Mtp.propose,
-    Mtp.observe,
-    attention.apply_rope,
-)
+last, propose, observe = WindowCache.last, Mtp.propose, Mtp.observe
 
 
 @functools.cache
