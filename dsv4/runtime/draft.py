@@ -21,6 +21,7 @@ from torch import Tensor
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.cache import SLACK, WindowCache
+from dsv4.runtime.layer import embedded
 from dsv4.runtime.positions import RopeTable, RopeTables, Step
 
 CHECK_TOKENS = 8  # that the check of a load pretends to have read
@@ -56,9 +57,6 @@ class Drafter(Protocol):
     def empty_context(self) -> tuple[WindowCache, ...]:
         """What it keeps of a sequence, before the first token."""
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Embeddings of ids int64 `[T]`, copied into the residual streams: `[T, m, D]`."""
-
     def observe(
         self, tapped: Sequence[Tensor], step: Step, context: tuple[WindowCache, ...]
     ) -> None:
@@ -82,17 +80,20 @@ def ring(window: int, width: int, dtype: torch.dtype, device: torch.device) -> W
     return WindowCache(torch.zeros((window + SLACK, width), dtype=dtype, device=device), window)
 
 
-def check_drafter(drafter: Drafter, config: ModelConfig, device: torch.device) -> None:
+def check_drafter(drafter: Drafter, config: ModelConfig, embed: Tensor, dtype: torch.dtype) -> None:
     """Draft from fixed ids, with their embeddings in place of what the backbone computes.
 
-    Raises RuntimeRefusal where that shows layers that cannot draft: logits that are not finite, or
-    the same whatever is asked.
+    embed: the model's `[vocab, D]`; dtype: of activations. Raises RuntimeRefusal where that shows
+    layers that cannot draft: logits that are not finite, or the same id whatever is asked.
     """
-    ids = torch.arange(1, 1 + CHECK_TOKENS, device=device) * 31 % config.vocab_size
-    tables = RopeTables.build(config, CHECK_TOKENS + drafter.most, device)
+    ids = torch.arange(1, 1 + CHECK_TOKENS, device=embed.device) * 31 % config.vocab_size
+    tables = RopeTables.build(config, CHECK_TOKENS + drafter.most, embed.device)
     context = drafter.empty_context()
     with torch.no_grad():
-        tapped = [drafter.embedded(ids.roll(shift)) for shift in range(len(drafter.tapped))]
+        tapped = [
+            embedded(embed, ids.roll(shift), dtype, config.hc_mult)
+            for shift in range(len(drafter.tapped))
+        ]
         drafter.observe(tapped, Step(ids, 0, config.sliding_window, tables), context)
         drafts = [
             drafter.propose(token, drafter.most, CHECK_TOKENS, tables.sliding, context)

@@ -30,7 +30,7 @@ from dsv4.kernels.reference.norm import rms_norm
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.cache import WindowCache
 from dsv4.runtime.draft import Draft, ring
-from dsv4.runtime.layer import Head, Layer
+from dsv4.runtime.layer import Head, Layer, embedded
 from dsv4.runtime.positions import RopeTable, Step
 from dsv4.runtime.weights import WeightReader
 
@@ -76,11 +76,6 @@ class DSpark:
         c, device = self.config, self.embed.device
         return tuple(ring(c.sliding_window, c.head_dim, self.dtype, device) for _ in self.stages)
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """See `Drafter`."""
-        rows = self.embed[ids].to(self.dtype)
-        return rows[:, None].expand(-1, self.config.hc_mult, -1)
-
     def observe(
         self, tapped: Sequence[Tensor], step: Step, context: tuple[WindowCache, ...]
     ) -> None:
@@ -106,7 +101,7 @@ class DSpark:
         ids = torch.full((self.most,), self.noise, device=self.embed.device)
         ids[0] = token
         cos, sin = table.at(position, self.most)
-        streams = self.embedded(ids)
+        streams = embedded(self.embed, ids, self.dtype, self.config.hc_mult)
         for stage, cache in zip(self.stages, context, strict=True):
             past = cache.last(cache.window, position)
 

@@ -22,6 +22,11 @@ from dsv4.runtime.positions import Step
 from dsv4.runtime.weights import WeightReader
 
 
+def embedded(table: Tensor, ids: Tensor, dtype: torch.dtype, streams: int) -> Tensor:
+    """Rows of `table [vocab, D]`, each copied into the residual streams: `[T, streams, D]`."""
+    return table[ids].to(dtype)[:, None].expand(-1, streams, -1)
+
+
 class HyperConnection:
     """Collapses the streams into a sublayer's normed input and spreads its output over them."""
 

@@ -25,7 +25,7 @@ from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.cache import LayerCache, WindowCache
 from dsv4.runtime.draft import Drafter, check_drafter
 from dsv4.runtime.dspark import DSpark
-from dsv4.runtime.layer import Head, Layer
+from dsv4.runtime.layer import Head, Layer, embedded
 from dsv4.runtime.mtp import Mtp
 from dsv4.runtime.positions import Step
 from dsv4.runtime.session import Session
@@ -90,8 +90,7 @@ class Model:
         context: what the drafter keeps of the sequence; nothing without one.
         """
         tapped: list[Tensor] = []
-        embedded = self.embed[step.ids].to(self.dtype)
-        streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
+        streams = embedded(self.embed, step.ids, self.dtype, self.config.hc_mult)
         for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             streams = layer(streams, step, cache)
             if self.drafter is not None and number in self.drafter.tapped:
@@ -123,7 +122,7 @@ def load(
         raise no_gpu()
     model = Model(WeightReader(weights, target), dtype, numerics_named(numerics), draft)
     if model.drafter is not None:
-        check_drafter(model.drafter, weights.config, target)
+        check_drafter(model.drafter, weights.config, model.embed, dtype)
     return model
 
 

@@ -72,11 +72,6 @@ class Mtp:
             ring(1, c.hc_mult * c.hidden_size, self.dtype, device),
         )
 
-    def embedded(self, ids: Tensor) -> Tensor:
-        """See `Drafter`."""
-        rows = self.embed[ids].to(self.dtype)
-        return rows[:, None].expand(-1, self.config.hc_mult, -1)
-
     def observe(
         self, tapped: Sequence[Tensor], step: Step, context: tuple[WindowCache, ...]
     ) -> None:
