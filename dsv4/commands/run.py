@@ -119,6 +119,7 @@ def _prepared(
 
 def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline: Timeline) -> None:
     from dsv4.commands.chat_terminal import Writer, say
+    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.oneshot import answer
 
     ids, limit = request.ids or [], request.max_new_tokens or 1
@@ -141,6 +142,7 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
         stop_ids=request.stop_ids,
         thinking=request.template.thinking,
         stop=request.stop,
+        drafter=drafter(session, wish.draft),
     )
     if wish.as_json:
         print_json(result.to_dict() | {"start": timeline.phases})
@@ -150,6 +152,9 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
             say(f"cut after {limit} tokens; {request.cut}")
         if not wish.quiet:
             say(_summary(result.timings))
+    drafts = result.timings.drafts
+    if wish.draft != "auto" and drafts is not None and (warning := drafts.warning()) is not None:
+        notice(warning)
     if wish.verbose:
         say(timeline.line())
     if result.finish == "interrupted":
@@ -157,25 +162,30 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
 
 
 def _summary(timings: Timings) -> str:
-    return (
+    line = (
         f"{timings.prompt_tokens} prompt tokens, {timings.generated_tokens} generated, first after "
         f"{timings.first_token_seconds:.2f} s, then {timings.tokens_per_second:.1f} tokens/s"
     )
+    drafts = "" if timings.drafts is None else timings.drafts.line()
+    return f"{line}; {drafts}" if drafts else line
 
 
 def _chat(packed: PackedCheckpoint, model: Model | GpuModel, request: Request, wish: Wish) -> None:
     from dsv4.commands.chat_terminal import open_screen
     from dsv4.runtime.text.chat import Chat
+    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.repl import interactive
 
+    session = model.session(max_seq_len=request.max_seq_len)
     chat = Chat(
-        model.session(max_seq_len=request.max_seq_len),
+        session,
         request.needed_text,
         request.sampler,
         template=request.template,
         eos_token_ids=request.stop_ids,
         max_new_tokens=request.max_new_tokens,
         stop=request.stop,
+        drafter=drafter(session, wish.draft),
     )
     screen = open_screen(quiet=wish.quiet)
     # From here on Ctrl-C ends an answer, whatever is imported for it, and not the program.

@@ -68,6 +68,8 @@ def torchless(tmp_path: Path) -> str:
         (("--prompt", "a", "--effort", "medium"), "'medium' is not one of"),
         (("--prompt", "a", "--device", "tpu"), "'tpu' is not one of"),
         (("--prompt", "a", "--stop", ""), "'--stop': the text is empty"),
+        (("--prompt", "a", "--draft", "8"), "'8' is not auto, off or 0 to 7: a step has 8 rows"),
+        (("--prompt", "a", "--draft", "on"), "'on' is not auto, off or 0 to 7"),
         (("--prompt", "a", "--tokens", "1"), "--prompt and --tokens exclude each other"),
         (("--tokens", "1", "--system", "a"), "--system and --think need the chat template"),
         (("--prompt", "a", "--raw", "--think"), "--system and --think need the chat template"),
@@ -163,6 +165,21 @@ def test_quiet_says_nothing_and_verbose_says_what_starting_took(standard_store: 
     normal = run(standard_store, *one).stderr.decode()
     assert "tokens/s" in normal and "interpreter" not in normal
     assert "interpreter" in run(standard_store, *one, "--verbose").stderr.decode()
+
+
+def test_drafts_change_what_is_said_of_an_answer_and_not_the_answer(standard_store: Path) -> None:
+    """A prompt that repeats itself has something to look up, at whatever is drawn."""
+    ask = ("--tokens", ",".join(["7,8,9,10"] * 6), "--seed", "2", "--max-new-tokens", "12")
+    plain = json.loads(run(standard_store, *ask, "--json", "--draft", "off").stdout)
+    drafted = json.loads(run(standard_store, *ask, "--json", "--draft", "3").stdout)
+    assert plain["generated_tokens"] == drafted["generated_tokens"]
+    assert plain["timings"]["drafts"] is None
+    drafts = drafted["timings"]["drafts"]
+    assert drafts["proposer"] == "prompt lookup" and len(drafts["proposed"]) <= 3
+    assert drafts["rounds"] + drafts["steps"] == drafted["timings"]["decode_steps"]
+    assert drafted["timings"]["decode_tokens"] == plain["timings"]["decode_steps"]
+    line = run(standard_store, *ask, "--draft", "3").stderr.decode().splitlines()[-1]
+    assert ("; drafts by prompt lookup: " in line) == (drafts["rounds"] > 0)
 
 
 def test_stdout_holds_the_answer_alone_while_the_model_thinks(standard_store: Path) -> None:

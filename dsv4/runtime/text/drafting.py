@@ -142,6 +142,18 @@ class Drafts:
             for place in range(count):
                 counts[place] += 1
 
+    def line(self) -> str:
+        """For people; empty where no round had a draft."""
+        if not self.rounds:
+            return ""
+        places = zip(self.accepted, self.proposed, strict=True)
+        accepted = ", ".join(f"{right}/{all_}" for right, all_ in places)
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        return (
+            f"drafts by {self.proposer}: {rounds}, {self.mean_length:.2f} tokens and "
+            f"{self.round_milliseconds:.1f} ms each, accepted {accepted}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self) | {
@@ -150,20 +162,22 @@ class Drafts:
         }
 
     def warning(self) -> str | None:
-        """What is wrong with an answer that was to be drafted and was not, as a sentence."""
-        if self.rounds + self.steps < _MANY:
-            return None
-        if not self.rounds:
-            return f"{self.proposer} proposed nothing in {self.steps} steps; --draft off says so"
-        if self.mean_length < _POOR and self.rounds >= _MANY:
+        """Of many steps nothing was drafted, or hardly a draft was right: a sentence."""
+        if not self.rounds and self.steps >= _MANY:
             return (
-                f"of {sum(self.proposed)} drafts by {self.proposer}, {sum(self.accepted)} were "
-                f"accepted, in {self.rounds} rounds: --draft auto or off is faster"
+                f"{self.proposer} proposed nothing in {self.steps} steps, expected drafts in most; "
+                "--draft off does without"
+            )
+        if self.rounds >= _MANY and self.mean_length < _POOR:
+            return (
+                f"{sum(self.accepted)} of {sum(self.proposed)} drafts by {self.proposer} were "
+                f"accepted in {self.rounds} rounds, expected at least one in "
+                f"{1 / (_POOR - 1):.0f} rounds; --draft off is faster"
             )
         return None
 
 
-_MANY, _POOR = 256, 1.1
+_MANY, _POOR = 256, 1.1  # steps that say enough; tokens a round that drafting is not worth
 
 
 class Drafter:
@@ -229,7 +243,8 @@ class Auto:
         self._seen: Counter[int] = Counter()
         self._pause = 0
         self._sure = False  # whether proposals say how likely they are, which decides then
-        self._begin()
+        self._length, self._rounds = min(TRIES, most), 0
+        self._tokens = self._cost = 1.0  # of a round: tokens, and time in plain steps
 
     @property
     def most(self) -> int:
@@ -256,7 +271,9 @@ class Auto:
             return
         if not tried:
             return
-        cost = self._seconds.get(kind, 0.0) / self._seconds[1] or 1 + ROW_COST * proposed
+        cost = 1 + ROW_COST * proposed
+        if kind in self._seconds:
+            cost = self._seconds[kind] / self._seconds[1]
         self._cost += _NEW * (cost - self._cost)
         self._tokens += _NEW * (1 + accepted - self._tokens)
         more = self._limit if self._sure else 2 if accepted == proposed else -1
@@ -264,12 +281,8 @@ class Auto:
         self._rounds += 1
         if self._rounds >= TRIES and self._tokens < self._cost:
             self._pause = PAUSE
-            self._begin()
-
-    def _begin(self) -> None:
-        self._length = min(TRIES, self._limit)
-        self._tokens = self._cost = 1.0  # of a round: tokens, and time in plain steps
-        self._rounds = 0
+            self._length, self._rounds = min(TRIES, self._limit), 0
+            self._tokens = self._cost = 1.0
 
     def _time(self, kind: int, seconds: float) -> None:
         self._seen[kind] += 1

@@ -278,7 +278,7 @@ class Lookahead:
         if self._drawing is not None and self._sampler.host_reason() is None:
             self._rows.extend(self._drawing.append_and_draw_each(ids, self._sampler).tolist())
         else:
-            self._rows.extend(self._session.forward(ids).cpu().split(1))
+            self._rows.extend(torch.split(self._session.forward(ids).cpu(), 1))
         self._running = False
         return self._draw()
 
