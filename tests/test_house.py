@@ -40,8 +40,8 @@ MOST_LINES = {
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
     "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000.
-    "the wheel": (54_700, ("**",)),
+    # The target is 31,000; a bare step and the next turn in `bench serve` took 60.
+    "the wheel": (54_760, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",
