@@ -35,13 +35,13 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        20_900,
+        21_500,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
     "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000; a bare step and the next turn in `bench serve` took 60.
-    "the wheel": (54_760, ("**",)),
+    "the wheel": (55_400, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

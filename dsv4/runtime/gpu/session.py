@@ -68,6 +68,9 @@ class GpuSession(SequenceBase):
                 self._note(self._position + 1, chunk=False)
                 self._decode_program(1).replay()
                 self._position += 1
+        elif ids.shape == (1,):
+            self.append_and_draw_each(ids, sampler)
+            self._sampler = sampler
         else:
             logits = self.forward(ids, "last")
             with self._changing():
