@@ -1,9 +1,9 @@
 """One DSpark stage under autograd: what `dsv4.runtime.dspark` computes, for many anchors at once.
 
 Weights are a dict by hub name without `mtp.0.`; routed experts are stacks `ffn.experts.w1`, `w2`
-and `w3`. Matrix products run in BF16, all else in FP32. Which token a row follows is told, so all rows
-of a block are computed together: row i of anchor p gets the embedding of the token at p + 1 (i = 0)
-or of noise, and predicts the token at p + 2 + i.
+and `w3`. Matrix products run in BF16 if not told otherwise, all else in FP32. Which token a row
+follows is told, so all rows of a block are computed together: row i of anchor p gets the embedding
+of the token at p + 1 (i = 0) or of noise, and predicts the token at p + 2 + i.
 """
 
 from __future__ import annotations
@@ -36,10 +36,27 @@ class Rows:
 
 
 class Stage:
-    """A stage that is the first and the last. embed, head: float32 `[vocab, D]`, the backbone's."""
+    """A stage that is the first and the last. embed, head: float32 `[vocab, D]`, the backbone's;
+    length: of the longest sequence.
 
-    def __init__(self, config: ModelConfig, embed: Tensor, head: Tensor, length: int) -> None:
-        self.config, self.embed, self.head = config, embed, head.bfloat16()
+    nearness: how much of a score each token's distance from the block takes away. Attention that is
+    spread over the window learns little; a trainer begins with some and ends with 0, which is
+    DSpark.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embed: Tensor,
+        head: Tensor,
+        length: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.config, self.embed, self.head, self.dtype = config, embed, head, dtype
+        self.nearness = 0.0
+        noise = torch.full((self.rows,), 4.0)
+        noise[0] = 0.0
+        self._distance = torch.cat([torch.arange(config.sliding_window, 0, -1) - 1.0, noise])
         frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, None)
         self.cos, self.sin = rope_table(frequencies, torch.arange(length + self.rows))
 
@@ -70,19 +87,19 @@ class Stage:
         streams = self._sublayer(w, "ffn", streams, lambda x: self._experts(w, x, load))
         y = self._collapse(w, streams).unflatten(0, tokens.shape)
         before = w["markov_head.markov_w1.weight"][tokens]
-        logits = linear(self._norm(y, w["norm.weight"]), self.head)
-        logits = logits + linear(before, w["markov_head.markov_w2.weight"])
+        logits = self.linear(self._norm(y, w["norm.weight"]), self.head)
+        logits = logits + self.linear(before, w["markov_head.markov_w2.weight"])
         confidence = torch.cat([y, before], -1) @ w["confidence_head.proj.weight"][0]
         return Rows(logits, confidence, load)
 
     def _context(self, w: Weights, taps: Tensor) -> Tensor:
         """Keys of every token, `[B S, head_dim]`."""
-        main = self._norm(linear(taps, w["main_proj.weight"]), w["main_norm.weight"])
+        main = self._norm(self.linear(taps, w["main_proj.weight"]), w["main_norm.weight"])
         at = torch.arange(taps.shape[1]).repeat(taps.shape[0])
         return self._keys(w, main.flatten(0, 1), at)
 
     def _keys(self, w: Weights, x: Tensor, at: Tensor) -> Tensor:
-        kv = self._norm(linear(x, w["attn.wkv.weight"]), w["attn.kv_norm.weight"])
+        kv = self._norm(self.linear(x, w["attn.wkv.weight"]), w["attn.kv_norm.weight"])
         return apply_rope(kv, self.cos[at], self.sin[at])
 
     def _attention(self, w: Weights, x: Tensor, past: Tensor, hidden: Tensor, at: Tensor) -> Tensor:
@@ -90,21 +107,22 @@ class Stage:
         c = self.config
         heads, width, rows = c.num_attention_heads, c.head_dim, self.rows
         cos, sin = self.cos[at], self.sin[at]
-        latent = self._norm(linear(x, w["attn.wq_a.weight"]), w["attn.q_norm.weight"])
-        q = linear(latent, w["attn.wq_b.weight"]).unflatten(-1, (heads, width))
+        latent = self._norm(self.linear(x, w["attn.wq_a.weight"]), w["attn.q_norm.weight"])
+        q = self.linear(latent, w["attn.wq_b.weight"]).unflatten(-1, (heads, width))
         q = apply_rope(F.rms_norm(q, (width,), eps=c.rms_norm_eps), cos, sin)
         block = self._keys(w, x, at).unflatten(0, (-1, rows))
-        keys = torch.cat([past, block], 1).bfloat16()
-        q = q.unflatten(0, (-1, rows)).flatten(1, 2).bfloat16()  # [N, rows heads, d]
+        keys = torch.cat([past, block], 1).to(self.dtype)
+        q = q.unflatten(0, (-1, rows)).flatten(1, 2).to(self.dtype)  # [N, rows heads, d]
         scores = (q @ keys.transpose(1, 2)).float() * width**-0.5
+        scores = scores - self.nearness * self._distance
         scores = scores.masked_fill(F.pad(hidden, (0, rows))[:, None], float("-inf"))
         sinks = w["attn.attn_sink"].repeat(rows)[None, :, None].expand(len(q), -1, 1)
-        shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].bfloat16()
+        shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1].to(self.dtype)
         o = (shares @ keys).float().unflatten(1, (rows, heads)).flatten(0, 1)
         o = apply_rope(o, cos, sin, inverse=True).unflatten(1, (c.o_groups, -1)).flatten(2)
         parts = w["attn.wo_a.weight"].chunk(c.o_groups)
-        z = torch.cat([linear(o[:, group], part) for group, part in enumerate(parts)], -1)
-        return linear(z, w["attn.wo_b.weight"])
+        z = torch.cat([self.linear(o[:, group], part) for group, part in enumerate(parts)], -1)
+        return self.linear(z, w["attn.wo_b.weight"])
 
     def _experts(self, w: Weights, x: Tensor, load: Tensor) -> Tensor:
         c = self.config
@@ -130,9 +148,9 @@ class Stage:
         self, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, share: Tensor | None = None
     ) -> Tensor:
         limit = self.config.swiglu_limit
-        gate, up = linear(x, w1).clamp(max=limit), linear(x, w3).clamp(-limit, limit)
+        gate, up = self.linear(x, w1).clamp(max=limit), self.linear(x, w3).clamp(-limit, limit)
         inner = F.silu(gate) * up
-        return linear(inner if share is None else inner * share[:, None], w2)
+        return self.linear(inner if share is None else inner * share[:, None], w2)
 
     def _sublayer(
         self, w: Weights, name: str, streams: Tensor, through: Callable[[Tensor], Tensor]
@@ -158,7 +176,6 @@ class Stage:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
-
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """`x wᵀ`, in BF16 with a float32 result."""
-    return F.linear(x.bfloat16(), w.bfloat16()).float()
+    def linear(self, x: Tensor, w: Tensor) -> Tensor:
+        """`x wᵀ`, float32."""
+        return F.linear(x.to(self.dtype), w.to(self.dtype)).float()

@@ -6,12 +6,12 @@
     python examples/train_draft.py export work CHECKPOINT DIR   CHECKPOINT with the stage
 
 Run from the repository's root with it on PYTHONPATH. The backbone is only read: its files are
-copied into DIR byte by byte. Loss of a row, as in "DSpark" (arXiv 2607.05147): total variation between the
-stage's distribution and the backbone's, cross entropy with the backbone's, which leads at first as
-total variation hardly moves a token that is unlikely, and the confidence's against 1 - total
-variation, the chance that such a row is accepted; a row weighs exp(-i / DECAY). The first weights
-are the backbone's last layer, and for the last part of the run experts and dense matrices see
-themselves in MXFP4 and FP8. One thread and a seed give the same bytes on the same machine.
+copied into DIR byte by byte. Loss of a row, as in "DSpark" (arXiv 2607.05147): total variation
+between the stage's distribution and the backbone's, cross entropy with the backbone's, which leads
+at first as total variation hardly moves a token that is unlikely, and the confidence's against
+1 - total variation, the chance that such a row is accepted; row i weighs exp(-i / DECAY). In the
+first part of the run attention is drawn to what is near, in the last all weights see themselves as
+the official format holds them. One thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import tiny_formats
 import tiny_model
 import torch
 from safetensors.torch import load_file, save, save_file
-from tiny_dspark import Rows, Stage, Weights, linear
+from tiny_dspark import Rows, Stage, Weights
 from tiny_teacher import WINDOW, teach
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -45,17 +45,18 @@ from dsv4.synthetic.tokenizer import NOISE
 from dsv4.synthetic.weights import scale_name
 
 BATCH, ANCHORS = 2, 192  # sequences of a step, and blocks in each
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 LAST_RATE = 0.02  # of the learning rate
 WARMUP = 50
 CLIP = 1.0
 BALANCE_RATE = 1e-2  # how fast the router's bias moves
-STEPS = 2000
+STEPS = 1300
 ROUNDED_SHARE = 0.3  # of the steps, at the end
 DECAY = 4.0  # rows
 LEAST_CROSS_ENTROPY = 0.1  # its weight at the end; at the start 1
 EVALUATIONS = 10
 BIGRAM_STEPS = 300
+NEARNESS, NEAR_SHARE = 0.5, 0.5  # at the start; of the steps, until it is 0
 STAGE = "mtp.0."
 
 _Start = tuple[Weights, Weights]  # the stage's, by name without `mtp.0.`; embedding and head
@@ -150,9 +151,9 @@ def rounded(name: str, master: Tensor, kinds: dict[str, Kind]) -> Tensor:
     return master.bfloat16().float() if kinds[name] is Kind.PLAIN else master
 
 
-def losses(rows: Rows, hidden: Tensor, head: Tensor, cross_entropy: float) -> tuple[Tensor, Tensor]:
-    """-> what is minimised; total variation by row `[rows]`."""
-    truth = linear(hidden, head).log_softmax(-1)
+def losses(rows: Rows, truth: Tensor, cross_entropy: float) -> tuple[Tensor, Tensor]:
+    """truth: the backbone's logits. -> what is minimised; total variation by row `[rows]`."""
+    truth = truth.log_softmax(-1)
     mine = rows.logits.log_softmax(-1)
     p, q = truth.exp(), mine.exp()
     variation = 0.5 * (p - q).abs().sum(-1)
@@ -191,11 +192,12 @@ def train(work: Path, checkpoint: Path, steps: int, seed: int) -> None:
         rate *= LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * part))
         for group in optimizer.param_groups:
             group["lr"] = rate
+        stage.nearness = NEARNESS * max(1 - part / NEAR_SHARE, 0.0)
         chosen = torch.randint(len(taught["ids"]), (BATCH,), generator=draw)
         anchors = torch.randint(WINDOW - 1 - stage.rows, (BATCH, ANCHORS), generator=draw)
-        rows, hidden = _run(stage, seen, taught, chosen, anchors)
+        rows, truth = _run(stage, seen, taught, chosen, anchors)
         fall = 1 - (1 - LEAST_CROSS_ENTROPY) * min(max((part - 0.3) / 0.4, 0.0), 1.0)
-        loss, variation = losses(rows, hidden, stage.head, fall)
+        loss, variation = losses(rows, truth, fall)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(learnt.values(), CLIP)
         optimizer.step()
@@ -224,10 +226,11 @@ def train(work: Path, checkpoint: Path, steps: int, seed: int) -> None:
 def _run(
     stage: Stage, w: Weights, taught: Weights, chosen: Tensor, anchors: Tensor
 ) -> tuple[Rows, Tensor]:
-    """-> the stage's rows, and what the backbone's head multiplies with there `[N, rows, D]`."""
+    """-> the stage's rows, and the backbone's logits there `[N, rows, vocab]`."""
     rows = stage(w, taught["taps"][chosen].float(), taught["ids"][chosen], anchors)
     at = anchors[..., None] + 1 + torch.arange(stage.rows)
-    return rows, taught["hidden"][chosen[:, None, None], at].flatten(0, 1)
+    hidden = taught["hidden"][chosen[:, None, None], at].flatten(0, 1)
+    return rows, stage.linear(hidden, stage.head)
 
 
 @torch.no_grad()
@@ -236,8 +239,8 @@ def _greedy(stage: Stage, w: Weights, taught: Weights) -> list[float]:
     spread = torch.arange(0, WINDOW - 1 - stage.rows, 13)
     right = []
     for number in range(len(taught["ids"])):
-        rows, hidden = _run(stage, w, taught, torch.tensor([number]), spread[None])
-        right.append(rows.logits.argmax(-1) == linear(hidden, stage.head).argmax(-1))
+        rows, truth = _run(stage, w, taught, torch.tensor([number]), spread[None])
+        right.append(rows.logits.argmax(-1) == truth.argmax(-1))
     return [round(x, 4) for x in torch.cat(right).long().cumprod(1).float().mean(0).tolist()]
 
 
