@@ -26,6 +26,7 @@ from dsv4.commands.console import (
     write_report,
 )
 from dsv4.commands.exit_codes import EXIT_FAILED, endings
+from dsv4.commands.export import export
 from dsv4.commands.fit import fit
 from dsv4.commands.kernels import kernels
 from dsv4.commands.options import (
@@ -51,6 +52,7 @@ ORDER = (
     "validate",
     "repair",
     "inspect",
+    "export",
     "fit",
     "run",
     "serve",
@@ -387,6 +389,7 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
+cli.add_command(export)
 cli.add_command(fit)
 cli.add_command(run)
 cli.add_command(serve)
