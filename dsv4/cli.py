@@ -72,7 +72,8 @@ What was interrupted continues when the same command is given again.
 Environment:
   HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE   as huggingface_hub reads them
   HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE  the way to the hub
-  DSV4_KERNELS      the folder that `dsv4 kernels build` filled
+  DSV4_KERNELS      the one folder to look for kernels in; else the user's cache
+                    folder, then installed wheels
   OMP_NUM_THREADS   threads of a computation on the CPU
   NO_COLOR          no colours
 

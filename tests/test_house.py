@@ -23,6 +23,7 @@ ALLOWED = {
     "runtime": {"runtime", "kernels", "formats"},
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
+    "export": {"export", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
@@ -35,13 +36,14 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        20_900,
+        21_000,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
-    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
-    "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000.
-    "the wheel": (54_700, ("**",)),
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories, 160
+    # wheels of kernels and where they are found.
+    "kernels": (15_800, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 31,000; 1,000 of these lines are the export, 270 `dsv4 info`.
+    "the wheel": (56_600, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

@@ -96,9 +96,8 @@ class Library:
         searched = locations(arch) if location is None else [location]
         self._places = [place for one in searched if (place := _place(one, arch)) is not None]
         if not self._places:
-            wheel = (
-                "" if len(searched) > 1 or location is not None else ", nor does an installed wheel"
-            )
+            everywhere = location is None and not os.environ.get(LOCATION)
+            wheel = ", nor does an installed wheel" if everywhere else ""
             raise KernelError(
                 f"{self.location} holds no kernels for {arch}{wheel}; {self._command()} makes them"
             )
