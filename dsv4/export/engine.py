@@ -276,8 +276,10 @@ class _Work:
         there = [shard for shard in plan.shards if directory.has(shard)]
         self._missing = [shard for shard in plan.shards if shard not in there]
         self.resumed = len(there)
+        self._total = sum(map(_payload, plan.shards))
         self._bytes = self._resumed_bytes = sum(_payload(shard) for shard in there)
         self._tensors = sum(len(piece.names) for shard in there for piece in shard.pieces)
+        self._all_tensors = plan.tensors
 
     def run(self, workers: int) -> None:
         """Write them all. Raises what the first failure raised, once all threads have stopped."""
@@ -316,14 +318,13 @@ class _Work:
             self._tensors += tensors
             if self._progress is None:
                 return
-            total = sum(map(_payload, self._plan.shards))
             self._progress(
                 Event(
                     f"{path}/",
                     self._bytes,
-                    total,
+                    self._total,
                     self._tensors,
-                    self._plan.tensors,
+                    self._all_tensors,
                     self._resumed_bytes,
                     None,
                 )

@@ -8,7 +8,6 @@ it, as in NVIDIA's releases, whose readers expect it.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from dsv4.export.pieces import (
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.errors import ConfigError
 from dsv4.formats.model.safetensors_header import DTYPE_BITS, LENGTH_BYTES
+from dsv4.formats.model.user_names import matches
 from dsv4.formats.numeric.codecs import MXFP4_BLOCK
 from dsv4.formats.numeric.operands import NVFP4_BLOCK
 from dsv4.formats.plain_text import counted, first
@@ -53,7 +53,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Bytes of the file; adds up all pieces."""
         return len(self.head) + sum(piece.nbytes for piece in self.pieces)
 
 
@@ -262,14 +262,13 @@ def _shard(packed: PackedCheckpoint, name: str, pieces: Sequence[Piece]) -> Shar
 
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+    return any(matches(glob, name) for glob in globs)
 
 
 def _refuse_idle(packed: PackedCheckpoint, globs: Sequence[str]) -> None:
     for glob in globs:
-        if not any(
-            packed.format_of(name) == "nvfp4" for name in fnmatch.filter(packed.names(), glob)
-        ):
+        names = (name for name in packed.names() if packed.format_of(name) == "nvfp4")
+        if not any(matches(glob, name) for name in names):
             raise ConfigError(
                 f"--bf16 {glob} matches no tensor that is NVFP4; `dsv4 inspect "
                 f"{packed.store.root} '{glob}'` lists what it matches"

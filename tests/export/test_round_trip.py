@@ -239,12 +239,15 @@ def test_transformers_reads_it(
 
 
 def test_rounded_matrices_as_bf16(packed: Packed, tmp_path: Path) -> None:
-    """Gates and head of recipe standard, value for value, so that nothing but experts is NVFP4."""
+    """Gates and head of recipe standard, value for value, so that nothing but experts is NVFP4.
+
+    Globs may have transformers' names.
+    """
     store = dsv4.open(packed("official", "standard"))
     said: list[str] = []
     dsv4.export(store, tmp_path / "nvfp4", notice=said.append)
     assert len(said) == 1 and "head.weight" in said[0] and "--bf16" in said[0]
-    summary = dsv4.export(store, tmp_path / "out", bf16=("*.ffn.gate.weight", "head.weight"))
+    summary = dsv4.export(store, tmp_path / "out", bf16=("*.mlp.gate.weight", "head.weight"))
     assert summary.notices == ()
     found = stored_tensors(tmp_path / "out")
     for name in ("head.weight", "layers.5.ffn.gate.weight"):
