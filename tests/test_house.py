@@ -23,6 +23,7 @@ ALLOWED = {
     "runtime": {"runtime", "kernels", "formats"},
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
+    "export": {"export", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
@@ -36,13 +37,15 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        22_200,
+        22_300,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
-    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
-    "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200.
-    "the wheel": (56_000, ("**",)),
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories, 160
+    # wheels of kernels and where they are found.
+    "kernels": (15_800, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
+    # the export 1,000, `dsv4 info` 270.
+    "the wheel": (58_000, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",
