@@ -43,7 +43,7 @@ from dsv4.formats.store.specs import (
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
 from dsv4.formats.store_place import refuse_no_store
 
-_MAX_MARKER_BYTES = 1 << 16
+MAX_MARKER_BYTES = 1 << 16
 
 
 class PackedStore(StoredWeights):
@@ -91,19 +91,32 @@ class PackedStore(StoredWeights):
     @classmethod
     def _open(cls, root: Path, *, verify: bool, check_files: bool) -> PackedStore:
         marker = _read_marker(root)
-        raw = _read_document(root / NODE_DOCUMENT, MAX_DOCUMENT_BYTES)
-        if hashlib.sha256(raw).hexdigest() != marker["metadata_sha256"]:
-            raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
-        store = cls(root, parse_root(raw), verify=verify)
-        if store.manifest["format_version"] != marker["format_version"]:
-            raise StoreError(f"{MARKER} and {NODE_DOCUMENT} are of two format versions")
-        if store.manifest.get("root") != marker["root"]:
-            raise StoreError(
-                f"{MARKER} claims root {marker['root']}, the manifest "
-                f"{store.manifest.get('root')!r}; the store was altered"
-            )
+        document = _read_document(root / NODE_DOCUMENT, MAX_DOCUMENT_BYTES)
+        store = cls.interpret(root, marker, document, verify=verify)
         if check_files:
             refuse(root, sizes(root, store._files.values()))
+        return store
+
+    @classmethod
+    def interpret(
+        cls, root: Path, marker: bytes, document: bytes, *, verify: bool = True
+    ) -> PackedStore:
+        """The store that these two small files describe, whether or not its others lie in `root`.
+
+        marker, document: contents of `dsv4.complete` and of the root's `zarr.json`. Raises
+        StoreError when they do not belong together or are malformed.
+        """
+        pinned = _parse_marker(marker)
+        if hashlib.sha256(document).hexdigest() != pinned["metadata_sha256"]:
+            raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
+        store = cls(root, parse_root(document), verify=verify)
+        if store.manifest["format_version"] != pinned["format_version"]:
+            raise StoreError(f"{MARKER} and {NODE_DOCUMENT} are of two format versions")
+        if store.manifest.get("root") != pinned["root"]:
+            raise StoreError(
+                f"{MARKER} claims root {pinned['root']}, the manifest "
+                f"{store.manifest.get('root')!r}; the store was altered"
+            )
         return store
 
     @property
@@ -183,18 +196,22 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _read_marker(root: Path) -> dict[str, Any]:
-    """-> the marker: `format_version`, and `root` and `metadata_sha256`, both SHA-256 in hex."""
+def _read_marker(root: Path) -> bytes:
     if not (root / MARKER).exists():
         if (root / JOURNAL).exists():
             raise StoreError(
-                f"the conversion is unfinished ({MARKER} is missing); run the same "
-                "`dsv4 convert` again to finish it"
+                f"it is unfinished ({MARKER} is missing); run the same `dsv4 convert` or "
+                "`dsv4 pull` again to finish it"
             )
         raise StoreError(
             f"{MARKER} is missing, so not all of it is here; copy or download the store again"
         )
-    marker = parse_json(_read_document(root / MARKER, _MAX_MARKER_BYTES), MARKER)
+    return _read_document(root / MARKER, MAX_MARKER_BYTES)
+
+
+def _parse_marker(raw: bytes) -> dict[str, Any]:
+    """-> the marker: `format_version`, and `root` and `metadata_sha256`, both SHA-256 in hex."""
+    marker = parse_json(raw, MARKER)
     if not isinstance(marker, dict):
         raise StoreError(f"{MARKER} is malformed")
     check_version(marker.get("format_version"))

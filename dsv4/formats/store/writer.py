@@ -25,7 +25,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
+from dsv4.formats.errors import (
+    ChangedSourceError,
+    ConflictError,
+    OutOfSpaceError,
+    StoreError,
+)
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.damage import sizes
 from dsv4.formats.store.digest import canonical_json
@@ -181,12 +186,24 @@ class StoreWriter:
             self._journal_append(batch.files, extents, notes or {})
             return [file for file, was in before.items() if not was and self._covered(file)]
 
-    def complete(self, file: FileSpec) -> None:
-        """Make a covered file whole. Raises StoreError when it is not what was written."""
+    def complete(self, file: FileSpec, expected: FileRecord | None = None) -> None:
+        """Make a covered file whole.
+
+        expected: what its record has to be, of a file that comes from elsewhere. The file is
+        dropped, and StoreError raised, when it is not what was written, ChangedSourceError, when
+        it is not what was expected.
+        """
         journal = self._open_journal
         try:
             record = seal(self.out, file, journal.extents.get(file.key, ()))
-        except StoreError:
+            if expected not in (None, record):
+                raise ChangedSourceError(
+                    file.key,
+                    f"{file.key} arrived with another BLAKE3 than the manifest pins, and is "
+                    "dropped; run the command again, and tell whoever published it if that does "
+                    "not help",
+                )
+        except (StoreError, ChangedSourceError):
             self.forget([file])
             raise
         publish(self.out, file)
@@ -196,6 +213,18 @@ class StoreWriter:
         """Those of `files` which an interrupted run covered but did not complete."""
         begun = self._open_journal.extents
         return [file for file in files if file.key in begun and self._covered(file)]
+
+    def gaps(self, file: FileSpec) -> list[tuple[int, int]]:
+        """Ranges `[begin, end)` of the payload that are not durable, in order."""
+        if self.has(file):
+            return []
+        found, position = [], 0
+        extents = self._open_journal.extents.get(file.key, ())
+        for extent in sorted(extents, key=lambda extent: extent.offset):
+            if extent.offset > position:
+                found.append((position, extent.offset))
+            position = max(position, extent.end)
+        return found + ([(position, file.payload_nbytes)] if position < file.payload_nbytes else [])
 
     def allocated(self, file: FileSpec) -> int:
         """Bytes of the file that the disk has set aside already."""
@@ -258,20 +287,41 @@ class StoreWriter:
         root, documents = _metadata(
             self.out, dict(groups), dict(sorted(specs.items())), manifest, records
         )
+        marker = {
+            "format_version": FORMAT_VERSION,
+            "root": root,
+            "metadata_sha256": hashlib.sha256(documents[NODE_DOCUMENT]).hexdigest(),
+        }
+        self._publish(documents, json.dumps(marker, indent=2).encode() + b"\n", records)
+        return root
+
+    def finish_copy(
+        self, store: PackedStore, documents: Mapping[str, bytes], marker: bytes
+    ) -> None:
+        """Make the directory a copy of `store`, all of whose files are written; close the writer.
+
+        documents: every `zarr.json` by key. Raises StoreError when a file is missing or is not
+        what the manifest of `store` pins.
+        """
+        journaled = self._open_journal.records
+        records = self._settled_records(store.hierarchy.arrays.values(), journaled)
+        for key in records.keys() | store.records.keys():
+            if records.get(key) != store.records.get(key):
+                raise StoreError(f"{self.out}: {key} is not what the manifest pins")
+        self._publish(documents, marker, store.records)
+
+    def _publish(
+        self, documents: Mapping[str, bytes], marker: bytes, files: Mapping[str, FileRecord]
+    ) -> None:
+        """Write the documents, then the marker; after that the journal is of no use."""
         with storage_errors(self.out, "finishing the store"):
-            self._refuse_strangers(records.keys() | documents.keys())
+            self._refuse_strangers(files.keys() | documents.keys())
             self._write_documents(documents)
-            marker = {
-                "format_version": FORMAT_VERSION,
-                "root": root,
-                "metadata_sha256": hashlib.sha256(documents[NODE_DOCUMENT]).hexdigest(),
-            }
-            write_atomic(self.out / MARKER, json.dumps(marker, indent=2).encode() + b"\n")
-            journal.close()
+            write_atomic(self.out / MARKER, marker)
+            self._open_journal.close()
             (self.out / JOURNAL).unlink()
             self._lock.release(remove=True)
             sync_directory(self.out)
-        return root
 
     @property
     def _open_journal(self) -> Journal:

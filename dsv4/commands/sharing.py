@@ -1,0 +1,94 @@
+"""`dsv4 push` and `dsv4 pull`: a packed store on a hub, and from it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsv4.commands.console import err, notice, print_json, show, waiting
+from dsv4.commands.exit_codes import EXIT_INTERRUPTED
+from dsv4.commands.options import OutDirectory, revision_option, store_argument
+from dsv4.commands.progress import checking_progress, transfer_progress
+from dsv4.commands.tables import facts_table
+from dsv4.convert.sources.open import hub_name
+from dsv4.formats.plain_text import counted, size
+
+if TYPE_CHECKING:
+    from dsv4.sharing.pull import Pulled
+    from dsv4.sharing.push import Pushed
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Events on stderr, one document on stdout."
+)
+repo_argument = click.argument("repo", metavar="ORG/NAME")
+
+
+@click.command()
+@repo_argument
+@click.argument("directory", type=OutDirectory(), metavar="DIR")
+@click.option(
+    "--root",
+    metavar="HEX",
+    help="The root that the store must have, from whoever made it: 64 hex digits, or at least the "
+    "first 16.",
+)
+@revision_option
+@click.option(
+    "--streams",
+    type=click.IntRange(min=1, max=64),
+    default=8,
+    show_default=True,
+    help="Files read at once.",
+)
+@json_option
+def pull(
+    repo: str,
+    directory: Path,
+    root: str | None,
+    revision: str | None,
+    streams: int,
+    as_json: bool,
+) -> None:
+    """Fetch a packed store from the hub; continues what was interrupted.
+
+    Every chunk is compared with the manifest as it arrives, the manifest with its root, and the
+    root with --root, before anything of it is in DIR under its name.
+    """
+    repo, revision = hub_name(repo, revision)
+    from dsv4.sharing import pull as pulling
+
+    try:
+        with transfer_progress(err, as_json=as_json) as progress:
+            pulled = pulling.pull(
+                repo,
+                directory,
+                revision=revision,
+                root=root,
+                streams=streams,
+                progress=progress,
+                notice=notice,
+                on_wait=waiting(as_json=as_json),
+            )
+    except KeyboardInterrupt:
+        err.print("dsv4: nothing finished is lost; run the same command again to continue")
+        raise
+    if as_json:
+        print_json(pulled.to_dict())
+    else:
+        show(_pulled_table(pulled))
+
+
+def _pulled_table(pulled: Pulled) -> object:
+    return facts_table(
+        f"pulled {pulled.out}",
+        {
+            "from": f"{pulled.repo} at commit {pulled.commit}",
+            "fetched": f"{size(pulled.fetched)} of {size(pulled.nbytes)} in "
+            f"{counted(pulled.files, 'file')}",
+            "root": f"{pulled.root}, {'as --root says' if pulled.pinned else 'not compared'}",
+        },
+    )
