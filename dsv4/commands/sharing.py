@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
 
 from dsv4.commands.console import err, notice, print_json, show, waiting
 from dsv4.commands.exit_codes import EXIT_INTERRUPTED
@@ -25,6 +26,57 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Events on stderr, one document on stdout."
 )
 repo_argument = click.argument("repo", metavar="ORG/NAME")
+
+
+@click.command()
+@store_argument
+@repo_argument
+@click.option("--revision", metavar="BRANCH", help="Where to push.  [default: main]")
+@click.option("--create", is_flag=True, help="Make the repository or the branch if need be.")
+@click.option("--private", is_flag=True, help="With --create: for those only who are invited.")
+@click.option("--replace", is_flag=True, help="Also if another store is there.")
+@click.option("--replace-card", is_flag=True, help="Also if the README.md there is not dsv4's.")
+@json_option
+def push(directory: Path, repo: str, as_json: bool, **how: Any) -> None:
+    """Publish a packed store on the hub; continues what was interrupted.
+
+    Every byte of DIR is compared with its checksums first, and a damaged store is refused. Files
+    that are there already are not sent again. A model card says what the store was made from, what
+    was lost, and its root.
+    """
+    if how["private"] and not how["create"]:
+        raise click.UsageError("--private is for a repository that --create makes")
+    repo, _ = hub_name(repo)
+    from dsv4.sharing.push import Push
+
+    try:
+        work = Push(directory, repo, notice=notice, on_wait=waiting(as_json=as_json), **how)
+        with checking_progress(err, as_json=as_json) as progress:
+            work.prove(progress)
+        with transfer_progress(err, as_json=as_json) as moved:
+            pushed = work.upload(moved)
+    except KeyboardInterrupt:
+        err.print("dsv4: run the same command again to continue\ndsv4: interrupted")
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)  # an upload's threads would be waited for, to their end
+    if as_json:
+        print_json(pushed.to_dict())
+    else:
+        show(_pushed_table(directory, pushed))
+
+
+def _pushed_table(directory: Path, pushed: Pushed) -> Table:
+    return facts_table(
+        f"pushed {directory}",
+        {
+            "to": f"{pushed.repo}, now at commit {pushed.commit}",
+            "sent": f"{size(pushed.uploaded)} of {size(pushed.nbytes)} in "
+            f"{counted(pushed.files, 'file')}",
+            "card": pushed.card,
+            "root": pushed.root,
+            "next": f"dsv4 pull {pushed.repo} DIR --root {pushed.root}",
+        },
+    )
 
 
 @click.command()
@@ -82,7 +134,7 @@ def pull(
         show(_pulled_table(pulled))
 
 
-def _pulled_table(pulled: Pulled) -> object:
+def _pulled_table(pulled: Pulled) -> Table:
     return facts_table(
         f"pulled {pulled.out}",
         {

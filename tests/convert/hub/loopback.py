@@ -421,8 +421,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             begin,
             end,
             token.removeprefix("Bearer ") if token else None,
-            self.rfile.read(int(self.headers.get("Content-Length", 0))),
+            self._body(),
         )
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, home: Path, endpoint: str = NOWHERE) -> None:
