@@ -22,7 +22,6 @@ from dsv4.formats.store.nodes import EXPERT
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import ATTRIBUTE
 
-CARD = "README.md"
 MAX_CARD_BYTES = 1 << 24
 _SIGNATURE = re.compile(rb"<!-- card written by dsv4, SHA-256 ([0-9a-f]{64}) -->\n\Z")
 _LICENCES = (("Apache License", "apache-2.0"), ("MIT License", "mit"))

@@ -20,12 +20,21 @@ from dsv4.formats.errors import SourceError, StoreError
 from dsv4.formats.plain_text import counted, first
 from dsv4.formats.store.integrity import check_root
 from dsv4.formats.store.reader import MAX_MARKER_BYTES, PackedStore
-from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.specs import ASSET_DIRECTORY, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES
 
 LEAST_DIGITS = 16
 MOST_FILES = 1 << 18
+CARD = "README.md"
 _DIGITS = re.compile(r"[0-9a-f]{16,64}")
+_NAME = re.compile(
+    rf"""
+    (?:[A-Za-z0-9_]{{1,64}}/){{0,20}}(?:[A-Za-z0-9_]{{1,64}}|{re.escape(NODE_DOCUMENT)})
+    | {ASSET_DIRECTORY}/[A-Za-z0-9][A-Za-z0-9._-]{{0,127}}
+    | {re.escape(MARKER)} | {re.escape(CONFIG_FILE)} | {re.escape(CARD)}
+    """,
+    re.VERBOSE,
+)
 
 
 class PublishedStore:
@@ -57,7 +66,7 @@ class PublishedStore:
             token=None,
             cache=None,
             patience=self._waits.patience(patience),
-            wanted=_is_of_use,
+            wanted=lambda name: is_of_a_store(name) and not name.endswith(f"/{NODE_DOCUMENT}"),
             most=MOST_FILES,
         )
         self.repo, self.commit, self.notices = self._hub.repo, self._hub.commit, self._hub.notices
@@ -138,6 +147,6 @@ def check_pin(pinned: str) -> None:
         )
 
 
-def _is_of_use(name: str) -> bool:
-    """Whether a file of this name may be one that is fetched."""
-    return not name.endswith(f"/{NODE_DOCUMENT}")
+def is_of_a_store(name: str) -> bool:
+    """Whether a file of this name may be a store's, or stands beside one and is looked at."""
+    return _NAME.fullmatch(name) is not None

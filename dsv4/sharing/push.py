@@ -30,7 +30,8 @@ from dsv4.formats.store.integrity import check_root, node_faults
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, parse_root
-from dsv4.sharing.card import CARD, MAX_CARD_BYTES, is_ours, write_card
+from dsv4.sharing.card import MAX_CARD_BYTES, is_ours, write_card
+from dsv4.sharing.published import CARD
 from dsv4.sharing.repository import Repository
 from dsv4.sharing.transfer import Moved
 from dsv4.validate.damage_scan import survey

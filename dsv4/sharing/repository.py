@@ -19,7 +19,7 @@ from dsv4.convert.sources.hub_repo import HubFile, HubRepo
 from dsv4.formats.errors import ConflictError, NetworkError, SourceError
 from dsv4.formats.plain_text import counted, first, printable
 from dsv4.formats.version import VERSION
-from dsv4.sharing.published import MOST_FILES
+from dsv4.sharing.published import MOST_FILES, is_of_a_store
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class Repository:
             token=None,
             cache=None,
             patience=self._patience,
-            wanted=lambda name: True,
+            wanted=is_of_a_store,
             most=MOST_FILES,
         )
         self.repo, self.notices = self._hub.repo, self._hub.notices

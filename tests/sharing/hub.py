@@ -119,11 +119,12 @@ class SharingHub(Loopback):
         return self._take_commit(request.body, name)
 
     def _create(self, asked: dict[str, Any]) -> Answer:
+        url = {"url": f"{self.endpoint}/{asked['organization']}/{asked['name']}"}
         if self.exists:
-            return Answer(409, {}, b'{"error": "You already created this model repo"}')
+            return Answer(409, {}, json.dumps(url | {"error": "you have it already"}).encode())
         self.exists, self.private = True, asked.get("visibility") == "private"
         self.commit_tree({".gitattributes": b"*.bin filter=lfs\n"})
-        return _json({"url": f"{self.endpoint}/{asked['organization']}/{asked['name']}"})
+        return _json(url)
 
     def _preupload(self, asked: dict[str, Any], branch: str) -> Answer:
         tree = self.trees[self.branches[branch]]
