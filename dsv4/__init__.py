@@ -80,6 +80,7 @@ def load(
     routes: str | Path | None = None,
     max_seq_len: int | None = None,
     slots: int = 1,
+    drafts: bool = True,
     mark: Mark | None = None,
 ) -> Model | GpuModel:
     """Load the model of a packed store (a path, or what `open` returned).
@@ -94,11 +95,14 @@ def load(
     experts, there: "auto" keeps as many on the GPU as fit beside `slots` sessions of `max_seq_len`
     tokens and the others in pinned host memory; "resident" all of them; a number: so many bytes.
     routes: file of counts by which they are chosen, by default the user's own of this store.
+    drafts: whether the store's draft layers are loaded too, for `session.propose`; the compiled
+    kernels have none yet. They stay in mapped files like all weights; a session keeps their rings.
     mark: called with the name of each phase when it ends.
     Raises StoreError, RuntimeRefusal, KernelError or OutOfSpaceError.
     """
     import torch
 
+    from dsv4.formats.model.inventory import DraftKind
     from dsv4.runtime.model import device_named, numerics_named
     from dsv4.runtime.model import load as load_model
 
@@ -117,7 +121,11 @@ def load(
             slots=slots,
         )
     return load_model(
-        checkpoint.store, device=target, dtype=dtype or torch.float32, numerics=chosen
+        checkpoint.store,
+        device=target,
+        dtype=dtype or torch.float32,
+        numerics=chosen,
+        draft=checkpoint.store.draft if drafts else DraftKind.NONE,
     )
 
 

@@ -3,7 +3,8 @@
 Every client asks, reads its answer to the end, and asks again. Prompts are random ids, all of them
 different, so that nothing is remembered while the clock runs. What is right: ALONE answers of a
 line are the same, token by token, when they are asked again alone, with their prompts remembered;
-and so is one that is asked twice in a row.
+and so is one that is asked twice in a row. A token of a client that answers among others is set
+beside a step of as many rows that nobody listens to (`bare_step`): what the scheduler costs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from dsv4.runtime.text.sampling import Sampler
+from dsv4.serve.backend import Backend, Draw
 from dsv4.serve.jobs import Engine, Event, Job
+from dsv4.serve.order import groups
 
 ALONE = 4  # answers that are asked again alone
 ANSWER_TIMEOUT = 600.0
+WARM_STEPS, BARE_STEPS = 4, 64
+FOLLOWING = 16  # tokens of a turn after an answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Answer:
 @dataclasses.dataclass(frozen=True)
 class Line:
     """clients: jobs at a time. first, gap: median and 99th of 100 of the seconds to the first token
-    and between tokens. right: whether ALONE of the answers are those that are given alone.
+    and between tokens. right: whether ALONE of the answers are those that are given alone. bare:
+    seconds of the same steps without a server (`bare_step`), if they were measured.
     """
 
     clients: int
@@ -49,6 +55,7 @@ class Line:
     first: tuple[float, float]
     gap: tuple[float, float]
     right: bool
+    bare: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,13 +65,19 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """A prompt asked twice: seconds to the first token, and the second time's cached tokens."""
+    """A prompt asked twice, and then gone on from: seconds to each first token.
+
+    cached: tokens remembered the second time; live: of the turn after its answer, FOLLOWING tokens
+    longer than both, which is `turn`.
+    """
 
     prompt_tokens: int
     cold: float
     warm: float
     cached: int
     right: bool
+    turn: float
+    live: int
 
 
 def measure(
@@ -96,8 +109,56 @@ def measure(
         lines.append(Line(*sizes, seconds, _spread(firsts), _spread(gaps), right))
     prompt = next(prompts)
     cold, warm = ask(prompt), ask(prompt)
-    again = Again(prompt_tokens, cold.first, warm.first, warm.cached, cold.ids == warm.ids)
+    turn = ask([*prompt, *warm.ids, *next(prompts)[:FOLLOWING]])
+    same = cold.ids == warm.ids
+    again = Again(prompt_tokens, cold.first, warm.first, warm.cached, same, turn.first, turn.cached)
     return lines, again
+
+
+def room_for(prompt_tokens: int, answer_tokens: int) -> int:
+    """Tokens of a slot that `measure` needs."""
+    return prompt_tokens + 2 * answer_tokens + FOLLOWING
+
+
+def with_bare_steps(lines: Sequence[Line], backend: Backend) -> list[Line]:
+    """The lines beside the steps of `backend`, whose engine is closed."""
+    found = []
+    for line in lines:
+        rows = min(line.clients, backend.slots)
+        parts = groups(rows, backend.most_rows)
+        bare = sum(bare_step(backend, part.stop - part.start, line.prompt_tokens) for part in parts)
+        found.append(dataclasses.replace(line, bare=bare))
+    return found
+
+
+def bare_step(
+    backend: Backend, rows: int, prompt_tokens: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of a step of `rows` sequences with its draw, one after another, no token read.
+
+    They have `prompt_tokens` tokens each. Nobody else may use the backend.
+    """
+    prompts, slots = _prompts(backend.vocab, prompt_tokens), list(range(rows))
+    draws = [Draw(Sampler()) for _ in slots]
+    for slot in slots:
+        ids = next(prompts)
+        backend.reset(slot)
+        for start in range(0, len(ids), backend.chunk):
+            backend.read(slot, ids[start : start + backend.chunk])
+        backend.begin(slot, draws[slot].sampler)
+        backend.draw(draws[slot : slot + 1])
+    room = backend.capacity - prompt_tokens
+    warm = min(WARM_STEPS, room - 1)
+    steps = min(BARE_STEPS, room - warm)
+    begin = clock()
+    for step in range(warm + steps):
+        if step == warm:
+            backend.synchronize()
+            begin = clock()
+        backend.forward(slots)
+        backend.draw(draws)
+    backend.synchronize()
+    return (clock() - begin) / steps
 
 
 def _prompts(vocab: int, tokens: int) -> Iterator[list[int]]:

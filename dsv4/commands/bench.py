@@ -344,12 +344,12 @@ def bench_serve(
 ) -> None:
     """The engine behind `dsv4 serve` under the load of several clients."""
     import dsv4
-    from dsv4.bench.serve import measure
+    from dsv4.bench.serve import measure, room_for, with_bare_steps
     from dsv4.commands.bench_tables import serve_table
     from dsv4.serve.engine_choice import Wanted, make_engine
 
     packed = dsv4.open(store)
-    room = prompt_tokens + answer_tokens
+    room = room_for(prompt_tokens, answer_tokens)
     wanted = Wanted(device, slots, room, queue=1024, count=False)  # its prompts are meaningless
     engine = make_engine(packed, wanted, lambda phase: None)
     try:
@@ -362,6 +362,7 @@ def bench_serve(
         )
     finally:
         engine.close(finish=False)
+    lines = with_bare_steps(lines, engine.backend)
     if as_json:
         found = [dataclasses.asdict(one) for one in lines]
         print_json({"lines": found, "again": dataclasses.asdict(again)})

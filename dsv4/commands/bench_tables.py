@@ -105,17 +105,20 @@ def serve_table(name: str, slots: int, lines: Sequence[serve.Line], again: serve
     title = (
         f"{name}, {slots} slots, prompts of {again.prompt_tokens} tokens; one asked again: first "
         f"token after {again.warm * 1e3:.0f} ms instead of {again.cold * 1e3:.0f}, {again.cached} "
-        f"tokens remembered, {'same' if again.right else 'OTHER'} answer"
+        f"tokens remembered, {'same' if again.right else 'OTHER'} answer; the turn after it: "
+        f"{again.turn * 1e3:.0f} ms, {again.live} tokens still there"
     )
     table = Table(title=title, title_justify="left")
     for column in ("clients", "answers", "tokens/s", "first token ms", "p99", "between ms", "p99"):
         table.add_column(column, justify="right")
+    table.add_column("bare step ms", justify="right")
     table.add_column("alone = among others")
     for line in lines:
-        milliseconds = (f"{1e3 * one:.1f}" for one in (*line.first, *line.gap))
+        milliseconds = (f"{1e3 * one:.2f}" for one in (*line.first, *line.gap))
         rate = f"{line.tokens_per_second:.1f}"
         verdict = "right" if line.right else "WRONG"
-        table.add_row(str(line.clients), str(line.answers), rate, *milliseconds, verdict)
+        bare = "" if line.bare is None else f"{1e3 * line.bare:.2f}"
+        table.add_row(str(line.clients), str(line.answers), rate, *milliseconds, bare, verdict)
     return table
 
 

@@ -12,7 +12,7 @@ from dsv4.convert.sources.base import Source
 from dsv4.convert.sources.hashing_reader import Schedule
 
 METADATA_BYTES_PER_UNIT = 512  # a line of the journal: result, lineage, extents
-DRAFT = "mtp/"  # layers that are packed and proved, not run
+DRAFT = "mtp/"  # layers that are packed and proved; a GPU does not run them yet
 METADATA_BYTES_PER_FILE = 4096  # a directory, a share of a zarr.json, a line of the manifest
 
 

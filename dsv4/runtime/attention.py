@@ -7,6 +7,7 @@ rotation in the output; it is undone at the query's position before the output p
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind
@@ -28,7 +29,7 @@ class Attention:
 
     def __init__(self, read: WeightReader, layer: int, numerics: Numerics) -> None:
         c = read.weights.config
-        prefix = f"layers.{layer}.attn"
+        prefix = f"{c.block_name(layer)}.attn"
         heads, width = c.num_attention_heads, c.head_dim
         self.numerics = numerics
         self.heads = heads
@@ -68,18 +69,37 @@ class Attention:
         table = step.tables.compressed if self.ratio else step.tables.sliding
         cos, sin = table.at(step.position, step.length)
 
-        qr = rms_norm(linear(x, self.wq_a, numerics=self.numerics), self.q_norm, self.eps)
-        q = linear(qr, self.wq_b, numerics=self.numerics).view(step.length, self.heads, -1)
-        q = apply_rope(head_norm(q, self.eps, numerics=self.numerics), cos, sin)
-
-        kv = rms_norm(linear(x, self.wkv, numerics=self.numerics), self.kv_norm, self.eps)
-        kv = self._round_like_cache(apply_rope(kv, cos, sin))
-        window_kv = cache.window.extend(kv, step.position)
-
+        q, qr = self._queries(x, cos, sin)
+        window_kv = cache.window.extend(self.keys(x, cos, sin), step.position)
         entries, blocks = self._compressed(x, qr, step, cache)
         o = sparse_attention(q, window_kv, step.window_idx, entries, blocks, self.sinks, self.scale)
+        return self._output(o, cos, sin)
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The window's rows of `x [T, D]`: `[T, head_dim]`, rotated and rounded as they are kept.
+
+        cos, sin: `[T, qk_rope_head_dim / 2]`, of the rows' positions.
+        """
+        kv = rms_norm(linear(x, self.wkv, numerics=self.numerics), self.kv_norm, self.eps)
+        return self._round_like_cache(apply_rope(kv, cos, sin))
+
+    def over(self, x: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The same where every row of `x [T, D]` attends to all of `keys [n, head_dim]`."""
+        q, _ = self._queries(x, cos, sin)
+        everything = torch.arange(keys.shape[0], device=x.device).expand(x.shape[0], -1)
+        o = sparse_attention(q, keys, everything, None, None, self.sinks, self.scale)
+        return self._output(o, cos, sin)
+
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """-> rotated queries `[T, H, head_dim]`, and their latent `[T, q_lora_rank]`."""
+        qr = rms_norm(linear(x, self.wq_a, numerics=self.numerics), self.q_norm, self.eps)
+        q = linear(qr, self.wq_b, numerics=self.numerics).view(x.shape[0], self.heads, -1)
+        return apply_rope(head_norm(q, self.eps, numerics=self.numerics), cos, sin), qr
+
+    def _output(self, o: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What queries gathered `[T, H, head_dim]` -> `[T, D]`."""
         o = apply_rope(o, cos, sin, inverse=True)
-        z = grouped_linear(o.view(step.length, self.groups, -1), self.wo_a)
+        z = grouped_linear(o.view(o.shape[0], self.groups, -1), self.wo_a)
         return linear(z, self.wo_b, numerics=self.numerics)
 
     def _compressed(

@@ -24,8 +24,8 @@ SLACK = 64
 
 @dataclasses.dataclass(frozen=True)
 class WindowCache:
-    """The sliding window of `window` tokens. ring: `[window + SLACK - 1, head_dim]` in the model's
-    dtype.
+    """The last `window` tokens. ring: `[length, width]` in the model's dtype; what is needed to go
+    on, and SLACK tokens more.
     """
 
     ring: Tensor
@@ -37,13 +37,21 @@ class WindowCache:
         The result `[min(position, window - 1) + T, head_dim]` is in order of position and holds
         every vector that any of the `T` tokens sees.
         """
-        length = self.ring.shape[0]
-        first = max(position - self.window + 1, 0)
-        place = torch.arange(first, position + kv.shape[0], device=kv.device) % length
-        visible = torch.cat((self.ring[place[: position - first]], kv))
-        newest = min(length, kv.shape[0])
-        self.ring[place[-newest:]] = kv[-newest:]
+        visible = torch.cat((self.last(self.window - 1, position), kv))
+        self.append(kv, position)
         return visible
+
+    def last(self, count: int, position: int) -> Tensor:
+        """The rows of the `count` tokens before `position`, in order; fewer at the beginning."""
+        first = max(position - count, 0)
+        return self.ring[torch.arange(first, position, device=self.ring.device) % len(self.ring)]
+
+    def append(self, rows: Tensor, position: int) -> None:
+        """Write `rows [T, width]` of the tokens from `position` on; the newest, of very many."""
+        newest = min(len(self.ring), len(rows))
+        end = position + len(rows)
+        place = torch.arange(end - newest, end, device=rows.device) % len(self.ring)
+        self.ring[place] = rows[-newest:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
-from dsv4.kernels.reference.linear import linear
-from dsv4.kernels.reference.mhc import hc_head, mhc_post, mhc_pre
-from dsv4.kernels.reference.norm import rms_norm
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.kernels.reference.numerics import Numerics
-from dsv4.runtime.attention import Attention
-from dsv4.runtime.cache import LayerCache
-from dsv4.runtime.moe import MixtureOfExperts
+from dsv4.runtime.cache import LayerCache, WindowCache
+from dsv4.runtime.draft import Drafter, check_drafter
+from dsv4.runtime.dspark import DSpark
+from dsv4.runtime.layer import Head, Layer, embedded
+from dsv4.runtime.mtp import Mtp
 from dsv4.runtime.positions import Step
 from dsv4.runtime.session import Session
 from dsv4.runtime.weights import WeightReader, Weights
@@ -34,81 +34,19 @@ from dsv4.runtime.weights import WeightReader, Weights
 DEVICES = ("cpu", "cuda")
 
 
-class HyperConnection:
-    """Collapses the streams into a sublayer's normed input and spreads its output over them."""
-
-    def __init__(self, read: WeightReader, prefix: str, norm: str) -> None:
-        c = read.weights.config
-        self.config = c
-        self.fn = read.parameter(f"{prefix}_fn", c.hc_mix, c.hc_mult * c.hidden_size)
-        self.base = read.parameter(f"{prefix}_base", c.hc_mix)
-        self.scale = read.parameter(f"{prefix}_scale", 3)
-        self.norm = read.parameter(norm, c.hidden_size)
-
-    def collapse(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[T, m, D]` -> the sublayer's input `[T, D]`, and `post`, `comb` for `spread`."""
-        c = self.config
-        y, post, comb = mhc_pre(
-            streams,
-            self.fn,
-            self.base,
-            self.scale,
-            sinkhorn_iters=c.hc_sinkhorn_iters,
-            hc_eps=c.hc_eps,
-            norm_eps=c.rms_norm_eps,
-        )
-        return rms_norm(y, self.norm, c.rms_norm_eps), post, comb
-
-    def spread(self, u: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """The sublayer's output `[T, D]` and the old streams -> the new streams."""
-        return mhc_post(u, streams, post, comb)
-
-
-class Layer:
-    """Attention, then experts."""
-
-    def __init__(self, read: WeightReader, layer: int, numerics: Numerics) -> None:
-        prefix = f"layers.{layer}"
-        self.attn_hc = HyperConnection(read, f"{prefix}.hc_attn", f"{prefix}.attn_norm.weight")
-        self.attn = Attention(read, layer, numerics)
-        self.ffn_hc = HyperConnection(read, f"{prefix}.hc_ffn", f"{prefix}.ffn_norm.weight")
-        self.ffn = MixtureOfExperts(read, layer, numerics)
-
-    def __call__(self, streams: Tensor, step: Step, cache: LayerCache) -> Tensor:
-        """streams: `[T, m, D]` -> the same shape. The tokens are appended to `cache`."""
-        x, post, comb = self.attn_hc.collapse(streams)
-        streams = self.attn_hc.spread(self.attn(x, step, cache), streams, post, comb)
-
-        x, post, comb = self.ffn_hc.collapse(streams)
-        return self.ffn_hc.spread(self.ffn(x, step.ids), streams, post, comb)
-
-
-class Head:
-    """The last layer's streams -> logits."""
-
-    def __init__(self, read: WeightReader) -> None:
-        c = read.weights.config
-        self.config = c
-        self.fn = read.parameter("hc_head_fn", c.hc_mult, c.hc_mult * c.hidden_size)
-        self.base = read.parameter("hc_head_base", c.hc_mult)
-        self.scale = read.parameter("hc_head_scale", 1)
-        self.norm = read.parameter("norm.weight", c.hidden_size)
-        self.weight = read.matrix("head.weight", c.vocab_size, c.hidden_size)
-
-    def __call__(self, streams: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """`[T, m, D]` -> float32 `[T, vocab]`."""
-        c = self.config
-        y = hc_head(
-            streams, self.fn, self.base, self.scale, hc_eps=c.hc_eps, norm_eps=c.rms_norm_eps
-        )
-        x = rms_norm(y, self.norm, c.rms_norm_eps)
-        return linear(x, self.weight, dtype=torch.float32, out=out)
-
-
 class Model:
-    """The loaded model. Use `load` to make one and `session` to run it."""
+    """The loaded model. Use `load` to make one and `session` to run it.
 
-    def __init__(self, read: WeightReader, dtype: torch.dtype, numerics: Numerics) -> None:
+    drafter: its draft layers, where they are loaded.
+    """
+
+    def __init__(
+        self,
+        read: WeightReader,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        draft: DraftKind = DraftKind.NONE,
+    ) -> None:
         c = read.weights.config
         self.config: ModelConfig = c
         self.device = read.device
@@ -117,11 +55,16 @@ class Model:
         self.embed = read.table("embed.weight", c.vocab_size, c.hidden_size)
         self.layers = tuple(Layer(read, n, numerics) for n in range(c.num_hidden_layers))
         self.head = Head(read)
+        self.drafter: Drafter | None = None
+        if draft is not DraftKind.NONE:
+            made = Mtp if draft is DraftKind.MTP else DSpark
+            self.drafter = made(read, self.embed, self.head.weight, dtype, numerics)
 
     def __repr__(self) -> str:
         c = self.config
+        parts = f"{c.num_hidden_layers} layers" + (", draft layers" if self.drafter else "")
         return (
-            f"<Model of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer, on "
+            f"<Model of {parts}, {c.n_routed_experts} experts a layer, on "
             f"{self.device}, {self.dtype}, numerics {self.numerics}>"
         )
 
@@ -136,12 +79,24 @@ class Model:
         """An empty sequence with room for `max_seq_len` tokens."""
         return Session(self, max_seq_len)
 
-    def forward(self, step: Step, caches: tuple[LayerCache, ...]) -> Tensor:
-        """Run one step through all layers: the last layer's streams `[T, m, D]`."""
-        embedded = self.embed[step.ids].to(self.dtype)
-        streams = embedded[:, None].expand(-1, self.config.hc_mult, -1)
-        for layer, cache in zip(self.layers, caches, strict=True):
+    def forward(
+        self,
+        step: Step,
+        caches: tuple[LayerCache, ...],
+        context: tuple[WindowCache, ...] = (),
+    ) -> Tensor:
+        """Run one step through all layers: the last layer's streams `[T, m, D]`.
+
+        context: what the drafter keeps of the sequence; nothing without one.
+        """
+        tapped: list[Tensor] = []
+        streams = embedded(self.embed, step.ids, self.dtype, self.config.hc_mult)
+        for number, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             streams = layer(streams, step, cache)
+            if self.drafter is not None and number in self.drafter.tapped:
+                tapped.append(streams)
+        if self.drafter is not None:
+            self.drafter.observe(tapped, step, context)
         return streams
 
 
@@ -151,18 +106,24 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     numerics: Numerics = Numerics.EXACT,
+    draft: DraftKind = DraftKind.NONE,
 ) -> Model:
     """Check `weights` against their config and make them a `Model`.
 
     dtype: float32 or bfloat16, of activations and caches; what DeepSeek-V4 computes in FP32 stays
-    FP32 in both. Raises RuntimeRefusal naming the tensor that does not fit, or the device.
+    FP32 in both. draft: which draft layers of `weights` are loaded as well; they draft once, so
+    that those which cannot are refused. Raises RuntimeRefusal naming the tensor that does not fit,
+    or the device.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeRefusal(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
     target = device_named(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise no_gpu()
-    return Model(WeightReader(weights, target), dtype, numerics_named(numerics))
+    model = Model(WeightReader(weights, target), dtype, numerics_named(numerics), draft)
+    if model.drafter is not None:
+        check_drafter(model.drafter, weights.config, model.embed, dtype)
+    return model
 
 
 def device_named(name: str | torch.device) -> torch.device:

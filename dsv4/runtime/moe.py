@@ -49,7 +49,7 @@ class MixtureOfExperts:
 
     def __init__(self, read: WeightReader, layer: int, numerics: Numerics) -> None:
         c = read.weights.config
-        prefix = f"layers.{layer}.ffn"
+        prefix = f"{c.block_name(layer)}.ffn"
         inter, hidden = c.moe_intermediate_size, c.hidden_size
         self.numerics = numerics
         self.limit = c.swiglu_limit

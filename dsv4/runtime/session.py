@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
-from dsv4.runtime.cache import SLACK, LayerCache, allocate
+from dsv4.runtime.cache import SLACK, LayerCache, WindowCache, allocate
+from dsv4.runtime.draft import Draft, Drafter
 from dsv4.runtime.positions import RopeTables, Step
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
@@ -32,10 +33,12 @@ class SequenceBase(abc.ABC):
     """One sequence, wherever it is computed: position, room, ids, interruption, going back.
 
     max_seq_len: tokens that it may grow to. slack: how many tokens behind the last one that was
-    ever written a sequence may go on, as rings still hold what is seen from there.
+    ever written a sequence may go on, as rings still hold what is seen from there. most_drafts:
+    tokens that `propose` proposes at most; 0 where no draft layers are loaded.
     """
 
     slack: int
+    most_drafts = 0
 
     def __init__(self, config: ModelConfig, max_seq_len: int, device: torch.device) -> None:
         self.max_seq_len = max_seq_len
@@ -103,6 +106,33 @@ class SequenceBase(abc.ABC):
         self._feed(ids, result)
         return result
 
+    def propose(self, token: int, count: int) -> Draft:
+        """What the draft layers expect after `token`, the next one, which is not fed yet.
+
+        count: proposals, at least 1; fewer are the first rows of more. The sequence is as it was
+        afterwards. Raises RuntimeRefusal where the store has no draft layers, for a token that is
+        not in the vocabulary, a count that the draft layers do not have, before the first token is
+        fed, and where the sequence has no room for `token` and the proposals.
+        """
+        if not self.most_drafts:
+            raise RuntimeRefusal(
+                "nothing can be proposed: the model has no draft layers, or was loaded without them"
+            )
+        if not 1 <= count <= self.most_drafts:
+            raise RuntimeRefusal(
+                f"{count} proposals were asked for, expected 1 to {self.most_drafts}, which the "
+                "draft layers were made for"
+            )
+        self._check_whole()
+        if not self._position:
+            raise RuntimeRefusal(
+                "nothing can be proposed before the first token: feed the prompt first"
+            )
+        check_room(1 + count, self._position, self.max_seq_len)
+        check_ids(torch.tensor([token]), self._position, self.max_seq_len, self._config.vocab_size)
+        with torch.no_grad():
+            return self._propose(token, count)
+
     def generate(
         self,
         prompt_ids: Sequence[int] | Tensor,
@@ -135,6 +165,10 @@ class SequenceBase(abc.ABC):
     @abc.abstractmethod
     def _most_rows(self, chunk: bool) -> int:
         """Tokens that are run at once at most."""
+
+    def _propose(self, token: int, count: int) -> Draft:
+        """What `propose` returns, of checked arguments."""
+        raise NotImplementedError  # where `most_drafts` is not 0
 
     def _forget(self, position: int) -> None:
         """Drop what is known of tokens from `position` on, besides caches."""
@@ -211,14 +245,21 @@ class SessionModel(Protocol):
     def head(self) -> Callable[..., Tensor]:
         """`[T, m, D]` -> logits, float32 `[T, vocab]`."""
 
-    def forward(self, step: Step, caches: tuple[LayerCache, ...]) -> Tensor:
+    @property
+    def drafter(self) -> Drafter | None:
+        """The draft layers, where they are loaded."""
+
+    def forward(
+        self, step: Step, caches: tuple[LayerCache, ...], context: tuple[WindowCache, ...]
+    ) -> Tensor:
         """Run one step through all layers -> the last layer's streams `[T, m, D]`."""
 
 
 class Session(SequenceBase):
     """A sequence that grows by `forward`. Not for concurrent use; a model serves many sessions.
 
-    caches: what it remembers, by layer. step_tokens: most tokens that run at once.
+    caches: what it remembers, by layer. context: what draft layers do. step_tokens: most tokens
+    that run at once.
     """
 
     slack = SLACK
@@ -229,7 +270,12 @@ class Session(SequenceBase):
         self.model = model
         self.step_tokens = STEP_TOKENS
         self.caches = allocate(model.config, capacity, model.dtype, model.device)
-        self._tables = RopeTables.build(model.config, capacity, model.device)
+        self.context: tuple[WindowCache, ...] = ()
+        ahead = 0
+        if model.drafter is not None:
+            self.context = model.drafter.empty_context()
+            self.most_drafts = ahead = model.drafter.most
+        self._tables = RopeTables.build(model.config, capacity + ahead, model.device)
 
     def skip_to(self, position: int) -> None:
         """Go on at `position`: the caller has filled the caches. Raises RuntimeRefusal past their
@@ -253,9 +299,15 @@ class Session(SequenceBase):
     def _append(self, ids: Tensor, logits: Tensor, *, chunk: bool) -> None:
         window = self.model.config.sliding_window
         step = Step(ids.to(torch.int64), self._position, window, self._tables)
-        streams = self.model.forward(step, self.caches)
+        streams = self.model.forward(step, self.caches, self.context)
         if len(logits):
             self.model.head(streams[-len(logits) :], out=logits)
+
+    def _propose(self, token: int, count: int) -> Draft:
+        assert self.model.drafter is not None  # or `most_drafts` were 0
+        return self.model.drafter.propose(
+            token, count, self._position, self._tables.sliding, self.context
+        )
 
 
 def capacity_of(config: ModelConfig, max_seq_len: int | None) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig
-from dsv4.runtime.cache import LayerCache
+from dsv4.runtime.cache import LayerCache, WindowCache
 from dsv4.runtime.gpu.caches import LayerCaches
 
 BLOCK = 128  # tokens: the window's length, and a multiple of both ratios
@@ -115,9 +115,14 @@ class SlotMemory:
             yield blocks[:, start : start + width], rows.view(count, width)
 
 
-def cpu_memory(config: ModelConfig, caches: Sequence[LayerCache], block: int) -> SlotMemory:
-    """Of a session of the CPU."""
-    rings: list[Ring] = []
+def cpu_memory(
+    config: ModelConfig,
+    caches: Sequence[LayerCache],
+    block: int,
+    context: Sequence[WindowCache] = (),
+) -> SlotMemory:
+    """Of a session of the CPU. context: what its draft layers keep."""
+    rings = [Ring(one.ring, one.window) for one in context]
     entries: list[Entries] = []
     for layer, cache in enumerate(caches):
         rings.append(Ring(cache.window.ring, config.sliding_window))

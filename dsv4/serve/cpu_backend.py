@@ -56,7 +56,9 @@ class CpuBackend:
         self.block = block_tokens(config) if block is None else block
         self.sessions = [model.session(self.capacity) for _ in range(slots)]
         self.slack = self.sessions[0].slack
-        self.memory = [cpu_memory(config, one.caches, self.block) for one in self.sessions]
+        self.memory = [
+            cpu_memory(config, one.caches, self.block, one.context) for one in self.sessions
+        ]
         self.block_bytes = self.memory[0].block_bytes
         self.state_bytes = self.memory[0].state_bytes
         self.layout = f"{model!r} {self.block} {self.block_bytes} {self.state_bytes}".encode()

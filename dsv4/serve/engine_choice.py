@@ -13,7 +13,6 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.store.text_files import stored_text_files
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.engine import PREFIX_BYTES, Options, ServeEngine, backend_of
-from dsv4.serve.jobs import Engine
 from dsv4.serve.prefix_files import PrefixFiles
 from dsv4.serve.record import LOG
 from dsv4.serve.remembering import MemoryOptions
@@ -50,7 +49,7 @@ class Wanted:
     count: bool = True
 
 
-def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Engine:
+def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEngine:
     """Load the weights of `packed` and run them. mark: called with the name of each phase when it
     ends. Raises StoreError, RuntimeRefusal, KernelError or OutOfSpaceError.
     """

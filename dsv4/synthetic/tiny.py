@@ -213,7 +213,9 @@ def hub_config(config: ModelConfig, draft: DraftKind) -> dict[str, Any]:
             "dspark_block_size": config.dspark_block_size,
             "dspark_markov_rank": config.dspark_markov_rank,
             "dspark_noise_token_id": _noise_token_id(config),
-            "dspark_target_layer_ids": list(range(layers - DSPARK_TAPS, layers)),
+            "dspark_target_layer_ids": list(
+                config.dspark_target_layer_ids or range(layers - DSPARK_TAPS, layers)
+            ),
         }
     return dict(sorted(fields.items()))
 
@@ -295,6 +297,8 @@ def _shards(config: ModelConfig, draft: DraftKind) -> list[list[Parameter]]:
 
 
 def _noise_token_id(config: ModelConfig) -> int:
+    if config.dspark_noise_token_id is not None:
+        return config.dspark_noise_token_id
     if config.vocab_size < MIN_VOCABULARY:
         return config.vocab_size - 1
     noise = build_tokenizer(config.vocab_size).token_to_id(NOISE)

@@ -180,7 +180,7 @@ def test_experts_interpreted() -> None:
     assert faults(one, "sm_90a") == []
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_90a", marks=pytest.mark.long), "sm_100a"])
 def test_one_expert_interpreted(arch: str) -> None:
     """Twice for each token, in several tiles of tokens, the last one narrow."""
     cut = {**CUT, "ctas": 3, "runs": 1, "unroll": 2, "narrow": 1}

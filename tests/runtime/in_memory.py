@@ -88,8 +88,10 @@ class InMemoryWeights:
         for name in tensors:
             if _quantisable(name):
                 self._matrices[name] = self._pack(dense_packing, [name], 0)
-        for layer in range(config.num_hidden_layers):
-            prefix = f"layers.{layer}.ffn.experts"
+        for layer in range(config.num_hidden_layers + config.num_draft_layers):
+            prefix = f"{config.block_name(layer)}.ffn.experts"
+            if f"{prefix}.0.w1.weight" not in tensors:
+                continue  # draft layers that are not given
             names = [f"{prefix}.{e}" for e in range(config.n_routed_experts)]
             self._experts[prefix] = InMemoryExperts(
                 [

@@ -6,10 +6,13 @@ sinks, `ape`, biases and mixing matrices from zero, or a dropped term would go u
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import AttentionKind, ModelConfig, YarnConfig
+from dsv4.formats.model.inventory import DSPARK_TAPS, DraftKind
 
 YARN = YarnConfig(factor=16.0, original_max_position_embeddings=65536)
 
@@ -83,14 +86,58 @@ TRANSFORMERS_TINY = ModelConfig(
 )
 
 
+# Draft layers over a window that a few dozen tokens fill; every attention kind below them. Sizes
+# suit DeepSeek's own code: its cache rounds 64 columns at a time.
+DSPARK_SMALL = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    head_dim=96,
+    qk_rope_head_dim=32,
+    q_lora_rank=32,
+    o_lora_rank=16,
+    o_groups=2,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    num_hash_layers=1,
+    compress_ratios=(0, 4, 128, 0, 4),
+    sliding_window=16,
+    index_n_heads=2,
+    index_head_dim=64,
+    index_topk=64,
+    yarn=YARN,
+    num_draft_layers=3,
+    dspark_markov_rank=16,
+    dspark_block_size=5,
+    dspark_noise_token_id=95,
+    dspark_target_layer_ids=(1, 3, 4),
+)
+MTP_SMALL = dataclasses.replace(
+    DSPARK_SMALL,
+    num_draft_layers=1,
+    dspark_markov_rank=None,
+    dspark_block_size=None,
+    dspark_noise_token_id=None,
+    dspark_target_layer_ids=None,
+)
+
+
 def random_ids(config: ModelConfig, count: int, seed: int = 0) -> Tensor:
     """int64 `[count]`."""
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Every backbone tensor, float32 (`tid2eid` int64), under its hub name."""
-    return _Maker(config, seed).weights
+def random_weights(
+    config: ModelConfig, seed: int = 0, draft: DraftKind = DraftKind.NONE
+) -> dict[str, Tensor]:
+    """Every tensor of the backbone and of its draft layers, float32 (`tid2eid` int64), under its
+    hub name."""
+    maker = _Maker(config, seed)
+    if draft is not DraftKind.NONE:
+        maker.draft(draft)
+    return maker.weights
 
 
 class _Maker:
@@ -102,16 +149,38 @@ class _Maker:
         self.weights: dict[str, Tensor] = {}
         self.normal("embed.weight", config.vocab_size, config.hidden_size)
         for layer in range(config.num_hidden_layers):
-            prefix = f"layers.{layer}"
-            self.norm(f"{prefix}.attn_norm", config.hidden_size)
-            self.norm(f"{prefix}.ffn_norm", config.hidden_size)
-            self.hyper(f"{prefix}.hc_attn", config.hc_mix, 3)
-            self.hyper(f"{prefix}.hc_ffn", config.hc_mix, 3)
-            self.attention(f"{prefix}.attn", layer)
-            self.experts(f"{prefix}.ffn", layer)
+            self.block(layer)
         self.hyper("hc_head", config.hc_mult, 1)
         self.norm("norm", config.hidden_size)
         self.matrix("head", config.vocab_size, config.hidden_size)
+
+    def block(self, layer: int) -> None:
+        prefix, config = self.config.block_name(layer), self.config
+        self.norm(f"{prefix}.attn_norm", config.hidden_size)
+        self.norm(f"{prefix}.ffn_norm", config.hidden_size)
+        self.hyper(f"{prefix}.hc_attn", config.hc_mix, 3)
+        self.hyper(f"{prefix}.hc_ffn", config.hc_mix, 3)
+        self.attention(f"{prefix}.attn", layer)
+        self.experts(f"{prefix}.ffn", layer)
+
+    def draft(self, kind: DraftKind) -> None:
+        c, hidden = self.config, self.config.hidden_size
+        for stage in range(c.num_draft_layers):
+            self.block(c.num_hidden_layers + stage)
+        last = f"mtp.{c.num_draft_layers - 1}"
+        self.hyper(f"{last}.hc_head", c.hc_mult, 1)
+        self.norm(f"{last}.norm", hidden)
+        if kind is DraftKind.MTP:
+            for name in ("e", "h"):
+                self.matrix(f"mtp.0.{name}_proj", hidden, hidden)
+                self.norm(f"mtp.0.{name}norm", hidden)
+            return
+        rank = c.dspark_markov_rank or 0
+        self.matrix("mtp.0.main_proj", hidden, DSPARK_TAPS * hidden)
+        self.norm("mtp.0.main_norm", hidden)
+        self.normal(f"{last}.markov_head.markov_w1.weight", c.vocab_size, rank)
+        self.matrix(f"{last}.markov_head.markov_w2", c.vocab_size, rank)
+        self.matrix(f"{last}.confidence_head.proj", 1, hidden + rank)
 
     def normal(self, name: str, *shape: int, mean: float = 0.0, std: float = 1.0) -> None:
         self.weights[name] = mean + std * torch.randn(shape, generator=self.rng)

@@ -107,6 +107,7 @@ def test_past_2048_tokens() -> None:
     )
 
 
+@pytest.mark.long
 def test_past_2048_tokens_one_by_one() -> None:
     model = load(InMemoryWeights(LONG, random_weights(LONG)))
     ids = random_ids(LONG, 2200)

@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
         swapped_halves,
     ),
     "streams mixed in the wrong direction": (
-        "dsv4.runtime.model.mhc_post",
+        "dsv4.runtime.layer.mhc_post",
         lambda u, x, post, comb: mhc.mhc_post(u, x, post, comb.mT),
     ),
     "one Sinkhorn round": (
@@ -161,7 +161,7 @@ MISTAKES: dict[str, tuple[str, Callable[..., Any]]] = {
         unnormalised,
     ),
     "no norm before the output head": (
-        "dsv4.runtime.model.hc_head",
+        "dsv4.runtime.layer.hc_head",
         lambda x, fn, base, scale, hc_eps, norm_eps: x.mean(1),
     ),
     "norm without weight": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ class ModelConfig:
     num_draft_layers: int = 0
     dspark_markov_rank: int | None = None
     dspark_block_size: int | None = None
+    # Of no store's record, whose bytes they would change: read from the config.json it carries.
+    dspark_noise_token_id: int | None = dataclasses.field(default=None, compare=False)
+    dspark_target_layer_ids: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
     bos_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (1,)
 
@@ -98,6 +102,11 @@ class ModelConfig:
         """Tokens per compressed entry of layer `layer` (0: no compressor)."""
         return self.compress_ratios[layer] if layer < self.num_hidden_layers else 0
 
+    def block_name(self, layer: int) -> str:
+        """The hub's name of layer `layer`; the draft layers follow those of the backbone."""
+        stage = layer - self.num_hidden_layers
+        return f"layers.{layer}" if stage < 0 else f"mtp.{stage}"
+
     def is_hash_layer(self, layer: int) -> bool:
         """Whether experts of layer `layer` are chosen by token id instead of by score."""
         return layer < self.num_hash_layers
@@ -108,13 +117,18 @@ class ModelConfig:
         return (2 + self.hc_mult) * self.hc_mult
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the exact inverse."""
-        return dataclasses.asdict(self)
+        """Plain JSON types, for `from_dict`: all but what `with_draft_of` adds."""
+        record = dataclasses.asdict(self)
+        return {name: value for name, value in record.items() if name not in _OF_CONFIG_JSON}
+
+    def with_draft_of(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """Add what only a `config.json` says of DSpark. Raises ConfigError as `from_hf`."""
+        return dataclasses.replace(self, **_draft_fields(raw))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read what `to_dict` wrote. Raises ConfigError on unknown or missing fields."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {f.name for f in dataclasses.fields(cls)} - {*_OF_CONFIG_JSON}
         if unknown := sorted(set(raw) - known):
             raise ConfigError(f"model config has unknown fields {unknown}; made by another version")
         values = dict(raw)
@@ -138,13 +152,13 @@ class ModelConfig:
         ratios, csa_ratio, draft_layers = _attention_schedule(raw, layers)
         head_dim = _integer(raw, "head_dim")
         main_theta, compress_theta, yarn = _rope(raw)
-        optional: dict[str, Any] = {}
+        fields: dict[str, Any] = {name: _integer(raw, name) for name in _REQUIRED_INTEGERS}
         for name, read in _OPTIONAL_FIELDS.items():
             if raw.get(name) is not None:
-                optional[name] = read(raw, name)
+                fields[name] = read(raw, name)
         return cls(
-            **{name: _integer(raw, name) for name in _REQUIRED_INTEGERS},
-            **optional,
+            **fields,
+            **_draft_fields(raw),
             num_hidden_layers=layers,
             head_dim=head_dim,
             qk_rope_head_dim=_rope_head_dim(raw, head_dim),
@@ -157,6 +171,24 @@ class ModelConfig:
             yarn=yarn,
             eos_token_ids=_eos_token_ids(raw),
         )
+
+
+_OF_CONFIG_JSON = ("dspark_noise_token_id", "dspark_target_layer_ids")
+
+
+def _draft_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `_OF_CONFIG_JSON` that a config.json has."""
+    noise, layers = (raw.get(name) for name in _OF_CONFIG_JSON)
+    found: dict[str, Any] = {}
+    if noise is not None:
+        found["dspark_noise_token_id"] = _integer(raw, "dspark_noise_token_id")
+    if layers is not None:
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise ConfigError(
+                f"config.json: dspark_target_layer_ids is {layers!r:.80}, expected layer numbers"
+            )
+        found["dspark_target_layer_ids"] = tuple(layers)
+    return found
 
 
 def _integer(raw: Mapping[str, Any], name: str) -> int:
@@ -352,11 +384,14 @@ def _yarn(raw: Mapping[str, Any]) -> YarnConfig | None:
     )
 
 
+_MAY_BE_ZERO = ("num_hash_layers", "num_draft_layers", "bos_token_id", "dspark_noise_token_id")
+
+
 def _check(c: ModelConfig) -> None:
     """Refuse contradictions here, so that nothing later has to."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        zero_ok = field.name in ("num_hash_layers", "num_draft_layers", "bos_token_id")
+        zero_ok = field.name in _MAY_BE_ZERO
         if type(value) is int and (value < 0 or (value == 0 and not zero_ok)):
             raise ConfigError(f"config: {field.name} is {value}, expected a positive integer")
         if type(value) is int and value > MAX_INTEGER:
@@ -398,4 +433,21 @@ def _check(c: ModelConfig) -> None:
     if c.index_head_dim & (c.index_head_dim - 1):
         raise ConfigError(
             f"config: index_head_dim {c.index_head_dim} is no power of two (Hadamard rotation)"
+        )
+    _check_dspark(c)
+
+
+def _check_dspark(c: ModelConfig) -> None:
+    noise, layers = c.dspark_noise_token_id, c.dspark_target_layer_ids
+    if noise is not None and noise >= c.vocab_size:
+        raise ConfigError(
+            f"config: dspark_noise_token_id is {noise}, expected one of {c.vocab_size} ids"
+        )
+    if layers is None:
+        return
+    ascending = all(low < high for low, high in itertools.pairwise((-1, *layers)))
+    if not ascending or not layers or layers[-1] >= c.num_hidden_layers:
+        raise ConfigError(
+            f"config: dspark_target_layer_ids is {list(layers)!s:.80}, expected ascending layers "
+            f"below num_hidden_layers = {c.num_hidden_layers}"
         )

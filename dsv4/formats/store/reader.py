@@ -1,8 +1,9 @@
 """Opening a packed store: one metadata document, validated once, then trusted.
 
-`PackedStore.open` reads two small files (the marker and the root's `zarr.json`), refuses whatever
-it cannot explain, checks the size of every data file, and maps nothing. Weights are mapped when
-they are first asked for, and verified chunk by chunk as they are touched.
+`PackedStore.open` reads two small files (the marker and the root's `zarr.json`; of a model with
+DSpark the `config.json` it carries too), refuses whatever it cannot explain, checks the size of
+every data file, and maps nothing. Weights are mapped when they are first asked for, and verified
+chunk by chunk as they are touched.
 
 Needs only the standard library, numpy, torch and xxhash.
 """
@@ -44,6 +45,8 @@ from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, Hierarchy, parse_js
 from dsv4.formats.store_place import refuse_no_store
 
 MAX_MARKER_BYTES = 1 << 16
+_MAX_CONFIG_BYTES = 1 << 20
+_CONFIG = "config.json"
 
 
 class PackedStore(StoredWeights):
@@ -95,6 +98,7 @@ class PackedStore(StoredWeights):
         store = cls.interpret(root, marker, document, verify=verify)
         if check_files:
             refuse(root, sizes(root, store._files.values()))
+        store.config = _with_draft(store.config, root)
         return store
 
     @classmethod
@@ -230,6 +234,20 @@ def _read_document(path: Path, limit: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise StoreError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _with_draft(config: ModelConfig, root: Path) -> ModelConfig:
+    """Add what the store's config.json says of DSpark; nothing where it cannot be read.
+
+    What is needed of it and absent is named where draft layers are loaded.
+    """
+    if config.dspark_markov_rank is None:
+        return config
+    with contextlib.suppress(StoreError, ConfigError):
+        name = f"{ASSET_DIRECTORY}/{_CONFIG}"
+        raw = parse_json(_read_document(root / name, _MAX_CONFIG_BYTES), name)
+        return config.with_draft_of(raw if isinstance(raw, dict) else {})
+    return config
 
 
 def _read_config(raw: Mapping[str, Any]) -> ModelConfig:
