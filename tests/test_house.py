@@ -37,13 +37,14 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        21_600,
+        21_700,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
     "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 600.
-    "the wheel": (55_400, ("**",)),
+    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 600,
+    # push and pull 1,500.
+    "the wheel": (56_900, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

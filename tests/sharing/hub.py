@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from tests.convert.hub.loopback import TOKEN, Answer, Loopback, Request, _blob_id, _json
 

@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no marker": (lambda t: t.pop("dsv4.complete"), "is not whole .* its push is not finished"),
     "no manifest": (lambda t: t.pop("zarr.json"), r"is not a packed store: it has no dsv4\.compl"),
     "a checkpoint": (
-        lambda t: (t.clear(), t.update({"config.json": b"{}"})),
+        lambda t: [t.update({"config.json": b"{}"}), *(t.pop(k) for k in set(t) - {"config.json"})],
         f"is a checkpoint that is not packed; .*dsv4 convert --hf {REPO}",
     ),
     "something else": (lambda t: t.clear(), r"is not a packed store: it has no dsv4\.complete"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.utils import _http
 
 import dsv4
 from dsv4.formats.errors import ConflictError, NetworkError, SourceError, StoreError
@@ -29,7 +29,7 @@ BESIDE = {"README.md", ".gitattributes"}
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own waits between its tries."""
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def push(store: Path, repo: str = REPO, **how: Any) -> Pushed:
@@ -81,21 +81,23 @@ def test_a_second_push_sends_nothing(hub: SharingHub, shared_store: Path) -> Non
     assert (len(hub.trees), len(hub.uploaded)) == (commits, sent)
 
 
-def _card_of(hub: SharingHub) -> ModelCard:
-    return ModelCard(hub.head["README.md"].decode())
+def _card_of(hub: SharingHub) -> tuple[Any, str]:
+    """-> (its metadata, its text), as huggingface_hub reads them."""
+    card = ModelCard(hub.head["README.md"].decode())
+    return card.data, card.text
 
 
 def test_the_card_says_what_the_store_is(hub: SharingHub, shared_store: Path) -> None:
     push(shared_store)
-    card = _card_of(hub)
-    assert (card.data.library_name, card.data.license) == ("dsv4", "other")
-    assert card.data.license_link == "assets/LICENSE" and card.data.base_model is None
+    data, text = _card_of(hub)
+    assert (data.library_name, data.license) == ("dsv4", "other")
+    assert data.license_link == "assets/LICENSE" and data.base_model is None
     root = root_of(shared_store)
-    assert f"dsv4 pull {REPO} ./packed --root {root}" in card.text
+    assert f"dsv4 pull {REPO} ./packed --root {root}" in text
     report = dsv4.validate(shared_store)
     exact = sum(1 for name in dsv4.open(shared_store).names() if _exact(shared_store, name))
     total = len(dsv4.open(shared_store).names())
-    assert report.ok and f"{exact} of {total} tensors are exact" in card.text
+    assert report.ok and f"{exact} of {total} tensors are exact" in text
 
 
 def _exact(store: Path, name: str) -> bool:
@@ -109,10 +111,10 @@ def test_the_card_names_repository_and_commit(
     store = Path(shutil.copytree(shared_store, tmp_path / "store"))
     _set_origin(store, {"kind": "hub", "repo": "deepseek-ai/DeepSeek-V4", "commit": "ab" * 20})
     push(store)
-    card = _card_of(hub)
-    assert card.data.base_model == "deepseek-ai/DeepSeek-V4"
-    assert card.data.to_dict()["base_model_relation"] == "quantized"
-    assert f"at commit `{'ab' * 20}`" in card.text
+    data, text = _card_of(hub)
+    assert data.base_model == "deepseek-ai/DeepSeek-V4"
+    assert data.to_dict()["base_model_relation"] == "quantized"
+    assert f"at commit `{'ab' * 20}`" in text
 
 
 def _set_origin(store: Path, origin: dict[str, str]) -> None:
