@@ -17,6 +17,7 @@ from dsv4.commands.progress import checking_progress, transfer_progress
 from dsv4.commands.tables import facts_table
 from dsv4.convert.sources.open import hub_name
 from dsv4.formats.plain_text import counted, size
+from dsv4.formats.store_place import PARTS
 
 if TYPE_CHECKING:
     from dsv4.sharing.pull import Pulled
@@ -90,6 +91,14 @@ def _pushed_table(directory: Path, pushed: Pushed) -> Table:
 )
 @revision_option
 @click.option(
+    "--without",
+    "leave_out",
+    type=click.Choice(tuple(PARTS)),
+    multiple=True,
+    help="A part that is not wanted; `run` does without draft layers. The same command without "
+    "this option fetches it later.",
+)
+@click.option(
     "--streams",
     type=click.IntRange(min=1, max=64),
     default=8,
@@ -102,6 +111,7 @@ def pull(
     directory: Path,
     root: str | None,
     revision: str | None,
+    leave_out: tuple[str, ...],
     streams: int,
     as_json: bool,
 ) -> None:
@@ -120,6 +130,7 @@ def pull(
                 directory,
                 revision=revision,
                 root=root,
+                leave_out=leave_out,
                 streams=streams,
                 progress=progress,
                 notice=notice,
@@ -141,6 +152,7 @@ def _pulled_table(pulled: Pulled) -> Table:
             "from": f"{pulled.repo} at commit {pulled.commit}",
             "fetched": f"{size(pulled.fetched)} of {size(pulled.nbytes)} in "
             f"{counted(pulled.files, 'file')}",
+            "left out": ", ".join(pulled.absent) or "nothing",
             "root": f"{pulled.root}, {'as --root says' if pulled.pinned else 'not compared'}",
         },
     )

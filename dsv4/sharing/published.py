@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode
@@ -19,6 +19,7 @@ from dsv4.convert.sources.hub_repo import HubRepo
 from dsv4.formats.errors import SourceError, StoreError
 from dsv4.formats.plain_text import counted, first
 from dsv4.formats.store.integrity import check_root
+from dsv4.formats.store.parts import PARTS, Absent, is_draft
 from dsv4.formats.store.reader import MAX_MARKER_BYTES, PackedStore
 from dsv4.formats.store.specs import ASSET_DIRECTORY, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES
@@ -81,6 +82,18 @@ class PublishedStore:
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
+
+    def without(self, parts: Collection[str]) -> PackedStore:
+        """The store as it is without `parts`, of `PARTS`; those that it does not have are nothing.
+
+        Raises SourceError for what cannot be left out.
+        """
+        if unknown := sorted(set(parts) - PARTS.keys()):
+            raise SourceError(f"{unknown[0]!r:.80} cannot be left out, expected {', '.join(PARTS)}")
+        if not any(is_draft(key) for key in self.store.records) or not parts:
+            return self.store
+        absent = Absent(tuple(sorted(set(parts))), self.repo, self.commit)
+        return PackedStore(self.store.root, self.store.whole, verify=False, absent=absent)
 
     def refuse_other_root(self, pinned: str) -> None:
         """Raise SourceError unless the root begins with `pinned`, which `check_pin` has seen."""

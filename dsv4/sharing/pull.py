@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from dsv4.convert.sources.http import Patience
 from dsv4.formats.errors import ConflictError, OtherConversionError
+from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
 from dsv4.formats.store.writer import StoreWriter
@@ -30,7 +31,8 @@ from dsv4.sharing.transfer import STREAMS, Moved, Transfer
 class Pulled:
     """What a pull did. root: proved; pinned: whether it was compared with one given by the user.
 
-    nbytes: of the store's files. fetched: of them, what came over the network now.
+    absent: parts that were left out. files, nbytes: that are there. fetched: of these bytes, what
+    came over the network now.
     """
 
     out: Path
@@ -38,6 +40,7 @@ class Pulled:
     commit: str
     root: str
     pinned: bool
+    absent: tuple[str, ...]
     files: int
     nbytes: int
     fetched: int
@@ -50,6 +53,7 @@ class Pulled:
             "commit": self.commit,
             "root": self.root,
             "root_pinned": self.pinned,
+            "absent": list(self.absent),
             "files": self.files,
             "bytes": self.nbytes,
             "fetched_bytes": self.fetched,
@@ -62,6 +66,7 @@ def pull(
     *,
     revision: str | None = None,
     root: str | None = None,
+    leave_out: Collection[str] = (),
     streams: int = STREAMS,
     progress: Callable[[Moved], None] | None = None,
     notice: Callable[[str], object] = lambda sentence: None,
@@ -70,8 +75,9 @@ def pull(
 ) -> Pulled:
     """Fetch the store in the hub repository `repo` into the directory `out`, or go on with it.
 
-    root: what the store's root is to be, or at least its first 16 digits. streams: files read at
-    once. progress: told of every piece. notice: gets sentences worth showing. on_wait: told, in a
+    root: what the store's root is to be, or at least its first 16 digits. leave_out: of `PARTS`,
+    what is not wanted; a later pull without it fetches the rest. streams: files read at once.
+    progress: told of every piece. notice: gets sentences worth showing. on_wait: told, in a
     sentence, when the network is waited for.
     Nothing but metadata is fetched before the root is right, every file is listed, and there is
     room. Raises SourceError, NetworkError, StoreError, ConflictError when `out` holds something
@@ -87,36 +93,42 @@ def pull(
         published.refuse_other_root(root)
     else:
         notice(f"the root is the one that {published} names; --root holds it to yours")
+    wanted = published.without(leave_out)
     fetched = 0
-    if not _is_there(published, out):
+    if (there := _there(published, wanted, out)) is None:
         published.refuse_missing_files()
         with _writer(published, out) as writer:
-            fetched = _fetch(published, writer, streams, progress)
-    records = published.store.records
+            fetched = _fetch(published, wanted, writer, streams, progress)
+        there = wanted
+    files = there.files_under(None)
     return Pulled(
         out,
         published.repo,
         published.commit,
         published.root,
         root is not None,
-        len(records),
-        sum(record.nbytes for record in records.values()),
+        () if there.absent is None else there.absent.parts,
+        len(files),
+        sum(file.nbytes for file in files),
         fetched,
     )
 
 
 def _fetch(
     published: PublishedStore,
+    store: PackedStore,
     writer: StoreWriter,
     streams: int,
     progress: Callable[[Moved], None] | None,
 ) -> int:
-    """Fetch what is missing and finish the store; -> bytes that came over the network."""
-    store = published.store
-    files = store.files_under(None)
+    """Fetch what is missing of `store` and finish it; -> bytes that came over the network."""
+    files, absent = store.files_under(None), store.absent
+    unwanted = [file for file in published.store.files_under(None) if file not in {*files}]
+    if begun := [file for file in unwanted if writer.knows(file)]:
+        writer.forget(begun)
     for file in writer.covered_files(files):
         writer.complete(file, store.records[file.key])
-    documents = _documents(published)
+    documents = _documents(published, store)
     missing = sum(file.nbytes - writer.allocated(file) for file in files)
     writer.require_space(missing + sum(map(len, documents.values())))
     for file in files:
@@ -124,28 +136,32 @@ def _fetch(
             writer.write(file, ())
     with Transfer(published, writer, progress) as transfer:
         transfer.run(files, streams)
-    writer.finish_copy(store, documents, published.marker)
+    marker = published.marker
+    writer.finish_copy(store, documents, marker if absent is None else absent.marker(marker))
     return transfer.fetched
 
 
-def _documents(published: PublishedStore) -> dict[str, bytes]:
-    """Every `zarr.json` by key: the root's as published, the nodes' made from it."""
-    nodes = published.store.hierarchy
+def _documents(published: PublishedStore, store: PackedStore) -> dict[str, bytes]:
+    """Every `zarr.json` by key: the root's as published, those of the nodes of `store` made."""
+    nodes = store.hierarchy
     documents = metadata_documents(nodes.manifest, nodes.groups, nodes.arrays)
     return documents | {NODE_DOCUMENT: published.document}
 
 
-def _is_there(published: PublishedStore, out: Path) -> bool:
-    """Whether `out` holds the whole store. Raises ConflictError when it holds another one."""
-    if not (out / MARKER).exists():
-        return False
-    there = PackedStore.open(out).manifest["root"]
-    if there != published.root:
+def _there(published: PublishedStore, wanted: PackedStore, out: Path) -> PackedStore | None:
+    """The store in `out`, if it is whole or has what is wanted.
+
+    Raises ConflictError when it is another one.
+    """
+    if not (out / MARKER).exists() and not (out / PART_MARKER).exists():
+        return None
+    there = PackedStore.open(out)
+    if there.manifest["root"] != published.root:
         raise ConflictError(
-            f"{out}: it holds the store with root {there}, {published} has root "
+            f"{out}: it holds the store with root {there.manifest['root']}, {published} has root "
             f"{published.root}; choose another directory or remove it"
         )
-    return True
+    return there if there.absent is None or wanted.absent is not None else None
 
 
 def _writer(published: PublishedStore, out: Path) -> StoreWriter:

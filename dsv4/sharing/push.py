@@ -99,6 +99,8 @@ class Push:
         """
         disable_progress_bars()
         self._store = PackedStore.open(directory)
+        if (absent := self._store.absent) is not None:
+            raise StoreError(f"{absent.sentence(self._store.root)}; only a whole store is pushed")
         check_root(self._store)
         self._replace_card, self._private = replace_card, private
         self._hub = Repository(repo, revision, patience=patience, on_wait=on_wait)

@@ -64,6 +64,7 @@ from dsv4.formats.store.manifest import (
     check_record,
     content_root,
 )
+from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
@@ -226,6 +227,10 @@ class StoreWriter:
             position = max(position, extent.end)
         return found + ([(position, file.payload_nbytes)] if position < file.payload_nbytes else [])
 
+    def knows(self, file: FileSpec) -> bool:
+        """Whether anything of the file is durable."""
+        return file.key in self._open_journal.records or file.key in self._open_journal.extents
+
     def allocated(self, file: FileSpec) -> int:
         """Bytes of the file that the disk has set aside already."""
         if self.has(file):
@@ -300,26 +305,33 @@ class StoreWriter:
     ) -> None:
         """Make the directory a copy of `store`, all of whose files are written; close the writer.
 
-        documents: every `zarr.json` by key. Raises StoreError when a file is missing or is not
-        what the manifest of `store` pins.
+        documents: every `zarr.json` by key. marker: the store's, whole or with parts absent; in
+        that case the journal stays, for the pull that fetches them. Raises StoreError when a file
+        is missing or is not what the manifest of `store` pins.
         """
         journaled = self._open_journal.records
         records = self._settled_records(store.hierarchy.arrays.values(), journaled)
-        for key in records.keys() | store.records.keys():
+        for key in records.keys() | {file.key for file in store.files_under(None)}:
             if records.get(key) != store.records.get(key):
                 raise StoreError(f"{self.out}: {key} is not what the manifest pins")
-        self._publish(documents, marker, store.records)
+        self._publish(documents, marker, records, partial=store.absent is not None)
 
     def _publish(
-        self, documents: Mapping[str, bytes], marker: bytes, files: Mapping[str, FileRecord]
+        self,
+        documents: Mapping[str, bytes],
+        marker: bytes,
+        files: Mapping[str, FileRecord],
+        *,
+        partial: bool = False,
     ) -> None:
-        """Write the documents, then the marker; after that the journal is of no use."""
+        """Write the documents, then the marker; of a whole store the journal is then of no use."""
         with storage_errors(self.out, "finishing the store"):
             self._refuse_strangers(files.keys() | documents.keys())
             self._write_documents(documents)
-            write_atomic(self.out / MARKER, marker)
+            write_atomic(self.out / (PART_MARKER if partial else MARKER), marker)
             self._open_journal.close()
-            (self.out / JOURNAL).unlink()
+            if not partial:
+                (self.out / JOURNAL).unlink()
             self._lock.release(remove=True)
             sync_directory(self.out)
 
@@ -439,7 +451,11 @@ def _has_begun(journal: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, journal: Journal) -> None:
-    """Remove what an interrupted run left behind, but for partial files with durable extents."""
+    """Remove what an interrupted run left behind, but for partial files with durable extents.
+
+    A store with parts left out is none from now on, until its writer finishes again.
+    """
+    (out / PART_MARKER).unlink(missing_ok=True)
     if gone := [k for k, found in journal.extents.items() if not restore_partial(out, k, found)]:
         journal.forget(gone)
     begun = {key + PARTIAL_SUFFIX for key in journal.extents}
