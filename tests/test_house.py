@@ -33,18 +33,18 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 # a number in the commit that needs it. All three miss their targets: the book had 16,400 when its
 # target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
 # not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
-# Draft layers on the CPU took 600 of the book.
+# Draft layers on the CPU and their rounds took 1,200 of the book, parts left out of a pull 100.
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        21_700,
+        22_300,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
     "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 600,
-    # push and pull 1,500.
-    "the wheel": (56_900, ("**",)),
+    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
+    # push and pull 1,700.
+    "the wheel": (57_700, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",
