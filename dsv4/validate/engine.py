@@ -57,9 +57,6 @@ def validate(
         report.seconds = time.perf_counter() - begin
         return report
     report.count("store opened")
-    if (absent := checkpoint.store.absent) is not None:
-        sentence = absent.sentence(checkpoint.store.root)
-        report.notices.append(f"{sentence}; the verdict is on what is here")
     with collector_paused():
         check_metadata(checkpoint, report)
         read_admissions(checkpoint.store, report)
