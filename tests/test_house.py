@@ -24,6 +24,7 @@ ALLOWED = {
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
     "sharing": {"sharing", "validate", "convert", "formats"},
+    "export": {"export", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
@@ -40,11 +41,12 @@ MOST_LINES = {
         22_300,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
-    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
-    "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories, 160
+    # wheels of kernels and where they are found.
+    "kernels": (15_800, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
-    # push and pull 1,700.
-    "the wheel": (57_700, ("**",)),
+    # the export 1,000, `dsv4 info` 270, push and pull 1,700.
+    "the wheel": (59_600, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",
