@@ -161,3 +161,9 @@ def test_a_malformed_marker_is_refused(
     (copy / "dsv4.partial").write_text(json.dumps(marker))
     with pytest.raises(StoreError, match=r"dsv4\.partial is malformed"):
         dsv4.open(copy)
+
+
+def test_an_export_of_it_is_refused(partial: Path, published: SharingHub, tmp_path: Path) -> None:
+    said = sentence(published, partial)
+    with pytest.raises(StoreError, match=f"{said}; only a whole store is exported"):
+        dsv4.export(partial, tmp_path / "exported")
