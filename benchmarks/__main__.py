@@ -87,13 +87,15 @@ def run_drafts(directory: Path, prompts: int, tokens: int, recipe: str, as_json:
     """How many drafts of the trained checkpoint DIRECTORY are accepted, on text it has not seen."""
     import dsv4
     from benchmarks.drafts import acceptance, acceptance_table, confidence_table
+    from dsv4.runtime.model import Model
 
     with tempfile.TemporaryDirectory(prefix="dsv4-drafts-") as place:
         dsv4.convert(directory, Path(place) / "packed", recipe=recipe)
         model = dsv4.load(Path(place) / "packed", device="cpu")
+        assert isinstance(model, Model)  # which it is on a CPU
         found = acceptance(model, directory, prompts, tokens, progress=err.print)
     if as_json:
-        print_json([dataclasses.asdict(one) for one in found])
+        print_json({"temperatures": [dataclasses.asdict(one) for one in found]})
     else:
         show(acceptance_table(found), confidence_table(found))
     if not all(one.same_text for one in found):
