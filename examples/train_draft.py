@@ -11,7 +11,8 @@ between the stage's distribution and the backbone's, cross entropy with the back
 at first as total variation hardly moves a token that is unlikely, and the confidence's against
 1 - total variation, the chance that such a row is accepted; row i weighs exp(-i / DECAY). In the
 first part of the run attention is drawn to what is near, in the last all weights see themselves as
-the official format holds them. One thread.
+the official format holds them. One thread;
+two runs of 3 steps with the same seed gave the same bytes.
 """
 
 from __future__ import annotations
