@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.sampling import Parameters
+from dsv4.runtime.draft import Draft
 from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Tokens
 from dsv4.runtime.gpu.plan import StepPass
@@ -34,6 +35,8 @@ class GpuSession(SequenceBase):
         self.engine, self.slot, self.model = engine, slot, engine.model
         super().__init__(engine.model.config, engine.capacity, engine.model.device)
         self.slack = engine.most_rows
+        if (draft := engine.model.operands.draft) is not None:
+            self.most_drafts = draft.block
         # The next token, where the draw leaves it and a step of one token reads it.
         self._next = Tokens.allocate(1, engine.model.device)
         self._next.slot.fill_(slot)
@@ -74,6 +77,9 @@ class GpuSession(SequenceBase):
             self._ids[self._position : self._position + 1] = drawn
         sampler.drawn += 1
         return drawn
+
+    def _propose(self, token: int, count: int) -> Draft:
+        return self.engine.propose(token, count, self._position, self.slot)
 
     def _clear(self) -> None:
         for cache in self.engine.buffers.caches:

@@ -35,7 +35,11 @@ CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 
 def attention(
-    shape: Shape, rows: int, tuning: Mapping[str, int | bool] | None = None
+    shape: Shape,
+    rows: int,
+    tuning: Mapping[str, int | bool] | None = None,
+    *,
+    turned: bool = False,
 ) -> tuple[Kernel, ...]:
     """The kernels, in order, for one kind of layer and about that many tokens.
 
@@ -49,6 +53,10 @@ def attention(
     slot int32 `[T]`; sinks float32 `[H]`; cos, sin float32 `[positions, 32]`; o bfloat16
     `[T, H, 512]`. Scratch: sums float32 `[T, splits, H, 512]`, statistics `[T, splits, H, 2]`.
     Scales are at most 2^7, rows at most 57344: a normed row times its weight is far below.
+
+    turned: outputs are rotated back by the angles of positions of their own, turn int32 `[T]`, so
+    that tokens at several positions may see the same rows; of a shape whose rows are cut into
+    parts, or the last kernel would be missing: raises ValueError.
     """
     cut = {**tuned(shape, rows), **(tuning or {})}
     number, wide = torch.int32, torch.float32
@@ -83,10 +91,14 @@ def attention(
         ),
     )
     if splits == 1:
+        if turned:
+            raise ValueError(f"{shape}: one part, whose positions are those of its angles")
         return (first,)
     config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
-    join = (*scratch("in"), position, *end)
-    last = kernel("attention_join", f"{SOURCES}.combine:Join", config, join)
+    turn = (Argument("turn", number, ("rows",), align=4),) if turned else ()
+    join = (*scratch("in"), position, *turn, *end)
+    made = "TurnedJoin" if turned else "Join"
+    last = kernel("attention_join", f"{SOURCES}.combine:{made}", config, join)
     return first, last
 
 
