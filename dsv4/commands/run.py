@@ -114,6 +114,8 @@ def _prepared(
         mark=timeline.mark,
     )
     timeline.mark("weights ready")
+    for sentence in model.notices:
+        notice(sentence)
     return packed, request, model
 
 

@@ -1,6 +1,6 @@
 """The released models: the shapes that plans, layouts, kernels and measurements are held to.
 
-Source: the hub's config.json of V4-Flash and V4-Pro, without their draft layers.
+Source: the hub's config.json of V4-Flash and V4-Pro, without draft layers but for `DRAFTING`.
 """
 
 from __future__ import annotations
@@ -42,3 +42,14 @@ PRO = dataclasses.replace(
     index_topk=1024,
 )
 MODELS = {"flash": FLASH, "pro": PRO}
+
+_DRAFTS = {"num_draft_layers": 3, "dspark_block_size": 5, "dspark_noise_token_id": 128799}
+DRAFTING = {
+    "flash": dataclasses.replace(
+        FLASH, **_DRAFTS, dspark_markov_rank=256, dspark_target_layer_ids=(40, 41, 42)
+    ),
+    "pro": dataclasses.replace(
+        PRO, **_DRAFTS, dspark_markov_rank=512, dspark_target_layer_ids=(58, 59, 60)
+    ),
+}
+"""The same with DSpark's draft layers: V4-Flash-0731 and V4-Pro-0813."""

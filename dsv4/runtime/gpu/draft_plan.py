@@ -260,9 +260,9 @@ def _row(tokens: Tokens) -> Tokens:
 
 def _collapse(config: ModelConfig, draft: DSpark, streams: Tensor, own: Proposal) -> None:
     """What the head's norm reads, which its kernel does not leave."""
-    before = draft.before_head
-    eps = {"hc_eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
-    own.collapsed.copy_(hc_head(streams, before.fn, before.base, before.scale, **eps))
+    c, at = config, draft.before_head
+    eps, norm_eps = c.hc_eps, c.rms_norm_eps
+    hc_head(streams, at.fn, at.base, at.scale, hc_eps=eps, norm_eps=norm_eps, out=own.collapsed)
 
 
 def _look_up(draft: DSpark, own: Proposal, row: int) -> None:

@@ -43,6 +43,7 @@ class GpuModel:
         self.device, self.library = device, library
         self.load_reports: tuple[LoadReport, ...] = ()
         self.pinning = 0.0
+        self.notices: tuple[str, ...] = ()  # what was left out, for people
         self.routes: Routes | None = None
         self.operands = read_model(weights, drafts=drafts)
         self.functions = Functions(library)
@@ -56,8 +57,8 @@ class GpuModel:
     def __repr__(self) -> str:
         c, drafts = self.config, ", draft layers" if self.operands.draft else ""
         return (
-            f"<GpuModel of {c.num_hidden_layers} layers{drafts}, {c.n_routed_experts} experts a layer, on "
-            f"{self.device}>"
+            f"<GpuModel of {c.num_hidden_layers} layers{drafts}, {c.n_routed_experts} experts a "
+            f"layer, on {self.device}>"
         )
 
     def load_lines(self) -> Iterator[str]:
@@ -84,7 +85,8 @@ class GpuModel:
         memory = self.operands.memory
         if self.routes is None or memory is None or not memory.fetches:
             return
-        self.routes = self.routes.plus(*memory.counted())
+        backbone = self.config.num_hidden_layers
+        self.routes = self.routes.plus(*(one[:backbone] for one in memory.counted()))
         self.routes.write(path or default_file(self.routes.root))
 
     def multiprocessors(self) -> int:

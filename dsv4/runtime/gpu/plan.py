@@ -186,7 +186,7 @@ class StepPass(Pass):
             ctas=self.ctas,
         )
 
-    def fetch_of(self, memory: ExpertMemory, layer: int) -> None:
+    def _fetch(self, memory: ExpertMemory, layer: int) -> None:
         kernel = fetch_of(memory.records.shape[1], self.config.n_routed_experts)
         given = memory.arguments()
         self.launch(kernel, topk_idx=self.a.topk_idx, layer=layer, **given)

@@ -20,7 +20,7 @@ from dsv4.kernels.ops.experts.contract import Shape
 from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.xxh3.contract import xxh3
-from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu import draft_plan, plan, prefill_plan
 from dsv4.runtime.gpu.activations import CAPACITIES, first
 from dsv4.runtime.gpu.draft_plan import block_pass, propose
 from dsv4.runtime.gpu.engine import META, Buffers
@@ -40,13 +40,16 @@ def refuse_sizes(store: Nodes) -> None:
         raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
 
 
-def outlined_model(store: Nodes) -> Model:
+def outlined_model(store: Nodes, *, drafts: bool = False) -> Model:
     """The operands of a store without their bytes: of the first layer of every kind, in which
-    something is of another kind, format or shape.
+    something is of another kind, format or shape. drafts: and of its DSpark layers.
 
-    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads.
+    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads,
+    or draft layers of sizes that none takes.
     """
     refuse_sizes(store)
+    if drafts:
+        draft_plan.require(store.config)
     kinds: dict[int, list[object]] = {
         layer: [store.config.compress_ratio(layer), store.config.is_hash_layer(layer), not layer]
         for layer in range(store.config.num_hidden_layers)
@@ -59,7 +62,7 @@ def outlined_model(store: Nodes) -> Model:
     found: dict[tuple[object, ...], int] = {}
     for layer, kind in kinds.items():
         found.setdefault(tuple(kind), layer)
-    return read_model(Loaded(OutlinedWeights(store)), found.values())
+    return read_model(Loaded(OutlinedWeights(store)), found.values(), drafts=drafts)
 
 
 def all_kernels(model: Model) -> Iterator[Kernel]:

@@ -20,6 +20,7 @@ from dsv4.kernels.reference.linear import dequantize_rows
 from dsv4.kernels.reference.moe import routed_experts
 from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu import rehearsal
+from dsv4.runtime.gpu.engine import at_once
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.operands import Layer, parts, read_model
 from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model

@@ -141,7 +141,7 @@ class TurnedJoin(Join):
     """The same, rotated back by the angles of `turn`: int32 `[T]`, positions of their own."""
 
     @cute.jit
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         sums: cute.Tensor,
         statistics: cute.Tensor,

@@ -191,6 +191,17 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
                 plans[f"listed {listed}"] = Plan((30000, 0, 9), (1, 0, 2), listed=listed)
         for name, plan in plans.items():
             yield case(config, shape, f"{kind} {name}", model, plan)
+    yield from _blocks(config, model)
+
+
+def _blocks(config: ModelConfig, model: str) -> Iterator[Case]:
+    """Of a draft: tokens that see the window before the first of them, and each other."""
+    c, count = config, config.dspark_block_size or 5
+    own = c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window + count
+    for name, first in {"at the start": 1, "window filling": 126, "": 8000}.items():
+        turns = tuple(range(first, first + count))
+        plan = Plan((turns[-1],) * count, (1,) * count, turns=turns)
+        yield case(config, Shape("none", *own), f"draft block {name}".strip(), model, plan)
 
 
 def case(
@@ -208,7 +219,7 @@ def case(
     if shape.mode != "none":
         caches += ["compressed_kv", "compressed_scales"]
 
-    kernels = attention(shape, count, tuning)
+    kernels = attention(shape, count, tuning, turned=bool(plan.turns))
 
     def inputs(rng: torch.Generator) -> Buffers:
         buffers = make(config, shape, plan, rng)
