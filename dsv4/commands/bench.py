@@ -23,7 +23,7 @@ from dsv4.commands.options import (
     workers_option,
 )
 from dsv4.formats.model.recipes import DEFAULT_RECIPE, RECIPE_NAMES
-from dsv4.formats.model.releases import MODELS
+from dsv4.formats.model.releases import DRAFTING, MODELS
 
 
 @click.group()
@@ -112,9 +112,9 @@ def bench_kernels(
         case
         for model in models
         for case in (
-            checks(MODELS[model], model, operations)
+            checks(DRAFTING[model], model, operations)
             if unusual
-            else cases(MODELS[model], model, counts, operations)
+            else cases(DRAFTING[model], model, counts, operations)
         )
         if shape in case.shape
     ]

@@ -87,17 +87,17 @@ def _of_releases(
     models: tuple[str, ...], operations: tuple[str, ...], unusual: bool
 ) -> Iterator[Kernel]:
     """What `dsv4 run` and `dsv4 bench kernels` launch for released models."""
-    from dsv4.formats.model.releases import DRAFTING, MODELS
+    from dsv4.formats.model.releases import DRAFTING
     from dsv4.kernels.ops import cases, checks
     from dsv4.runtime.gpu.rehearsal import all_kernels
     from dsv4.runtime.gpu.standard import standard_model
 
     for model in models:
-        config = MODELS[model]
+        config = DRAFTING[model]
         for case in cases(config, model, (1, 8, 2048), operations):
             yield from case.kernels
         for case in checks(config, model, operations) if unusual else ():
             yield from case.kernels
-        for kernel in all_kernels(standard_model(DRAFTING[model])):
+        for kernel in all_kernels(standard_model(config)):
             if kernel.operation.startswith(operations):  # "attention_join" is of "attention"
                 yield kernel

@@ -43,13 +43,19 @@ PRO = dataclasses.replace(
 )
 MODELS = {"flash": FLASH, "pro": PRO}
 
-_DRAFTS = {"num_draft_layers": 3, "dspark_block_size": 5, "dspark_noise_token_id": 128799}
-DRAFTING = {
-    "flash": dataclasses.replace(
-        FLASH, **_DRAFTS, dspark_markov_rank=256, dspark_target_layer_ids=(40, 41, 42)
-    ),
-    "pro": dataclasses.replace(
-        PRO, **_DRAFTS, dspark_markov_rank=512, dspark_target_layer_ids=(58, 59, 60)
-    ),
-}
+
+def _drafting(config: ModelConfig, rank: int) -> ModelConfig:
+    """With three stages that read the last three layers."""
+    last = config.num_hidden_layers
+    return dataclasses.replace(
+        config,
+        num_draft_layers=3,
+        dspark_markov_rank=rank,
+        dspark_block_size=5,
+        dspark_noise_token_id=128799,
+        dspark_target_layer_ids=(last - 3, last - 2, last - 1),
+    )
+
+
+DRAFTING = {"flash": _drafting(FLASH, 256), "pro": _drafting(PRO, 512)}
 """The same with DSpark's draft layers: V4-Flash-0731 and V4-Pro-0813."""

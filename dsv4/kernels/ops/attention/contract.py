@@ -35,11 +35,7 @@ CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 
 def attention(
-    shape: Shape,
-    rows: int,
-    tuning: Mapping[str, int | bool] | None = None,
-    *,
-    turned: bool = False,
+    shape: Shape, rows: int, tuning: Mapping[str, int | bool] | None = None, turned: bool = False
 ) -> tuple[Kernel, ...]:
     """The kernels, in order, for one kind of layer and about that many tokens.
 
@@ -54,9 +50,8 @@ def attention(
     `[T, H, 512]`. Scratch: sums float32 `[T, splits, H, 512]`, statistics `[T, splits, H, 2]`.
     Scales are at most 2^7, rows at most 57344: a normed row times its weight is far below.
 
-    turned: outputs are rotated back by the angles of positions of their own, turn int32 `[T]`, so
-    that tokens at several positions may see the same rows; of a shape whose rows are cut into
-    parts, or the last kernel would be missing: raises ValueError.
+    turned: outputs are rotated back by angles of positions of their own, turn int32 `[T]`, so that
+    tokens of several positions see the same rows. Raises ValueError where nothing joins parts.
     """
     cut = {**tuned(shape, rows), **(tuning or {})}
     number, wide = torch.int32, torch.float32
@@ -94,12 +89,11 @@ def attention(
         if turned:
             raise ValueError(f"{shape}: one part, whose positions are those of its angles")
         return (first,)
-    config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
     turn = (Argument("turn", number, ("rows",), align=4),) if turned else ()
+    config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
     join = (*scratch("in"), position, *turn, *end)
     made = "TurnedJoin" if turned else "Join"
-    last = kernel("attention_join", f"{SOURCES}.combine:{made}", config, join)
-    return first, last
+    return first, kernel("attention_join", f"{SOURCES}.combine:{made}", config, join)
 
 
 def _common(shape: Shape, splits: int) -> dict[str, int | bool | str]:
