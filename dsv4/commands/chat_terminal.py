@@ -117,9 +117,9 @@ class TerminalScreen(PlainScreen):
         """The rate, and a blank line."""
         super().end(timings)
         if timings is not None and not self._quiet:
-            self._say_dim(
-                f"{timings.generated_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s"
-            )
+            line = f"{timings.generated_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s"
+            drafts = "" if timings.drafts is None else timings.drafts.line()
+            self._say_dim(f"{line}; {drafts}" if drafts else line)
         say("")
 
     def note(self, sentence: str) -> None:

@@ -12,6 +12,7 @@ import click
 
 from dsv4.formats.model.recipes import DEFAULT_RECIPE, RECIPE_NAMES
 from dsv4.formats.model.releases import MODELS
+from dsv4.kernels.core.sizes import STEP_ROWS
 from dsv4.kernels.names import ARCHITECTURES, OPERATIONS
 
 STDOUT = Path("-")
@@ -39,6 +40,25 @@ class ExpertsPlace(Size):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The word or the bytes meant; refuses all else."""
         return value if value in ("auto", "resident") else super().convert(value, param, ctx)
+
+
+class DraftLength(click.ParamType[Any]):
+    """auto, off, or how many tokens."""
+
+    name = "draft"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The word or the number meant; refuses all else, and more than a step has room for."""
+        text = str(value)
+        wish = int(text) if re.fullmatch(r"\d{1,9}", text) else text
+        if wish not in ("auto", "off", *range(STEP_ROWS)):
+            self.fail(
+                f"{text!r} is not auto, off or 0 to {STEP_ROWS - 1}: a step has {STEP_ROWS} rows, "
+                "and one is the token before the drafts",
+                param,
+                ctx,
+            )
+        return wish
 
 
 class OutDirectory(click.ParamType[Path]):
@@ -257,6 +277,15 @@ experts_option = click.option(
     show_default=True,
     metavar="auto|resident|SIZE",
     help="On the GPU: as many as fit, all, or SIZE of them; the others in pinned host memory.",
+)
+draft_option = click.option(
+    "--draft",
+    type=DraftLength(),
+    default="auto",
+    show_default=True,
+    metavar="auto|off|N",
+    help="Guess tokens ahead and check them in one step: as long as that is faster, never, or N a "
+    "step (0 to 7). The text is the same.",
 )
 routes_option = click.option(
     "--routes",

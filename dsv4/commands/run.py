@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ import dsv4
 from dsv4.commands.console import err, notice, print_json
 from dsv4.commands.exit_codes import terminate
 from dsv4.commands.run_options import Wish, run_options
+from dsv4.formats.errors import DraftRefusal
 from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
@@ -105,7 +107,8 @@ def _prepared(
     elif (reason := request.sampler.host_reason()) is not None:
         notice(reason)
     timeline.mark("tokenizer")
-    model = dsv4.load(
+    load = functools.partial(
+        dsv4.load,
         packed,
         device=place.device,
         experts=wish.experts,
@@ -113,6 +116,13 @@ def _prepared(
         max_seq_len=request.max_seq_len,
         mark=timeline.mark,
     )
+    try:
+        model = load(drafts=wish.draft not in ("off", 0))
+    except DraftRefusal as error:
+        if wish.draft != "auto":
+            raise
+        notice(str(error))
+        model = load(drafts=False)
     timeline.mark("weights ready")
     for sentence in model.notices:
         notice(sentence)
@@ -121,6 +131,7 @@ def _prepared(
 
 def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline: Timeline) -> None:
     from dsv4.commands.chat_terminal import Writer, say
+    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.oneshot import answer
 
     ids, limit = request.ids or [], request.max_new_tokens or 1
@@ -143,6 +154,7 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
         stop_ids=request.stop_ids,
         thinking=request.template.thinking,
         stop=request.stop,
+        drafter=drafter(session, wish.draft),
     )
     if wish.as_json:
         print_json(result.to_dict() | {"start": timeline.phases})
@@ -152,6 +164,9 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
             say(f"cut after {limit} tokens; {request.cut}")
         if not wish.quiet:
             say(_summary(result.timings))
+    drafts = result.timings.drafts
+    if wish.draft != "auto" and drafts is not None and (warning := drafts.warning()) is not None:
+        notice(warning)
     if wish.verbose:
         say(timeline.line())
     if result.finish == "interrupted":
@@ -159,25 +174,30 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
 
 
 def _summary(timings: Timings) -> str:
-    return (
+    line = (
         f"{timings.prompt_tokens} prompt tokens, {timings.generated_tokens} generated, first after "
         f"{timings.first_token_seconds:.2f} s, then {timings.tokens_per_second:.1f} tokens/s"
     )
+    drafts = "" if timings.drafts is None else timings.drafts.line()
+    return f"{line}; {drafts}" if drafts else line
 
 
 def _chat(packed: PackedCheckpoint, model: Model | GpuModel, request: Request, wish: Wish) -> None:
     from dsv4.commands.chat_terminal import open_screen
     from dsv4.runtime.text.chat import Chat
+    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.repl import interactive
 
+    session = model.session(max_seq_len=request.max_seq_len)
     chat = Chat(
-        model.session(max_seq_len=request.max_seq_len),
+        session,
         request.needed_text,
         request.sampler,
         template=request.template,
         eos_token_ids=request.stop_ids,
         max_new_tokens=request.max_new_tokens,
         stop=request.stop,
+        drafter=drafter(session, wish.draft),
     )
     screen = open_screen(quiet=wish.quiet)
     # From here on Ctrl-C ends an answer, whatever is imported for it, and not the program.

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from dsv4.commands.options import experts_option, routes_option
+from dsv4.commands.options import draft_option, experts_option, routes_option
 
 MAX_SEED = (1 << 63) - 1
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -110,6 +110,7 @@ class Wish:
     device: Literal["auto", "cpu", "cuda"]
     experts: Literal["auto", "resident"] | int
     routes: Path | None
+    draft: Literal["auto", "off"] | int
     raw: bool
     as_json: bool
     quiet: bool
@@ -194,6 +195,7 @@ _OPTIONS = (
     ),
     experts_option,
     routes_option,
+    draft_option,
     click.option("--raw", is_flag=True, help="Skip the chat template."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end."),
     click.option("--quiet", is_flag=True, help="No lines on timing."),

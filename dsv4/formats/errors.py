@@ -77,6 +77,10 @@ class RuntimeRefusal(Dsv4Error):
     """The runtime cannot do what was asked: device, capacity, or token id out of range."""
 
 
+class DraftRefusal(RuntimeRefusal):
+    """A store's draft layers cannot be used; without them the model gives the same text."""
+
+
 class QueueFull(Dsv4Error):
     """An engine has as many waiting sequences as it takes; worth trying again later."""
 

@@ -107,6 +107,5 @@ def check_drafter(drafter: Drafter, config: ModelConfig, embed: Tensor, dtype: t
     else:
         return
     raise RuntimeRefusal(
-        f"the draft layers (mtp.*) propose {found}, so they are damaged or not of this model; load "
-        "it without them (drafts=False), which gives the same text, or convert a whole checkpoint"
+        f"the draft layers (mtp.*) propose {found}, so they are damaged or not of this model"
     )

@@ -66,10 +66,7 @@ class DSpark:
         self.confidence = read.parameter(f"{last}.confidence_head.proj.weight", 1, hidden + rank)
         for name, table in (("markov_w1", self.markov_w1), ("markov_w2", self.markov_w2)):
             if not table.any():
-                raise RuntimeRefusal(
-                    f"{markov}.{name}.weight holds nothing but zeros, so the draft layers are "
-                    "damaged; load the model without them (drafts=False)"
-                )
+                raise RuntimeRefusal(f"{markov}.{name}.weight holds nothing but zeros")
 
     def empty_context(self) -> tuple[WindowCache, ...]:
         """A ring of keys a stage."""
@@ -137,7 +134,7 @@ def settings(c: ModelConfig) -> tuple[int, int, int, tuple[int, ...]]:
         raise RuntimeRefusal(
             "there are DSpark layers, but config.json (of a store: assets/config.json) does not "
             "have all of dspark_block_size, dspark_markov_rank, dspark_noise_token_id and "
-            "dspark_target_layer_ids; load the model without them (drafts=False)"
+            "dspark_target_layer_ids"
         )
     if len(layers) != DSPARK_TAPS:
         raise RuntimeRefusal(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.errors import DraftRefusal, Dsv4Error, RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.kernels.reference.numerics import Numerics
@@ -47,7 +47,6 @@ class Model:
         read: WeightReader,
         dtype: torch.dtype,
         numerics: Numerics,
-        draft: DraftKind = DraftKind.NONE,
     ) -> None:
         c = read.weights.config
         self.config: ModelConfig = c
@@ -58,9 +57,6 @@ class Model:
         self.layers = tuple(Layer(read, n, numerics) for n in range(c.num_hidden_layers))
         self.head = Head(read)
         self.drafter: Drafter | None = None
-        if draft is not DraftKind.NONE:
-            made = Mtp if draft is DraftKind.MTP else DSpark
-            self.drafter = made(read, self.embed, self.head.weight, dtype, numerics)
 
     def __repr__(self) -> str:
         c = self.config
@@ -115,17 +111,31 @@ def load(
     dtype: float32 or bfloat16, of activations and caches; what DeepSeek-V4 computes in FP32 stays
     FP32 in both. draft: which draft layers of `weights` are loaded as well; they draft once, so
     that those which cannot are refused. Raises RuntimeRefusal naming the tensor that does not fit,
-    or the device.
+    or the device, and DraftRefusal where the fault is the draft layers'.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise RuntimeRefusal(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
     target = device_named(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise no_gpu()
-    model = Model(WeightReader(weights, target), dtype, numerics_named(numerics), draft)
-    if model.drafter is not None:
-        check_drafter(model.drafter, weights.config, model.embed, dtype)
+    read = WeightReader(weights, target)
+    model = Model(read, dtype, numerics_named(numerics))
+    if draft is not DraftKind.NONE:
+        model.drafter = _drafter(model, read, draft)
     return model
+
+
+def _drafter(model: Model, read: WeightReader, kind: DraftKind) -> Drafter:
+    made = Mtp if kind is DraftKind.MTP else DSpark
+    try:
+        drafter = made(read, model.embed, model.head.weight, model.dtype, model.numerics)
+        check_drafter(drafter, model.config, model.embed, model.dtype)
+    except Dsv4Error as error:
+        raise DraftRefusal(
+            f"the draft layers cannot be used: {error}; load the model without them "
+            "(--draft off, in Python drafts=False), which gives the same text"
+        ) from None
+    return drafter
 
 
 def device_named(name: str | torch.device) -> torch.device:

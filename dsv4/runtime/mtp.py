@@ -49,10 +49,7 @@ class Mtp:
     ) -> None:
         c = read.weights.config
         if c.num_draft_layers != 1:
-            raise RuntimeRefusal(
-                f"the checkpoint has {c.num_draft_layers} MTP layers, expected 1; load it without "
-                "them (drafts=False)"
-            )
+            raise RuntimeRefusal(f"the checkpoint has {c.num_draft_layers} MTP layers, expected 1")
         self.config, self.numerics = c, numerics
         self.embed, self.dtype = embed, dtype
         self.tapped = (c.num_hidden_layers - 1,)

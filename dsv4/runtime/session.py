@@ -19,6 +19,7 @@ from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.cache import SLACK, LayerCache, WindowCache, allocate
 from dsv4.runtime.draft import Draft, Drafter
 from dsv4.runtime.positions import RopeTables, Step
+from dsv4.runtime.text.drafting import Wish, drafter
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
 
@@ -34,11 +35,13 @@ class SequenceBase(abc.ABC):
 
     max_seq_len: tokens that it may grow to. slack: how many tokens behind the last one that was
     ever written a sequence may go on, as rings still hold what is seen from there. most_drafts:
-    tokens that `propose` proposes at most; 0 where no draft layers are loaded.
+    tokens that `propose` proposes at most; 0 where no draft layers are loaded. experts_on_host:
+    whether a step brings experts over the bus.
     """
 
     slack: int
     most_drafts = 0
+    experts_on_host = False
 
     def __init__(self, config: ModelConfig, max_seq_len: int, device: torch.device) -> None:
         self.max_seq_len = max_seq_len
@@ -140,13 +143,23 @@ class SequenceBase(abc.ABC):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        *,
+        draft: Wish = "auto",
     ) -> Generator[int, None, None]:
         """Append `prompt_ids` and yield up to `max_new_tokens` ids, until the model ends its turn.
 
-        temperature 0 is greedy. Raises RuntimeRefusal as `runtime.generate.generate` does.
+        temperature 0 is greedy. draft: tokens that are guessed ahead, as it pays ("auto"), "off",
+        or always so many, up to 7; the ids are the same. Raises RuntimeRefusal as
+        `runtime.text.generate.generate` does.
         """
-        sampler = Sampler(temperature, top_p, seed)
-        return generate(self, prompt_ids, max_new_tokens, sampler, self._config.eos_token_ids)
+        return generate(
+            self,
+            prompt_ids,
+            max_new_tokens,
+            Sampler(temperature, top_p, seed),
+            self._config.eos_token_ids,
+            drafter=drafter(self, draft),
+        )
 
     @abc.abstractmethod
     def _clear(self) -> None:

@@ -62,7 +62,7 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEn
             routes=wanted.routes,
             max_seq_len=wanted.max_seq_len,
             slots=wanted.slots,
-            drafts=wanted.device == "cpu",  # nobody asks a GPU's for drafts here yet
+            drafts=False,
             mark=mark,
         )
         backend = backend_of(model, wanted.slots, wanted.max_seq_len)

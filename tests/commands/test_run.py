@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 
 import dsv4
+from dsv4.convert.engine import convert
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.store.reader import PackedStore
 from dsv4.runtime.text.chat import Template, Turn
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.runtime.threads import SMALL_STEP, step_nbytes
+from dsv4.synthetic.tiny import TINY_DSPARK
+from tests.conftest import MakeSource
 from tests.support import warm_commands
 
 TIMEOUT = 240
@@ -68,6 +72,8 @@ def torchless(tmp_path: Path) -> str:
         (("--prompt", "a", "--effort", "medium"), "'medium' is not one of"),
         (("--prompt", "a", "--device", "tpu"), "'tpu' is not one of"),
         (("--prompt", "a", "--stop", ""), "'--stop': the text is empty"),
+        (("--prompt", "a", "--draft", "8"), "'8' is not auto, off or 0 to 7: a step has 8 rows"),
+        (("--prompt", "a", "--draft", "on"), "'on' is not auto, off or 0 to 7"),
         (("--prompt", "a", "--tokens", "1"), "--prompt and --tokens exclude each other"),
         (("--tokens", "1", "--system", "a"), "--system and --think need the chat template"),
         (("--prompt", "a", "--raw", "--think"), "--system and --think need the chat template"),
@@ -163,6 +169,39 @@ def test_quiet_says_nothing_and_verbose_says_what_starting_took(standard_store: 
     normal = run(standard_store, *one).stderr.decode()
     assert "tokens/s" in normal and "interpreter" not in normal
     assert "interpreter" in run(standard_store, *one, "--verbose").stderr.decode()
+
+
+def test_drafts_change_what_is_said_of_an_answer_and_not_the_answer(standard_store: Path) -> None:
+    """A prompt that repeats itself has something to look up, at whatever is drawn."""
+    ask = ("--tokens", ",".join(["7,8,9,10"] * 6), "--seed", "2", "--max-new-tokens", "12")
+    plain = json.loads(run(standard_store, *ask, "--json", "--draft", "off").stdout)
+    drafted = json.loads(run(standard_store, *ask, "--json", "--draft", "3").stdout)
+    assert plain["generated_tokens"] == drafted["generated_tokens"]
+    assert plain["timings"]["drafts"] is None
+    drafts = drafted["timings"]["drafts"]
+    assert drafts["proposer"] == "draft layers" and len(drafts["proposed"]) <= 3
+    assert drafts["rounds"] + drafts["steps"] == drafted["timings"]["decode_steps"]
+    assert drafted["timings"]["decode_tokens"] == plain["timings"]["decode_steps"]
+    line = run(standard_store, *ask, "--draft", "3").stderr.decode().splitlines()[-1]
+    assert ("; drafts by draft layers: " in line) == (drafts["rounds"] > 0)
+
+
+def test_without_draft_layers_that_can_draft_auto_looks_up_and_says_so(
+    make_source: MakeSource, tmp_path: Path
+) -> None:
+    source = make_source(TINY_DSPARK, DraftKind.DSPARK)
+    config = json.loads((source / "config.json").read_text())
+    del config["dspark_noise_token_id"]
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "source", tmp_path / "packed", recipe="native")
+    ask = ("--tokens", "5,6", "--temperature", "0", "--max-new-tokens", "2")
+    auto, off = (run(tmp_path / "packed", *ask, "--draft", wish) for wish in ("auto", "off"))
+    assert auto.returncode == off.returncode == 0 and auto.stdout == off.stdout
+    sentence = b"the draft layers cannot be used: there are DSpark layers, but config.json"
+    assert sentence in auto.stderr and sentence not in off.stderr
+    two = run(tmp_path / "packed", *ask, "--draft", "2")
+    assert two.returncode == 2 and b"(--draft off," in two.stderr
 
 
 def test_stdout_holds_the_answer_alone_while_the_model_thinks(standard_store: Path) -> None:

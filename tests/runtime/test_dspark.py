@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.errors import DraftRefusal, RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.kernels.reference.attention import sparse_attention
@@ -209,7 +209,9 @@ def test_an_empty_markov_head_is_refused(factor: str) -> None:
 )
 def test_a_config_that_does_not_say_enough_is_refused(config: ModelConfig) -> None:
     weights = random_weights(CONFIG, 0, DraftKind.DSPARK)
-    with pytest.raises(RuntimeRefusal, match=r"does not have all of .* \(drafts=False\)"):
+    with pytest.raises(
+        DraftRefusal, match=r"cannot be used: .* does not have all of .*drafts=False"
+    ):
         load(InMemoryWeights(config, weights), draft=DraftKind.DSPARK)
 
 

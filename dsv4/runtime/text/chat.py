@@ -31,6 +31,7 @@ from deepseek_recipe import (
 )
 
 from dsv4.formats.errors import RuntimeRefusal
+from dsv4.runtime.text.drafting import Drafter
 from dsv4.runtime.text.generate import Timings, TokenSession, generate
 from dsv4.runtime.text.pieces import Part, Reader
 from dsv4.runtime.text.sampling import Sampler
@@ -145,7 +146,8 @@ class ResettableSession(TokenSession, Protocol):
 class Chat:
     """A conversation with one model, held by one session, which is the chat's alone from here.
 
-    `max_new_tokens` bounds an answer besides the session's room, each string of `stop` ends it.
+    `max_new_tokens` bounds an answer besides the session's room, each string of `stop` ends it;
+    `drafter` is one for the session.
     `template` may be replaced between answers. After an answer, `finish` says what ended it, `full`
     whether that was the session's room, and `timings` what it cost.
     """
@@ -160,6 +162,7 @@ class Chat:
         eos_token_ids: Collection[int] = (),
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        drafter: Drafter | None = None,
     ) -> None:
         self.template = template or Template()
         self.turns: list[Turn] = []
@@ -172,6 +175,7 @@ class Chat:
         self._stop_ids = stop_ids(eos_token_ids, text)
         self._max_new_tokens = max_new_tokens
         self._stop = tuple(stop)
+        self._drafter = drafter
         self._consumed: list[int] | None = None  # the ids in the session, None if unknown
         self._answering: weakref.ref[Generator[Part, None, None]] | None = None
 
@@ -225,6 +229,7 @@ class Chat:
             self._stop_ids,
             self.timings,
             history=prompt[:held],
+            drafter=self._drafter,
         )
         finish: Finish = "interrupted"
         try:

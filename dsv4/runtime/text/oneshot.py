@@ -9,6 +9,7 @@ from typing import Any
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.settings import GENERATION_FILE, GenerationSettings
 from dsv4.runtime.text.chat import Finish
+from dsv4.runtime.text.drafting import Drafter
 from dsv4.runtime.text.generate import Timings, TokenSession, generate
 from dsv4.runtime.text.pieces import Part, Reader
 from dsv4.runtime.text.sampling import Sampler
@@ -67,15 +68,18 @@ def answer(
     stop_ids: Collection[int],
     thinking: bool = False,
     stop: Sequence[str] = (),
+    drafter: Drafter | None = None,
 ) -> Answer:
     """Generate, handing pieces of whole characters to `write` as they come.
 
     Without `text` a piece is an id and a comma. thinking: the prompt ends where the model is to
-    reason. A KeyboardInterrupt ends the answer, whose `finish` says so; the session is not to be
-    used again then. Raises RuntimeRefusal as `generate` and `Reader` do.
+    reason. drafter: as in `generate`. A KeyboardInterrupt ends the answer, whose `finish` says so;
+    the session is not to be used again then. Raises RuntimeRefusal as `generate` and `Reader` do.
     """
     timings = Timings()
-    tokens = generate(session, prompt_ids, max_new_tokens, sampler, stop_ids, timings)
+    tokens = generate(
+        session, prompt_ids, max_new_tokens, sampler, stop_ids, timings, drafter=drafter
+    )
     reader = None if text is None else Reader(text, thinking=thinking, stop=stop)
     drawn: list[int] = [] if reader is None else reader.drawn
     finish: Finish = "stop"

@@ -16,6 +16,7 @@ import torch
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.text.chat import Chat, ConversationFull, Template, Turn
+from dsv4.runtime.text.drafting import Drafter, PromptLookup
 from dsv4.runtime.text.sampling import Sampler
 from tests.runtime.text.text_fixtures import (
     ASSISTANT,
@@ -53,6 +54,21 @@ def test_an_answer_streams_and_is_remembered() -> None:
     assert session.prompts == [TEXT.encode(f"{BOS}{USER}hi{ASSISTANT}{THINK_END}")]
     assert chat.timings.prompt_tokens == len(session.prompts[0])
     assert chat.timings.generated_tokens == len(TEXT.encode("Hello, 世界 👩‍👩‍👧‍👦!"))
+
+
+def test_a_chat_that_drafts_says_and_feeds_the_same() -> None:
+    """Answers that are broken off, too, leave the session where the next turn goes on."""
+    said = []
+    for drafts in (0, 4):
+        chat, session = chat_with("one two one two one two", "two one two one")
+        if drafts:
+            chat._drafter = Drafter("prompt lookup", PromptLookup, drafts, auto=False)
+        answer = chat.send("a")
+        first = "".join(next(answer) for _ in range(4))
+        answer.close()
+        said.append((first, list(chat.send("b")), session.resets, session.consumed))
+        assert (chat.timings.drafts is not None) == bool(drafts)
+    assert said[0] == said[1]
 
 
 def test_later_turns_feed_only_what_is_new() -> None:

@@ -157,6 +157,7 @@ def test_timings_count_what_was_run(monkeypatch: pytest.MonkeyPatch) -> None:
         prompt_seconds=1.0,
         first_token_seconds=1.0,
         decode_steps=4,
+        decode_tokens=4,
         decode_seconds=1.0,
     )
     assert timings.to_dict()["tokens_per_second"] == timings.tokens_per_second == 4.0

@@ -111,6 +111,10 @@ class FakeSession:
         self.resets += 1
         self._torn = False
 
+    def rewind(self, position: int) -> None:
+        assert not self._torn and 0 < position <= self.position
+        del self.consumed[position:]
+
     def forward(self, ids: Tensor, logits: Literal["all", "last"] = "all") -> Tensor:
         assert not self._torn
         assert ids.dtype == torch.int64 and ids.dim() == 1 and len(ids) > 0
