@@ -262,7 +262,8 @@ def _collapse(config: ModelConfig, draft: DSpark, streams: Tensor, own: Proposal
     """What the head's norm reads, which its kernel does not leave."""
     c, at = config, draft.before_head
     eps, norm_eps = c.hc_eps, c.rms_norm_eps
-    hc_head(streams, at.fn, at.base, at.scale, hc_eps=eps, norm_eps=norm_eps, out=own.collapsed)
+    found = hc_head(streams, at.fn, at.base, at.scale, hc_eps=eps, norm_eps=norm_eps)
+    torch.add(found, 0, out=own.collapsed)  # by a kernel: what comes next waits for kernels alone
 
 
 def _look_up(draft: DSpark, own: Proposal, row: int) -> None:
