@@ -321,6 +321,7 @@ def bench_prompt(
 @shape_options
 @click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
 @click.option("--draft", is_flag=True, help="With the release's draft layer.")
+@click.option("--dspark", is_flag=True, help="With DSpark's draft layers instead.")
 @click.option(
     "--distinct",
     type=click.IntRange(min=1),
@@ -333,6 +334,7 @@ def bench_store(
     directory: Path,
     recipe: str,
     draft: bool,
+    dspark: bool,
     distinct: int | None,
     workers: int | None,
     as_json: bool,
@@ -347,10 +349,12 @@ def bench_store(
     from dsv4.formats.model.inventory import DraftKind
     from dsv4.synthetic.store import make_store, shaped
 
-    kind = DraftKind.MTP if draft else DraftKind.NONE
+    if draft and dspark:
+        raise click.UsageError("--draft and --dspark are two kinds of draft layers; choose one")
+    kind = DraftKind.DSPARK if dspark else DraftKind.MTP if draft else DraftKind.NONE
     made = make_store(
         directory,
-        shaped(**shape),
+        shaped(**shape, dspark=dspark),
         recipe=recipe,
         draft=kind,
         workers=workers,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dsv4.formats.errors import Dsv4Error, OutOfSpaceError
-from dsv4.formats.model.inventory import DraftKind
+from dsv4.formats.errors import Dsv4Error, KernelError, OutOfSpaceError
+from dsv4.formats.model.inventory import DraftKind, detect_draft
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
@@ -67,7 +67,7 @@ def load(
     known = known_routes(store, routes)
     placement = plan_experts(store, device, experts, known.counts, slots, max_seq_len)
     stages, reason = 0, None
-    if drafts and store.draft is not DraftKind.NONE:
+    if drafts and draft_kind(store) is not DraftKind.NONE:
         engine = slots, capacity_of(store.config, max_seq_len)
         stages, reason = plan_drafts(store, placement, free_memory(device)[0], *engine, library)
         placement = placement.with_resident(stages)
@@ -124,38 +124,61 @@ def plan_drafts(
     free: int,
     slots: int,
     capacity: int,
-    library: Library | None = None,
+    library: Library,
 ) -> tuple[int, str | None]:
     """Whether a GPU of `free` bytes runs the draft layers of a store beside its experts.
 
-    library: where their kernels have to be; not looked at where there is none. -> how many of them
-    are loaded, all or 0, and why not.
+    -> how many of them are loaded, all or 0, and why not.
     """
-    if store.draft is DraftKind.MTP:
-        return 0, "MTP is not run by the GPU's kernels yet"
-    if placement.cold:
-        return 0, "with experts in host memory, every row of a step brings its own over the bus"
-    stages = store.config.num_draft_layers
+    if (reason := drafts_refusal(store)) is not None:
+        return 0, reason
     try:
-        record = record_of(store, drafts=stages)
-        kernels = proposal_kernels(outlined_model(store, drafts=True), capacity=1)
-        for kernel in kernels if library is not None else ():
-            assert library is not None
+        for kernel in proposal_kernels(outlined_model(store, drafts=True), capacity=1):
             library.function(kernel)
-    except Dsv4Error as error:
+    except KernelError as error:
         return 0, str(error)
-    left = free - beside_experts(store, slots, capacity) - placement.records * record.nbytes
-    needed = drafts_nbytes(store, slots, capacity)
+    experts = placement.records * record_of(store).nbytes
+    left = free - beside_experts(store, slots, capacity) - experts
+    reason = no_room_for_drafts(placement.cold, drafts_nbytes(store, slots, capacity), left)
+    return (store.config.num_draft_layers if reason is None else 0), reason
+
+
+def drafts_refusal(store: Nodes) -> str | None:
+    """Why no GPU runs the draft layers of a store, which has some; None where one does."""
+    if draft_kind(store) is DraftKind.MTP:
+        return "MTP is not run by the GPU's kernels yet"
+    try:
+        outlined_model(store, drafts=True)
+        record_of(store, drafts=store.config.num_draft_layers)
+    except Dsv4Error as error:
+        return str(error)
+    return None
+
+
+def draft_kind(store: Nodes) -> DraftKind:
+    """Which draft layers a store has."""
+    return detect_draft((*store.contents.plain, *store.contents.matrices))[0]
+
+
+def no_room_for_drafts(cold: int, needed: int, left: int) -> str | None:
+    """Why draft layers of `needed` bytes are not loaded where `cold` experts are in host memory and
+    `left` bytes are left beside the model; None where they are.
+    """
+    if cold:
+        return "with experts in host memory, every row of a step brings its own over the bus"
     if needed > left:
-        return 0, f"they need {size(needed)}, {size(max(left, 0))} are left beside the model"
-    return stages, None
+        return f"they need {size(needed)}, {size(max(left, 0))} are left beside the model"
+    return None
 
 
 def drafts_nbytes(store: Nodes, slots: int, capacity: int, share: Share = ALONE) -> int:
-    """Bytes that DSpark's layers take of a device: weights, experts, and what an engine needs."""
+    """Bytes that DSpark's layers take of a device: weights, experts, and what an engine needs.
+
+    Raises RuntimeRefusal for experts that no kernel reads.
+    """
     config, stages = store.config, store.config.num_draft_layers
     weights = plan_load(store, {Part.DRAFT}, share, records=True).nbytes
-    experts = stages * config.n_routed_experts * record_of(store).nbytes
+    experts = stages * config.n_routed_experts * record_of(store, drafts=stages).nbytes
     with_them, without = (
         session_sizes(config, slots, capacity, drafts=n).nbytes for n in (stages, 0)
     )
