@@ -34,6 +34,9 @@ from dsv4.runtime.gpu.standard import standard_model
 from dsv4.runtime.model import load
 from dsv4.runtime.session import SequenceBase
 from dsv4.runtime.snapshots import gpu_memory
+from dsv4.runtime.text.drafting import drafter
+from dsv4.runtime.text.generate import Timings, generate
+from dsv4.runtime.text.sampling import Sampler
 from tests.runtime.gpu.test_rewind import Quick
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
 from tests.support.emulator import Emulator
@@ -344,6 +347,20 @@ def test_among_other_sequences() -> None:
         alone = quick_model().session(CAPACITY, chunk=0)
         alone.forward(text, "last")
         assert equal(session.propose(9, BLOCK), alone.propose(9, BLOCK))
+
+
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "seed"])
+def test_a_text_is_the_same_with_drafts(sampler: dict[str, Any]) -> None:
+    """And what is kept of it."""
+    plain, session = quick_model().session(CAPACITY), quick_model().session(CAPACITY)
+    prompt, timings, own = IDS[:70].tolist(), Timings(), drafter(session, 3)
+    assert own is not None
+    given = prompt, 30, Sampler(**sampler), ()
+    wanted = list(generate(plain, prompt, 30, Sampler(**sampler)))
+    assert list(generate(session, *given, timings, drafter=own)) == wanted
+    assert timings.drafts is not None and sum(timings.drafts.proposed) >= 30
+    assert timings.drafts.proposer == "draft layers" and session.position == plain.position
+    assert equal(session.propose(2, BLOCK), plain.propose(2, BLOCK))
 
 
 def test_a_snapshot_has_the_context() -> None:
