@@ -16,6 +16,7 @@ from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu.engine import session_sizes
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.model import GpuModel
+from dsv4.runtime.gpu.operands import DSpark
 from dsv4.runtime.gpu.rehearsal import (
     fetch_kernel,
     outlined_model,
@@ -84,6 +85,8 @@ def load(
         placement, found.device, found.host, found.host_address, counting=counting, keep=found
     )
     model = GpuModel(Loaded(weights, memory), library, device, drafts=stages > 0)
+    if model.operands.draft is not None and (reason := damage(model.operands.draft)) is not None:
+        model = GpuModel(Loaded(weights, memory), library, device)
     model.notices = () if reason is None else (f"draft layers are left out: {reason}",)
     model.load_reports = (*weights.reports, *found.reports)
     model.routes, model.pinning = known, found.pinning
@@ -152,6 +155,14 @@ def drafts_refusal(store: Nodes) -> str | None:
         record_of(store, drafts=store.config.num_draft_layers)
     except Dsv4Error as error:
         return str(error)
+    return None
+
+
+def damage(draft: DSpark) -> str | None:
+    """Why loaded draft layers cannot draft, as far as that is seen without running them."""
+    for name, factor in (("markov_w1", draft.markov_w1), ("markov_w2", draft.markov_w2.codes)):
+        if not factor.any():
+            return f"{name} holds nothing but zeros, so they are damaged"
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dsv4.formats.store.reader import PackedStore
 from dsv4.kernels.reference.numerics import Numerics
 from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
+from dsv4.runtime.gpu.load import damage
 from dsv4.runtime.gpu.operands import parts, read_model
 from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model
@@ -76,6 +79,16 @@ def test_an_outline_is_what_is_loaded(store: PackedStore, loaded: Loaded) -> Non
     for mine, theirs in pairs:
         assert (mine.shape[1:], mine.dtype) == (theirs.shape[1:], theirs.dtype)
     assert len(pairs) > 60
+
+
+def test_an_empty_markov_head_is_damage(loaded: Loaded) -> None:
+    draft = read_model(loaded, drafts=True).draft
+    assert draft is not None and damage(draft) is None
+    empty = dataclasses.replace(draft, markov_w1=torch.zeros_like(draft.markov_w1))
+    assert "markov_w1 holds nothing but zeros" in str(damage(empty))
+    codes = dataclasses.replace(draft.markov_w2, codes=torch.zeros_like(draft.markov_w2.codes))
+    empty = dataclasses.replace(draft, markov_w2=codes)
+    assert "markov_w2 holds nothing but zeros" in str(damage(empty))
 
 
 def test_kernels_are_those_of_the_configuration(store: PackedStore) -> None:
