@@ -44,6 +44,7 @@ from dsv4.commands.options import (
 )
 from dsv4.commands.run import run
 from dsv4.commands.serve import serve
+from dsv4.commands.sharing import pull, push
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
@@ -58,6 +59,8 @@ ORDER = (
     "fit",
     "run",
     "serve",
+    "push",
+    "pull",
     "tiny",
     "kernels",
     "bench",
@@ -403,5 +406,7 @@ cli.add_command(export)
 cli.add_command(fit)
 cli.add_command(run)
 cli.add_command(serve)
+cli.add_command(push)
+cli.add_command(pull)
 cli.add_command(bench)
 cli.add_command(kernels)

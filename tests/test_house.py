@@ -24,6 +24,7 @@ ALLOWED = {
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
     "export": {"export", "convert", "formats"},
+    "sharing": {"sharing", "validate", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
@@ -33,7 +34,7 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 # a number in the commit that needs it. All three miss their targets: the book had 16,400 when its
 # target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
 # not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
-# Draft layers on the CPU and their rounds took 1,200 of the book.
+# Draft layers on the CPU and their rounds took 1,200 of the book, parts left out of a pull 100.
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
@@ -44,8 +45,9 @@ MOST_LINES = {
     # wheels of kernels and where they are found, 60 what drafts launch.
     "kernels": (15_900, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
-    # the export 1,000, `dsv4 info` 270, DSpark on a GPU 900, a fourth of it to measure it.
-    "the wheel": (59_100, ("**",)),
+    # the export 1,000, `dsv4 info` 270, push and pull 1,700, DSpark on a GPU 900, a fourth of it to
+    # measure it.
+    "the wheel": (61_000, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

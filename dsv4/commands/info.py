@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsv4.commands.console import err, print_json, show, waiting
+from dsv4.commands.console import err, print_json, say_absent, show, waiting
 from dsv4.commands.fit import is_store, planned_store
 from dsv4.commands.options import keep_option, recipe_option, revision_option
 from dsv4.commands.tables import facts_table, recipe_text, rounded_text
@@ -77,6 +77,7 @@ def store_facts(
     from dsv4.formats.store.manifest import origin_of
 
     packed = PackedCheckpoint.open(place)
+    say_absent(packed)
     manifest = packed.store.manifest
     files = packed.store.files_under(None)
     root = _values_root(packed, as_json) if values else None

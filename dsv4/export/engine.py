@@ -114,6 +114,10 @@ def export(
     FormatError or OutOfSpaceError.
     """
     checkpoint = packed if isinstance(packed, PackedCheckpoint) else PackedCheckpoint.open(packed)
+    if (absent := checkpoint.store.absent) is not None:
+        raise StoreError(
+            f"{absent.sentence(checkpoint.store.root)}; only a whole store is exported"
+        )
     if shard_bytes < 1:
         raise ConfigError(f"the size of a file is {shard_bytes} bytes, expected at least 1")
     out = _checked_out(checkpoint.store.root, out)

@@ -24,8 +24,9 @@ _SHOWN = 16
 
 
 def tree(packed: PackedCheckpoint) -> dict[str, Any]:
-    """`{"root", "tool", "recipe", "source", "bytes", "parts", "tensors"}` in JSON types.
+    """`{"root", "tool", "recipe", "source", "absent", "bytes", "parts", "tensors"}`: JSON types.
 
+    absent: parts that a pull left out, of which nothing else is said.
     parts: part -> `{"tensors", "bytes", "formats"}`; tensors: name -> format.
     """
     manifest = packed.store.manifest
@@ -43,6 +44,7 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
         "tool": manifest["tool"],
         "recipe": manifest["recipe"],
         "source": origin_of(manifest),
+        "absent": list(absent.parts) if (absent := packed.store.absent) else [],
         "bytes": sum(sizes.values()),
         "parts": {
             part: {
