@@ -11,8 +11,8 @@ between the stage's distribution and the backbone's, cross entropy with the back
 at first as total variation hardly moves a token that is unlikely, and the confidence's against
 1 - total variation, the chance that such a row is accepted; row i weighs exp(-i / DECAY). In the
 first part of the run attention is drawn to what is near, in the last all weights see themselves as
-the official format holds them. One thread;
-two runs of 3 steps with the same seed gave the same bytes.
+the official format holds them. One thread; two runs of 3 steps with
+the same seed gave the same bytes.
 """
 
 from __future__ import annotations
@@ -246,16 +246,18 @@ def _greedy(stage: Stage, w: Weights, taught: Weights) -> list[float]:
 
 
 def export(work: Path, checkpoint: Path, out: Path) -> None:
-    """`checkpoint` and the stage -> `out`, which must not be there."""
+    """`checkpoint` with the stage, instead of one that it has -> `out`, which must not be there."""
     config = config_of(checkpoint)
     trained = load_file(work / "draft.safetensors")
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
-    shards = sorted({*index["weight_map"].values()})
+    kept = {n: file for n, file in index["weight_map"].items() if not n.startswith(STAGE)}
+    shards = sorted({*kept.values()})
     of = f"-of-{len(shards) + 1:05d}.safetensors"
     files = {name: name.rpartition("-of-")[0] + of for name in shards}
     out.mkdir(parents=True)
     for file in checkpoint.iterdir():
-        shutil.copyfile(file, out / files.get(file.name, file.name))
+        if file.name in files or file.suffix != ".safetensors":
+            shutil.copyfile(file, out / files.get(file.name, file.name))
     stage: Weights = {}
     for parameter in parameters(config, DraftKind.DSPARK, 1):
         name = parameter.name.removeprefix(STAGE)
@@ -274,9 +276,11 @@ def export(work: Path, checkpoint: Path, out: Path) -> None:
             stage[parameter.name] = trained[name].bfloat16()
     own = f"model-{len(shards) + 1:05d}{of}"
     (out / own).write_bytes(save(stage, metadata={"format": "pt"}))
-    places = {name: files[file] for name, file in index["weight_map"].items()}
+    places = {name: files[file] for name, file in kept.items()}
     places = dict(sorted((places | dict.fromkeys(stage, own)).items()))
-    size = index["metadata"]["total_size"] + sum(tensor.nbytes for tensor in stage.values())
+    size = sum(tensor.nbytes for tensor in stage.values())
+    for name in shards:
+        size += sum(tensor.nbytes for tensor in load_file(checkpoint / name).values())
     _write(
         out / "model.safetensors.index.json",
         {"metadata": {"total_size": size}, "weight_map": places},
