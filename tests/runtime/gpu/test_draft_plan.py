@@ -93,9 +93,9 @@ def equal(one: Draft, other: Draft) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-ENDS = {0: (1, 4, 66), 32: (32, 78, 136)}
-"""By length of chunks, where proposals are compared: at the beginning, in the window, when it is
-full; after a chunk, with steps behind it, and when rings have wrapped."""
+ENDS = {0: (1, 4), 32: (32, 78, 136)}
+"""By length of chunks, where proposals are compared: at the beginning; after a chunk, with steps
+behind it where the window is full, and when rings have wrapped."""
 
 Drafts = dict[int, Draft]
 """By position."""
@@ -223,7 +223,7 @@ def test_a_mistake_shows(
     mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mistake(monkeypatch)
-    found = errors(proposals(0, ENDS[0][:2]))
+    found = errors(proposals(0, ENDS[0]))
     assert found[0] > WRONG, found
 
 
@@ -274,7 +274,7 @@ def test_however_the_sequence_was_cut() -> None:
         assert equal(session.propose(3, BLOCK), whole.propose(3, BLOCK))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_after_any_history_of_acceptance(seed: int) -> None:
     """Rows are verified, some are rejected, and drafts are asked for in between."""
     session, chance = quick_model().session(CAPACITY, chunk=0), random.Random(seed)
