@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.model import Model
+from dsv4.runtime.text.drafting import Wish
 from dsv4.serve.backend import Backend
 from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.gpu_backend import GpuBackend
-from dsv4.serve.jobs import Event, Job, Ticket
+from dsv4.serve.jobs import Event, Job, Stats, Ticket
 from dsv4.serve.prefix_cache import PrefixCache
 from dsv4.serve.prefix_files import PrefixFiles
 from dsv4.serve.remembering import MemoryOptions, Remembering
 from dsv4.serve.run import Run, checked
 from dsv4.serve.scheduler import Scheduler, Sharing
-from dsv4.serve.stats import Stats
 
 QUEUE_PER_SLOT = 4
 PREFIX_BYTES = 4 << 30
@@ -29,12 +29,13 @@ PREFIX_BYTES = 4 << 30
 class Options:
     """queue: jobs that may wait for a slot, by default four for each. prefix_bytes: of host memory
     for beginnings of prompts, 0 for none. root: names the model's weights, so that nothing of
-    another model is used.
+    another model is used. draft: tokens that are guessed ahead: as it pays, never, or so many.
     """
 
     queue: int | None = None
     prefix_bytes: int = PREFIX_BYTES
     root: bytes = b""
+    draft: Wish = "auto"
     sharing: Sharing = dataclasses.field(default_factory=Sharing)
     memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
 
@@ -75,7 +76,7 @@ class ServeEngine:
         if own.prefix_bytes > 0:
             cache = PrefixCache(backend, own.prefix_bytes, own.root, files)
         remembering = Remembering(backend, cache, own.memory)
-        self._scheduler = Scheduler(backend, remembering, own.sharing, clock)
+        self._scheduler = Scheduler(backend, remembering, own.sharing, clock, own.draft)
         queue = QUEUE_PER_SLOT * backend.slots if own.queue is None else own.queue
         self._most_jobs = backend.slots + queue
         self._changed = threading.Condition()
@@ -129,7 +130,7 @@ class ServeEngine:
         return run
 
     def stats(self) -> Stats:
-        """Now."""
+        """See `jobs.Engine`."""
         found = self._scheduler.stats()
         return dataclasses.replace(found, waiting=found.waiting + len(self._arrived))
 

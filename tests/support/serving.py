@@ -20,7 +20,7 @@ from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.formats.model.settings import GenerationSettings
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.app import make_app
-from dsv4.serve.jobs import Event, Finish, Job, TokenLogprob
+from dsv4.serve.jobs import Event, Finish, Job, Stats, TokenLogprob
 from dsv4.serve.model import ServedModel
 from dsv4.serve.server import Server
 
@@ -101,6 +101,10 @@ class ScriptedEngine:
         ticket = Ticket(job, deliver)
         threading.Thread(target=self._run, args=(ticket,), daemon=True).start()
         return ticket
+
+    def stats(self) -> Stats:
+        """Nothing is counted but who runs."""
+        return Stats(running=self.running)
 
     def close(self, *, finish: bool) -> None:
         """Nothing to end."""
