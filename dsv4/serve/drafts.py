@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from dsv4.runtime.text.drafting import (
     MOST_DRAFTS,
+    UNTRIED,
     Auto,
     PromptLookup,
     Proposer,
@@ -24,7 +25,7 @@ from dsv4.runtime.text.drafting import (
 from dsv4.serve.backend import Backend
 from dsv4.serve.run import Run
 
-CHANCE = 0.5  # of a draft to be right, before any was tried
+CHANCE = UNTRIED  # of a draft to be right, before any was tried
 _NEW, _FORGOTTEN = 0.25, 1 / 64  # weight of what is new; of CHANCE, where nothing is tried
 
 

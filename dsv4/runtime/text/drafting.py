@@ -224,6 +224,7 @@ class Drafter:
 # What a row beside others costs, of a step, until it has been timed: of Flash on an H200 1.0 ms of
 # 4.5 for the second, and less for those behind it.
 ROW_COST = 0.2
+UNTRIED = 0.5  # a draft of such a chance is run where none was timed, whatever it may cost
 TRIES, PAUSE = 2, 64  # rounds until it is judged; tokens until it is tried again
 WARM = 2  # steps of a size that are not timed: a GPU loads code in the first and records the second
 _NEW = 0.25  # weight of what is new in a mean
@@ -240,6 +241,7 @@ class Auto:
 
     def __init__(self, most: int, sequences: int = 1) -> None:
         self._limit, self._sequences = most, sequences
+        self._untimed = ROW_COST / (1 + ROW_COST * (sequences - 1))  # of a row, of their step
         self._seconds: dict[int, float] = {}  # of a step, by its kind
         self._seen: Counter[int] = Counter()
         self._pause = 0
@@ -266,7 +268,8 @@ class Auto:
         otherwise. Who asks cuts by it from then on.
         """
         self._sure = True
-        return self._row_cost() * self._sequences * self._tokens / self._cost
+        found = self._row_cost() * self._sequences * self._tokens / self._cost
+        return found if max(self._seconds) > 1 else min(found, UNTRIED)
 
     def ran(self, proposed: int, accepted: int, seconds: float, *, tried: bool) -> None:
         """A step is over. tried: whether there was a proposal, run or not."""
@@ -277,7 +280,7 @@ class Auto:
             return
         if not tried:
             return
-        cost = 1 + ROW_COST * proposed
+        cost = 1 + self._untimed * proposed
         if kind in self._seconds:
             cost = self._seconds[kind] / self._seconds[1]
         self._cost += _NEW * (cost - self._cost)
@@ -298,7 +301,9 @@ class Auto:
 
     def _row_cost(self) -> float:
         most = max(self._seconds)
-        return (self._seconds[most] / self._seconds[1] - 1) / (most - 1) if most > 1 else ROW_COST
+        if most == 1:
+            return self._untimed
+        return (self._seconds[most] / self._seconds[1] - 1) / (most - 1)
 
 
 class DraftingSession(ProposingSession, Protocol):
