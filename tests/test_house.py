@@ -41,8 +41,9 @@ MOST_LINES = {
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
     "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200.
-    "the wheel": (56_000, ("**",)),
+    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200;
+    # drafts in the server 400.
+    "the wheel": (56_600, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

@@ -67,7 +67,8 @@ class Drafting:
     """Of the sequences of `backend`. wish: how far, as for one sequence; `auto` looks at what steps
     of as many sequences gave and took, and is off where experts lie in host memory.
 
-    Raises RuntimeRefusal for a wish that is not one.
+    guessers: by slot, None for an answer without drafts. Raises RuntimeRefusal for a wish that is
+    not one.
     """
 
     def __init__(self, backend: Backend, wish: Wish) -> None:
@@ -79,14 +80,16 @@ class Drafting:
             most = min(most, backend.most_drafts)
         self._most = 0 if wish == "auto" and backend.experts_on_host else most
         self._auto: dict[int, Auto] | None = {} if wish == "auto" else None
+        self.guessers: list[Guesser | None] = [None] * backend.slots
 
     def begin(self, run: Run) -> None:
         """Its prompt is read."""
-        job = run.job
+        job, slot = run.job, run.held.number
         by_seed = job.constraint is None and job.logprobs is None
+        self.guessers[slot] = None
         if self._most and by_seed and job.sampler.host_reason() is None:
-            own = self._backend.proposer(run.held.number) if self.layers else PromptLookup()
-            run.guesser = Guesser(own)
+            own = self._backend.proposer(slot) if self.layers else PromptLookup()
+            self.guessers[slot] = Guesser(own)
 
     def room(self, sequences: int) -> int:
         """Drafts that a step of so many sequences may have."""
@@ -101,8 +104,9 @@ class Drafting:
         for place, run in enumerate(runs):
             # It ends with the last token that it may have, which no draft has to bring.
             count = min(self._most, room, run.limit - run.launched - 1)
-            if run.guesser is not None and count > 0:
-                proposed = run.guesser.propose(run.held.tokens, count)
+            guesser = self.guessers[run.held.number]
+            if guesser is not None and count > 0:
+                proposed = guesser.propose(run.held.tokens, count)
                 found += [
                     (-chance, ahead, place, draft) for ahead, (draft, chance) in enumerate(proposed)
                 ]
@@ -117,6 +121,12 @@ class Drafting:
             ends = (at for at, draft in enumerate(some) if draft in run.job.stop_ids)
             del some[next(ends, len(some)) :]  # what comes behind an end is not wanted
         return Share(drafts, bool(found))
+
+    def judge(self, run: Run, right: int) -> None:
+        """A step of `run` is over: so many of its drafts are right."""
+        guesser = self.guessers[run.held.number]
+        if guesser is not None:
+            guesser.ran(run.drafts, right)
 
     def ran(self, sequences: int, share: Share | None, right: int, seconds: float) -> None:
         """A step is over. share: of its drafts, None for a step before which none were looked for;

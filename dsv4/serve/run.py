@@ -5,14 +5,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.serve.jobs import Event, Finish, Job, TokenLogprob
 from dsv4.serve.prefix_cache import Keys, Node, common
-
-if TYPE_CHECKING:
-    from dsv4.serve.drafts import Guesser
 
 Deliver = Callable[[Event], None]
 
@@ -83,7 +79,7 @@ class Run:
     """A job that was taken. `cancel` may be called from any thread; all else is the engine's.
 
     limit: most tokens of the answer. launched: tokens that were drawn, or are being; told: that
-    were told. guesser: drafts for it, if it may have any; drafts: how many its last step had.
+    were told. drafts: how many its last step had.
     start: tokens of the slot that it goes on from. cached: tokens that were not computed;
     kept: those that a state was considered for. shared,
     behind: what it has in common with a sequence before it, which it waits for while that pays.
@@ -95,7 +91,6 @@ class Run:
         self.limit = min(job.max_new_tokens, capacity - len(self.ids))
         self.launched = self.told = self.start = self.cached = self.kept = self.shared = 0
         self.overtaken = self.turn = self.drafts = 0
-        self.guesser: Guesser | None = None
         self.slot: Slot | None = None
         self.begun = self.ended = False
         self.behind: Run | None = None

@@ -265,8 +265,7 @@ class Scheduler:
             self._hear()
             self._draw(group)
             for run in group:
-                if run.guesser is not None:
-                    run.guesser.ran(0, 0)
+                self.drafting.judge(run, 0)
         if not ready:
             self._hear()
 
@@ -323,8 +322,7 @@ class Scheduler:
 
     def _judge(self, run: Run, right: int) -> None:
         """So many of the drafts of its last step are right."""
-        if run.guesser is not None:
-            run.guesser.ran(run.drafts, right)
+        self.drafting.judge(run, right)
         run.launched += right
         at = tuple(count + (place < right) for place, count in enumerate(self._sums.right_at))
         self._sums = dataclasses.replace(self._sums, right_at=at)

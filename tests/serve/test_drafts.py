@@ -358,25 +358,24 @@ class Fixed:
         return Proposal(self.proposal.ids[:count], None if sure is None else sure[:count])
 
 
-def running(proposer: Any, limit: int = 100, **more: Any) -> Run:
+def running(limit: int = 100, slot: int = 0, **more: Any) -> Run:
     run = Run(Job([1, 2], Sampler(), limit, **more), print, 500, lambda: None)
-    run.slot = Slot(0, [1, 2])
-    run.guesser = Guesser(proposer)
+    run.slot = Slot(slot, [1, 2])
     return run
 
 
 def test_rows_go_to_the_likeliest_drafts() -> None:
     drafting = Drafting(CpuBackend(ScriptedModel(sums(64)), 4, 100), 7)
-    sure = running(Fixed([1, 2, 3, 4, 5, 6, 7], [0.9] * 7))
-    unsure = running(Fixed([8, 9], [0.6, 0.99]))
-    silent = running(Fixed([], None))
+    sure, silent = Fixed([1, 2, 3, 4, 5, 6, 7], [0.9] * 7), Fixed([], None)
+    unsure = Fixed([8, 9], [0.6, 0.99])
+    drafting.guessers[:3] = Guesser(sure), Guesser(unsure), Guesser(silent)
     # Chances: .9 .81 .73 .66 .59 .53 .48, and .6 .594; five rows are left of eight.
-    assert drafting.share([sure, unsure, silent]).drafts == [[1, 2, 3, 4], [8], []]
-    short = running(Fixed([1, 2, 3, 4, 5, 6, 7], [0.9] * 7), limit=3)
-    assert drafting.share([short]).drafts == [[1, 2]]
-    ended = running(Fixed([1, 2, 3, 4], [0.9] * 4), stop_ids=frozenset({3}))
-    assert drafting.share([ended]).drafts == [[1, 2]]
-    assert not drafting.share([sure] * 8) and not drafting.share([])
+    runs = [running(slot=slot) for slot in range(4)]
+    assert drafting.share(runs[:3]).drafts == [[1, 2, 3, 4], [8], []]
+    assert drafting.share(runs[3:]).drafts == [[]], "it has none"
+    assert drafting.share([running(limit=3)]).drafts == [[1, 2]]
+    assert drafting.share([running(stop_ids=frozenset({3}))]).drafts == [[1, 2]]
+    assert not drafting.share([runs[0]] * 8) and not drafting.share([])
 
 
 def test_a_guesser_learns_how_often_it_is_right() -> None:
