@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Extra flags for pip, such as another package index.
 PIP_FLAGS ?=
 
-.PHONY: demo test test-long check clean
+.PHONY: demo test test-long check kernels-wheel clean
 
 # How the demo asks its server: curl, or Python on a machine that has none.
 ASK := $(if $(shell command -v curl),curl -sSf -d @-,$(BIN)/python -c 'import sys, urllib.request as \
@@ -44,8 +44,16 @@ check: $(VENV)/test.stamp
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/python -m pytest -n 2 -m "not long" -k "not lint_and_types and not runs_without" $(FAST)
 
+# Wheels of compiled kernels, for GPU machines without a compiler: every shape of Flash and Pro,
+# whole and with as many experts as the pruned releases have.
+ARCH ?= sm_90a,sm_100a
+EXPERTS ?= 104,160
+kernels-wheel: $(VENV)/test.stamp
+	$(BIN)/dsv4 kernels build --arch $(ARCH) --experts $(EXPERTS) --out build/kernels
+	$(BIN)/dsv4 kernels wheel --arch $(ARCH) --from build/kernels --out dist
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo build
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

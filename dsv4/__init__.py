@@ -4,6 +4,7 @@
     model = dsv4.load("packed", device="cpu") # what they do
     dsv4.convert(src, out); dsv4.validate("packed", source=src)
     dsv4.repair("packed", source=src)         # what was damaged since
+    dsv4.export("packed", out)                # for servers that read ModelOpt's NVFP4
 
 `import dsv4` is light: torch and all else are imported when they are first needed.
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from dsv4.convert.engine import convert
+    from dsv4.export.engine import export
     from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.formats.numeric.nvfp4 import NVFP4Tensor, dequantize_nvfp4, quantize_nvfp4
     from dsv4.runtime.gpu.model import GpuModel
@@ -29,16 +31,17 @@ if TYPE_CHECKING:
     from dsv4.validate.engine import validate
     from dsv4.validate.repair import repair
 
-# "convert" and "validate" are packages, and functions that `dsv4.convert(...)` calls. Importing a
-# package binds its name here, once: that is done now and undone, so that `__getattr__` answers with
-# the function. `from dsv4.convert import engine` goes through sys.modules and does not mind;
-# only a dotted path from here (`import dsv4.convert.engine as e`) would meet the function instead.
-for _package in ("convert", "validate"):
+# "convert", "export" and "validate" are packages, and functions that `dsv4.convert(...)` calls.
+# Importing a package binds its name here, once: that is done now and undone, so that `__getattr__`
+# answers with the function. `from dsv4.convert import engine` goes through sys.modules and does not
+# mind; only a dotted path from here (`import dsv4.convert.engine as e`) would meet the function.
+for _package in ("convert", "export", "validate"):
     importlib.import_module(f"dsv4.{_package}")
     globals().pop(_package, None)
 
 _WHERE = {
     "convert": "dsv4.convert.engine",
+    "export": "dsv4.export.engine",
     "validate": "dsv4.validate.engine",
     "repair": "dsv4.validate.repair",
     "NVFP4Tensor": "dsv4.formats.numeric.nvfp4",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "convert",
     "dequantize_nvfp4",
+    "export",
     "load",
     "open",
     "quantize_nvfp4",

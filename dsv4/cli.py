@@ -26,7 +26,9 @@ from dsv4.commands.console import (
     write_report,
 )
 from dsv4.commands.exit_codes import EXIT_FAILED, endings
+from dsv4.commands.export import export
 from dsv4.commands.fit import fit
+from dsv4.commands.info import info
 from dsv4.commands.kernels import kernels
 from dsv4.commands.options import (
     STDOUT,
@@ -42,6 +44,7 @@ from dsv4.commands.options import (
 )
 from dsv4.commands.run import run
 from dsv4.commands.serve import serve
+from dsv4.commands.sharing import pull, push
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.plain_text import counted, size
 
@@ -50,10 +53,14 @@ ORDER = (
     "convert",
     "validate",
     "repair",
+    "info",
     "inspect",
+    "export",
     "fit",
     "run",
     "serve",
+    "push",
+    "pull",
     "tiny",
     "kernels",
     "bench",
@@ -68,7 +75,8 @@ What was interrupted continues when the same command is given again.
 Environment:
   HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE   as huggingface_hub reads them
   HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE  the way to the hub
-  DSV4_KERNELS      the folder that `dsv4 kernels build` filled
+  DSV4_KERNELS      the one folder to look for kernels in; else the user's cache
+                    folder, then installed wheels
   OMP_NUM_THREADS   threads of a computation on the CPU
   NO_COLOR          no colours
 
@@ -344,17 +352,23 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
     metavar="OTHER",
     help="Another packed store to compare with.",
 )
+@click.option("--list", "every", is_flag=True, help="List every tensor, as the glob '*' does.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def inspect(directory: Path, tensor: str | None, other: Path | None, as_json: bool) -> None:
+def inspect(
+    directory: Path, tensor: str | None, other: Path | None, every: bool, as_json: bool
+) -> None:
     """Show what is in a packed store, or one TENSOR.
 
-    TENSOR is a name, or a glob such as 'layers.2.*' that lists the tensors it matches. Of one
-    tensor: where its bytes came from, what became of them, its first block. With --diff: what
-    differs from OTHER, exit 0 if nothing does and 1 if something does; no weight is read.
+    TENSOR is a name, or a glob such as 'layers.2.*' that lists the tensors it matches, in the hub's
+    names or transformers'. Of one tensor: where its bytes came from, what became of them, its first
+    block. With --diff: what differs from OTHER, exit 0 if nothing does and 1 if something does; no
+    weight is read.
     """
     from dsv4.commands.inspection import inspection
 
-    document, table, same = inspection(directory, tensor, other)
+    if every and tensor is not None:
+        raise click.UsageError("TENSOR and --list exclude each other")
+    document, table, same = inspection(directory, "*" if every else tensor, other)
     if as_json:
         print_json(document)
     else:
@@ -387,8 +401,12 @@ def tiny(directory: Path, seed: int, flavour: str) -> None:
     show(f"{directory}: {counted(len(files), 'file')}, {total}")
 
 
+cli.add_command(info)
+cli.add_command(export)
 cli.add_command(fit)
 cli.add_command(run)
 cli.add_command(serve)
+cli.add_command(push)
+cli.add_command(pull)
 cli.add_command(bench)
 cli.add_command(kernels)

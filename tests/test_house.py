@@ -23,6 +23,8 @@ ALLOWED = {
     "runtime": {"runtime", "kernels", "formats"},
     "convert": {"convert", "formats"},
     "validate": {"validate", "convert", "formats"},
+    "export": {"export", "convert", "formats"},
+    "sharing": {"sharing", "validate", "convert", "formats"},
     "synthetic": {"synthetic", "convert", "formats"},
     "serve": {"serve", "runtime", "kernels", "formats"},
 }
@@ -32,18 +34,20 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 # a number in the commit that needs it. All three miss their targets: the book had 16,400 when its
 # target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
 # not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
-# Draft layers on the CPU and their rounds took 1,200 of the book.
+# Draft layers on the CPU and their rounds took 1,200 of the book, parts left out of a pull 100.
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
-        22_200,
+        22_300,
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
-    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories.
-    "kernels": (15_600, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
-    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200;
+    # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories, 160
+    # wheels of kernels and where they are found.
+    "kernels": (15_800, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
+    # the export 1,000, `dsv4 info` 270, push and pull 1,700,
     # drafts in the server 400.
-    "the wheel": (56_600, ("**",)),
+    "the wheel": (60_100, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

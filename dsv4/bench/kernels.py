@@ -17,7 +17,7 @@ import torch
 
 from dsv4.formats.errors import KernelError
 from dsv4.kernels.core.contract import Buffers, Case
-from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture
 from dsv4.kernels.core.verify import check, check_alone, launcher
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
@@ -59,7 +59,7 @@ def open_library(device: torch.device, location: Path | None, command: str) -> L
     """The kernels built for `device`. Raises KernelError without a GPU, which `command` needs."""
     if not torch.cuda.is_available():
         raise KernelError(f"torch sees no CUDA device here; `{command}` needs one")
-    return Library(location or default_location(), architecture(device))
+    return Library(location, architecture(device))
 
 
 def measure_machine(device: torch.device) -> Machine:

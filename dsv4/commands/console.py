@@ -12,13 +12,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, RenderableType
 
 from dsv4.formats.errors import OutOfSpaceError, StoreError
 from dsv4.formats.plain_text import printable
+
+if TYPE_CHECKING:
+    from dsv4.formats.checkpoint import PackedCheckpoint
 
 PIPE_WIDTH = 160
 
@@ -60,6 +63,12 @@ def write_report(path: Path, text: str) -> None:
 def notice(sentence: str) -> None:
     """One line on stderr about something that was left out, ignored, or is worth knowing."""
     err.print(f"note: {printable(sentence)}")
+
+
+def say_absent(packed: PackedCheckpoint) -> None:
+    """What a pull left out of the store, and the command that fetches it."""
+    if (absent := packed.store.absent) is not None:
+        notice(absent.sentence(packed.store.root))
 
 
 def waiting(*, as_json: bool = False) -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from dsv4.formats.plain_text import counted, size
 from dsv4.formats.store_place import MARKER, NODE_DOCUMENT
 
 if TYPE_CHECKING:
+    from dsv4.convert.plan import Plan
+    from dsv4.convert.sources.base import Source
     from dsv4.formats.store.matrix_views import Nodes
     from dsv4.runtime.fit import Fit
     from dsv4.runtime.load.placement import Counts
@@ -70,7 +73,7 @@ def fit(
     Of a packed store, or of a checkpoint as --recipe would pack it, of which only headers are read.
     On this machine's GPU, or on one that is described. Exit code 1 if it does not fit.
     """
-    opened = _is_store(place)
+    opened = is_store(place)
     if not opened:
         check_name(place, revision)  # a wrong name is refused before torch is imported
     from dsv4.runtime import fit as fitting
@@ -91,7 +94,8 @@ def fit(
         sys.exit(EXIT_FAILED)
 
 
-def _is_store(place: str) -> bool:
+def is_store(place: str) -> bool:
+    """Whether a packed store lies there, finished or not."""
     return any((Path(place) / name).exists() for name in (MARKER, NODE_DOCUMENT))
 
 
@@ -117,15 +121,30 @@ def _counts(nodes: Nodes, routes: Path | None) -> Counts | None:
 
 def _planned(place: str, revision: str | None, recipe: str, keep: tuple[str, ...]) -> Nodes:
     """Of the store that a checkpoint would become."""
-    from dsv4.convert.keep import refuse_idle_keep
     from dsv4.convert.metadata import planned_nodes
+
+    _, plan = planned_store(place, revision, recipe, keep, on_wait=waiting())
+    return planned_nodes(plan, place)
+
+
+def planned_store(
+    place: str,
+    revision: str | None,
+    recipe: str,
+    keep: tuple[str, ...],
+    *,
+    on_wait: Callable[[str], None] | None,
+) -> tuple[Source, Plan]:
+    """A checkpoint, from its headers, and what packing it would make. Raises as `make_plan`."""
+    from dsv4.convert.keep import refuse_idle_keep
     from dsv4.convert.plan import make_plan
     from dsv4.convert.sources.open import open_source
     from dsv4.formats.model.recipes import make_recipe
 
-    plan = make_plan(open_source(place, revision, on_wait=waiting()), make_recipe(recipe, keep))
+    source = open_source(place, revision, on_wait=on_wait)
+    plan = make_plan(source, make_recipe(recipe, keep))
     refuse_idle_keep(plan)
-    return planned_nodes(plan, place)
+    return source, plan
 
 
 def _machine(name: str | None, memory: int | None, host: int | None) -> tuple[Gpu, int, int | None]:

@@ -11,6 +11,7 @@ import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from dsv4.commands.console import say_absent
 from dsv4.commands.tables import facts_table, list_table, recipe_text
 from dsv4.formats.checkpoint import PackedCheckpoint
 from dsv4.formats.plain_text import counted, size
@@ -30,6 +31,7 @@ def inspection(
     what is not a store or not a tensor of it, click.UsageError for a tensor of two.
     """
     packed = PackedCheckpoint.open(directory)
+    say_absent(packed)
     if other is not None:
         if name is not None:
             raise click.UsageError("TENSOR and --diff exclude each other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from dsv4.commands.console import err, show
-from dsv4.commands.options import architectures_option, models_option, operations_option
-from dsv4.formats.plain_text import counted, duration
+from dsv4.commands.options import (
+    OutDirectory,
+    architectures_option,
+    models_option,
+    numbers,
+    operations_option,
+)
+from dsv4.formats.plain_text import counted, duration, size
 
 if TYPE_CHECKING:
     from dsv4.kernels.core.signature import Kernel
@@ -26,6 +33,12 @@ def kernels() -> None:
 @architectures_option
 @operations_option
 @models_option
+@click.option(
+    "--experts",
+    "pruned",
+    metavar="LIST",
+    help="Of the released models also with so many experts a layer, such as 104,160.",
+)
 @click.option("--out", "location", type=click.Path(path_type=Path), help="Default: a cache folder.")
 @click.option("--checks", "unusual", is_flag=True, help="Also for `bench kernels --checks`.")
 @click.option("--workers", type=click.IntRange(min=1), help="Compilers at once.")
@@ -34,14 +47,15 @@ def build_kernels(
     archs: tuple[str, ...],
     operations: tuple[str, ...],
     models: tuple[str, ...],
+    pruned: str | None,
     location: Path | None,
     unusual: bool,
     workers: int | None,
 ) -> None:
     """Compile what these stores need, or else every kernel of the releases.
 
-    --operations, --models and --checks are of the released models. Of a store only the metadata is
-    read: zarr.json and dsv4.complete suffice.
+    --operations, --models, --experts and --checks are of the released models. Of a store only the
+    metadata is read: zarr.json and dsv4.complete suffice.
 
     What is there and made from the same source, compiler, architecture and shapes is kept. The
     result needs no compiler: it can be copied to the GPU machine and named by DSV4_KERNELS.
@@ -52,7 +66,8 @@ def build_kernels(
     if stores:
         wanted = [kernel for store in stores for kernel in _of_store(store)]
     else:
-        wanted = list(_of_releases(models, operations, unusual))
+        experts = [] if pruned is None else numbers(pruned)
+        wanted = list(_of_releases(models, operations, unusual, experts))
     target = location or default_location()
 
     def tell(one: Built, number: int, total: int) -> None:
@@ -62,6 +77,37 @@ def build_kernels(
     done = build(wanted, archs, target, workers=workers, progress=tell)
     fresh = sum(one.fresh for one in done)
     show(f"{counted(len(done), 'kernel')} in {target}, {fresh} compiled now")
+
+
+@kernels.command("wheel")
+@architectures_option
+@click.option(
+    "--from",
+    "location",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder that `dsv4 kernels build` filled.  [default: the cache folder]",
+)
+@click.option(
+    "--out",
+    "target",
+    type=OutDirectory(),
+    default="dist",
+    show_default=True,
+    help="Where the wheels are written.",
+)
+def kernels_wheel(archs: tuple[str, ...], location: Path | None, target: Path) -> None:
+    """Make a wheel of compiled kernels for each architecture.
+
+    Installed beside this version of dsv4, it is found without any setting, and a GPU machine needs
+    no compiler. It holds all kernels of the folder, and the launch library of nvidia-cutlass-dsl,
+    whose licence is NVIDIA's.
+    """
+    from dsv4.kernels.core.library import default_location
+    from dsv4.kernels.core.wheel import make_wheel
+
+    for arch in archs:
+        wheel = make_wheel(location or default_location(), arch, target)
+        show(f"{wheel}: {size(wheel.stat().st_size)}")
 
 
 def _of_store(place: Path) -> Iterator[Kernel]:
@@ -74,9 +120,9 @@ def _of_store(place: Path) -> Iterator[Kernel]:
 
 
 def _of_releases(
-    models: tuple[str, ...], operations: tuple[str, ...], unusual: bool
+    models: tuple[str, ...], operations: tuple[str, ...], unusual: bool, experts: list[int]
 ) -> Iterator[Kernel]:
-    """What `dsv4 run` and `dsv4 bench kernels` launch for released models."""
+    """What `dsv4 run` and `dsv4 bench kernels` launch for released models, whole and pruned."""
     from dsv4.formats.model.releases import MODELS
     from dsv4.kernels.ops import cases, checks
     from dsv4.runtime.gpu.rehearsal import all_kernels
@@ -88,6 +134,8 @@ def _of_releases(
             yield from case.kernels
         for case in checks(config, model, operations) if unusual else ():
             yield from case.kernels
-        for kernel in all_kernels(standard_model(config)):
-            if kernel.operation.startswith(operations):  # "attention_join" is of "attention"
-                yield kernel
+        for count in (config.n_routed_experts, *experts):
+            cut = dataclasses.replace(config, n_routed_experts=count)
+            for kernel in all_kernels(standard_model(cut)):
+                if kernel.operation.startswith(operations):  # "attention_join" is of "attention"
+                    yield kernel

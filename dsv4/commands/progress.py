@@ -24,6 +24,7 @@ from dsv4.formats.plain_text import duration, size
 
 if TYPE_CHECKING:
     from dsv4.convert.counter import Event
+    from dsv4.sharing.transfer import Moved
     from dsv4.validate.watch import Step
 
 SECONDS_BETWEEN_EVENTS = 0.5
@@ -163,6 +164,23 @@ def checking_progress(
         yield lambda step: show(Stand(step.what, step.done_bytes, step.total_bytes))
 
 
+@contextlib.contextmanager
+def transfer_progress(
+    console: Console, *, as_json: bool = False
+) -> Iterator[Callable[[Moved], None]]:
+    """-> what to call with every piece that was moved. Events are one JSON object a line."""
+    if as_json:
+        yield _MovedEvents(console)
+        return
+    with showing(console) as show:
+        yield lambda moved: show(_moved_stand(moved))
+
+
+def _moved_stand(moved: Moved) -> Stand:
+    where = layer_of(moved.file)
+    return Stand(where, moved.done_bytes, moved.total_bytes, moved.resumed_bytes)
+
+
 def layer_of(unit: str) -> str:
     """`layers/7/ffn/experts/w13#12` -> `layer 7`."""
     if (match := _LAYER.match(unit)) is None:
@@ -185,7 +203,7 @@ def _stand(event: Event) -> Stand:
     )
 
 
-class _Events:
+class _EventLines:
     """A JSON object a line, at most two a second and always the last."""
 
     def __init__(self, console: Console) -> None:
@@ -193,26 +211,43 @@ class _Events:
         self._clock = Clock()
         self._last = -SECONDS_BETWEEN_EVENTS
 
-    def __call__(self, event: Event) -> None:
+    def say(self, stand: Stand, **facts: Any) -> None:
+        """A stand, with facts of its kind."""
         now = time.monotonic()
-        if event.done_bytes < event.total_bytes and now - self._last < SECONDS_BETWEEN_EVENTS:
+        if stand.done < stand.total and now - self._last < SECONDS_BETWEEN_EVENTS:
             return
         self._last = now
-        stand = _stand(event)
         rate, left = self._clock.rate(stand), self._clock.seconds_left(stand)
         document: dict[str, Any] = {
             "event": "progress",
             "layer": stand.where,
-            "unit": event.unit,
-            "done_bytes": event.done_bytes,
-            "total_bytes": event.total_bytes,
-            "done_tensors": event.done_tensors,
-            "total_tensors": event.total_tensors,
-            "inexact_tensors": event.inexact_tensors,
-            "resumed_bytes": event.resumed_bytes,
+            "done_bytes": stand.done,
+            "total_bytes": stand.total,
+            "resumed_bytes": stand.skipped,
+            **facts,
             "bytes_per_second": None if rate is None else round(rate),
-            "copy_bytes_per_second": event.copy_rate and round(event.copy_rate),
             "seconds_left": None if left is None else round(left, 1),
         }
         self._console.file.write(json.dumps(document) + "\n")
         self._console.file.flush()
+
+
+class _Events(_EventLines):
+    """Of a conversion."""
+
+    def __call__(self, event: Event) -> None:
+        self.say(
+            _stand(event),
+            unit=event.unit,
+            done_tensors=event.done_tensors,
+            total_tensors=event.total_tensors,
+            inexact_tensors=event.inexact_tensors,
+            copy_bytes_per_second=event.copy_rate and round(event.copy_rate),
+        )
+
+
+class _MovedEvents(_EventLines):
+    """Of a pull or a push."""
+
+    def __call__(self, moved: Moved) -> None:
+        self.say(_moved_stand(moved), file=moved.file)

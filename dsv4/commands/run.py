@@ -15,7 +15,7 @@ import click
 from rich.text import Text as Plain
 
 import dsv4
-from dsv4.commands.console import err, notice, print_json
+from dsv4.commands.console import err, notice, print_json, say_absent
 from dsv4.commands.exit_codes import terminate
 from dsv4.commands.run_options import Wish, run_options
 from dsv4.formats.errors import DraftRefusal
@@ -86,6 +86,7 @@ def _prepared(
 
     timeline.mark("imports")
     packed = dsv4.open(directory)
+    say_absent(packed)
     request = make_request(
         packed,
         prompt=wish.prompt if wish.raw else wish.prompt and wish.prompt.removesuffix("\n"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dsv4
-from dsv4.commands.console import err, notice
+from dsv4.commands.console import err, notice, say_absent
 from dsv4.commands.options import Size, draft_option, experts_option, routes_option
 from dsv4.formats.store_place import refuse_no_store
 
@@ -180,6 +180,7 @@ def serve(directory: Path, **options: Any) -> None:
     from dsv4.serve.server import MIB, Limits, Server
 
     packed = dsv4.open(directory)
+    say_absent(packed)
     model = open_model(packed, options["names"], effort=options["effort"])
     place = choose_place(options["device"], packed.store)
     for sentence in (*model.notices, *filter(None, [place.notice])):

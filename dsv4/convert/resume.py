@@ -29,6 +29,11 @@ def identity_of(source: Source, recipe: Recipe) -> dict[str, Any]:
 def refusal(error: OtherConversionError, src: str | Path, out: Path) -> ConflictError:
     """What the user can act on. src: the source as it was given now, a directory or a hub id."""
     begun, now = error.begun, error.now
+    if "pull" in begun:
+        return ConflictError(
+            f"{out}: it holds what `dsv4 pull` began to fetch; go on with that command, or remove "
+            "the directory, or choose another one"
+        )
     try:
         differences = "; ".join(_differences(begun, now))
         command = _command(begun, now, src, out)

@@ -58,10 +58,12 @@ class PackedCheckpoint:
 
     def __repr__(self) -> str:
         manifest = self.store.manifest
-        size = sum(record.nbytes for record in self.store.records.values())
+        size = sum(file.nbytes for file in self.store.files_under(None))
+        left = "".join(f", without {part}" for part in getattr(self.store.absent, "parts", ()))
         return (
             f"<PackedCheckpoint {self.store.root}: {self.name}, recipe "
-            f"{manifest['recipe']['name']}, {size / 1e9:.2f} GB, root {manifest['root'][:12]}>"
+            f"{manifest['recipe']['name']}, {size / 1e9:.2f} GB{left}, "
+            f"root {manifest['root'][:12]}>"
         )
 
     @property
@@ -174,6 +176,10 @@ class PackedCheckpoint:
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)
         if place is None:
+            if self.store.absent is not None and self.store.lacks(str(name)):
+                raise StoreError(
+                    f"{name} is not here: {self.store.absent.sentence(self.store.root)}"
+                )
             near = difflib.get_close_matches(str(name), self._places, n=SUGGESTIONS)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise StoreError(f"{self.store.root}: there is no tensor {name!r}{hint}")

@@ -10,6 +10,9 @@ from dsv4.formats.errors import NoStoreError
 NODE_DOCUMENT = "zarr.json"
 MARKER = "dsv4.complete"
 JOURNAL = "journal.jsonl"
+PART_MARKER = "dsv4.partial"
+PARTS = {"draft": "the draft layers"}
+"""What a pull may leave out, and what it is called."""
 
 
 def refuse_no_store(root: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture
 from dsv4.runtime.gpu.load import require_kernels
 from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.load.arena import free_memory
@@ -45,7 +45,7 @@ def choose_place(wanted: Device, store: PackedStore) -> Place:
     try:
         arch = architecture(torch.device("cuda"))
         refuse_sizes(store)
-        require_kernels(store, Library(default_location(), arch, store.root))
+        require_kernels(store, Library(None, arch, store.root))
     except (KernelError, RuntimeRefusal) as error:
         if wanted == "cuda":
             raise type(error)(f"{error}; --device cpu needs no kernel") from None

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dsv4.formats.checkpoint import PackedCheckpoint, Stored
 from dsv4.formats.errors import StoreError
+from dsv4.formats.model.user_names import matches
 from dsv4.formats.numeric.codecs import e2m1_decode, e4m3_decode, unpack_nibbles
 from dsv4.formats.numeric.layouts import unpack_fp8
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
 from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_BLOCK, Fp8Matrix
+from dsv4.formats.plain_text import counted
 from dsv4.formats.store.manifest import origin_of
 
 _NUMBERED = ("layers", "mtp")
@@ -22,8 +24,9 @@ _SHOWN = 16
 
 
 def tree(packed: PackedCheckpoint) -> dict[str, Any]:
-    """`{"root", "tool", "recipe", "source", "bytes", "parts", "tensors"}` in JSON types.
+    """`{"root", "tool", "recipe", "source", "absent", "bytes", "parts", "tensors"}`: JSON types.
 
+    absent: parts that a pull left out, of which nothing else is said.
     parts: part -> `{"tensors", "bytes", "formats"}`; tensors: name -> format.
     """
     manifest = packed.store.manifest
@@ -41,6 +44,7 @@ def tree(packed: PackedCheckpoint) -> dict[str, Any]:
         "tool": manifest["tool"],
         "recipe": manifest["recipe"],
         "source": origin_of(manifest),
+        "absent": list(absent.parts) if (absent := packed.store.absent) else [],
         "bytes": sum(sizes.values()),
         "parts": {
             part: {
@@ -60,6 +64,7 @@ def listing(packed: PackedCheckpoint, glob: str) -> dict[str, dict[str, Any]]:
     bytes: its share of the store, scales and padding included. Raises StoreError for no match.
     """
     found = fnmatch.filter(packed.names(), glob)
+    found = found or [name for name in packed.names() if matches(glob, name)]
     if not found:
         raise StoreError(
             f"{packed.store.root}: no tensor's name matches {glob!r}; expected a glob such as "
@@ -78,8 +83,11 @@ def listing(packed: PackedCheckpoint, glob: str) -> dict[str, dict[str, Any]]:
 def tensor(packed: PackedCheckpoint, name: str) -> dict[str, Any]:
     """`PackedCheckpoint.provenance`, the source's repository and commit, and the first block.
 
-    JSON types. Raises StoreError for an unknown name.
+    JSON types. Raises StoreError for an unknown name, with the globs that would list what has it in
+    its name.
     """
+    if name not in packed.names() and (hint := _globs(packed, name)):
+        raise StoreError(f"{packed.store.root}: there is no tensor {name!r}; {hint}")
     facts = packed.provenance(name)
     manifest = packed.store.manifest
     digests = {file["name"]: file["sha256"] for file in manifest["source"].get("files", [])}
@@ -89,6 +97,14 @@ def tensor(packed: PackedCheckpoint, name: str) -> dict[str, Any]:
     facts["transforms"] = _transforms(facts)
     facts["first_block"] = _first_block(packed.stored(name)) | _first_bytes(packed, facts)
     return facts
+
+
+def _globs(packed: PackedCheckpoint, part: str) -> str | None:
+    """What to give for a part of names: of whole components, or of any. None where none has it."""
+    for glob in (f"{part}.*", f"*.{part}.*", f"*{part}*"):
+        if found := fnmatch.filter(packed.names(), glob):
+            return f"'{glob}' lists {counted(len(found), 'tensor')}"
+    return None
 
 
 def _part(components: list[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from dsv4.cli import cli
+from dsv4.commands.kernels import _of_releases
 from dsv4.formats.errors import KernelError
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.releases import FLASH
@@ -22,9 +23,11 @@ from dsv4.kernels.core.build import Built, build
 from dsv4.kernels.core.library import Library
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.device.arch import architecture
-from dsv4.kernels.names import ARCHITECTURES
+from dsv4.kernels.names import ARCHITECTURES, OPERATIONS
 from dsv4.kernels.ops import cases
 from dsv4.kernels.ops.gemv.contract import Weight, gemv
+from dsv4.runtime.gpu.rehearsal import all_kernels
+from dsv4.runtime.gpu.standard import standard_model
 
 SMALL = gemv([Weight("fp8", 128, 256)])
 OTHER = gemv([Weight("bf16", 128, 256)])
@@ -183,6 +186,16 @@ def test_kernels_of_several_models_lie_beside_each_other() -> None:
     assert names[FLASH].isdisjoint(names[PRUNED])
     again = {one.name for one in _experts(dataclasses.replace(PRUNED))}
     assert again == names[PRUNED]
+
+
+def test_pruned_releases_are_built_when_they_are_asked_for() -> None:
+    """What a store of a pruned release launches is among what `--experts` adds."""
+    whole, more = (
+        {one.name for one in _of_releases(("flash",), OPERATIONS, False, experts)}
+        for experts in ([], [PRUNED.n_routed_experts])
+    )
+    needed = {one.name for one in all_kernels(standard_model(PRUNED))}
+    assert whole < more and needed <= more and not needed <= whole
 
 
 def _experts(config: ModelConfig) -> list[Kernel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -80,6 +81,39 @@ class Patience:
         wait = min(self.first_wait * 2.0 ** (failures - 1), self.longest_wait)
         wait *= random.uniform(0.5, 1.0)  # so that many readers do not come back at once
         return max(wait, min(asked or 0.0, self.longest_asked))
+
+
+class Waits:
+    """The waits of many threads for one repository: told of one at a time, given up together.
+
+    tell: told, in a sentence, what is waited for before it is tried again.
+    """
+
+    def __init__(self, repo: str, tell: Callable[[str], None]) -> None:
+        self._repo = repo
+        self._tell = tell
+        self._gave_up = threading.Event()
+        self._saying, self._quiet_until = threading.Lock(), 0.0
+
+    def patience(self, patience: Patience | None = None) -> Patience:
+        """`patience`, or the default one that `give_up` ends, with waits that are told."""
+        return dataclasses.replace(patience or Patience(sleep=self._pause), on_wait=self._say)
+
+    def give_up(self) -> None:
+        """Whoever waits fails."""
+        self._gave_up.set()
+
+    def _pause(self, seconds: float) -> None:
+        if self._gave_up.wait(seconds):
+            raise SourceError(f"{self._repo} is no longer read; run the same command again")
+
+    def _say(self, sentence: str, seconds: float) -> None:
+        """Tell of a wait, unless another thread's, that was told of, is not over yet."""
+        with self._saying:
+            now = time.monotonic()
+            if now >= self._quiet_until:
+                self._quiet_until = now + seconds
+                self._tell(sentence)
 
 
 def check_status(

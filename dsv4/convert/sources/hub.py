@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
-import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +18,8 @@ from dsv4.convert.sources.base import (
 )
 from dsv4.convert.sources.contents import read_contents
 from dsv4.convert.sources.files import SourceFiles
-from dsv4.convert.sources.http import Patience
+from dsv4.convert.sources.http import Patience, Waits
 from dsv4.convert.sources.hub_repo import HubRepo
-from dsv4.formats.errors import SourceError
 from dsv4.formats.model.safetensors_header import (
     LENGTH_BYTES,
     TensorEntry,
@@ -58,16 +54,14 @@ class HubSource(Source):
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
         self.on_wait = on_wait
-        self._gave_up = threading.Event()
-        self._saying, self._quiet_until = threading.Lock(), 0.0
-        patience = patience or Patience(sleep=self._pause)
+        self._waits = Waits(repo, self._tell)
         self._hub = HubRepo(
             repo,
             revision,
             endpoint=endpoint,
             token=token,
             cache=cache,
-            patience=dataclasses.replace(patience, on_wait=self._say),
+            patience=self._waits.patience(patience),
         )
         self.commit = self._hub.commit
         self.origin = {"kind": "hub", "repo": self._hub.repo, "commit": self.commit}
@@ -111,19 +105,10 @@ class HubSource(Source):
 
     def give_up(self) -> None:
         """Whoever waits for the network fails."""
-        self._gave_up.set()
+        self._waits.give_up()
 
-    def _pause(self, seconds: float) -> None:
-        if self._gave_up.wait(seconds):
-            raise SourceError(f"{self._hub.repo} is no longer read; run the same command again")
-
-    def _say(self, sentence: str, seconds: float) -> None:
-        """Tell of a wait, unless another thread's, that was told of, is not over yet."""
-        with self._saying:
-            now = time.monotonic()
-            if self.on_wait is None or now < self._quiet_until:
-                return
-            self._quiet_until = now + seconds
+    def _tell(self, sentence: str) -> None:
+        if self.on_wait is not None:
             self.on_wait(sentence)
 
     def published_sha256(self, file: str) -> str | None:

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,10 +65,17 @@ class Lister:
     login: Login
     patience: Patience
 
-    def list(self, repo: str, revision: str | None) -> Listing:
+    def list(
+        self,
+        repo: str,
+        revision: str | None,
+        wanted: Callable[[str], bool] = is_read,
+        most: int | None = None,
+    ) -> Listing:
         """One commit, all from one answer where it says all.
 
-        Raises SourceError, NetworkError when nothing answers.
+        wanted: whether a file of this name is of use. most: such files, at most; None: as many as
+        a checkpoint has. Raises SourceError, NetworkError when nothing answers.
         """
         subject = repo if revision is None else f"{repo}@{printable(revision, 100)}"
         url = f"{self.endpoint}/api/models/{repo}"
@@ -81,7 +88,7 @@ class Lister:
         hf_raise_for_status(answer)  # which also shows the hub's warnings, once
         try:
             document = json.loads(answer.content)
-            commit, names, found = _read(document)
+            commit, names, found = _read(document, wanted, MAX_SHARDS if most is None else most)
             if answer.history:
                 repo = _present_name(document, repo)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -144,7 +151,9 @@ class Lister:
 _Found = tuple[str, int | None, str | None, str | None]
 
 
-def _read(document: Any) -> tuple[str, list[str], list[_Found]]:
+def _read(
+    document: Any, wanted: Callable[[str], bool], most: int
+) -> tuple[str, list[str], list[_Found]]:
     """-> (commit, all names, useful files with sizes, hashes and blob ids where they are given)."""
     if not isinstance(document, dict):
         raise TypeError("it is not an object of JSON")
@@ -152,8 +161,8 @@ def _read(document: Any) -> tuple[str, list[str], list[_Found]]:
     if not _COMMIT.fullmatch(commit):
         raise ValueError(f"{commit!r:.80} is not a commit")
     names = [sibling["rfilename"] for sibling in siblings]
-    useful = [sibling for sibling in siblings if is_read(sibling["rfilename"])]
-    if len(useful) > MAX_SHARDS:
+    useful = [sibling for sibling in siblings if wanted(sibling["rfilename"])]
+    if len(useful) > most:
         raise ValueError(f"it lists {len(useful)} files")
     return commit, names, [_listed(sibling) for sibling in useful]
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx2
@@ -23,7 +23,7 @@ from dsv4.convert.sources.base import CONFIG_FILE, ByteStream
 from dsv4.convert.sources.files import is_read
 from dsv4.convert.sources.http import Patience
 from dsv4.convert.sources.hub_client import shown
-from dsv4.convert.sources.hub_listing import Listed, Lister
+from dsv4.convert.sources.hub_listing import Listed, Lister, Listing
 from dsv4.convert.sources.hub_login import Login, make_login
 from dsv4.convert.sources.local_file import open_local, read_small
 from dsv4.convert.sources.ranges import RangeReader, RemoteFile
@@ -57,8 +57,9 @@ class HubFile:
 
 
 class HubRepo:
-    """One commit of a hub repository: `files` by name, shards and small files only.
+    """One commit of a hub repository: `files` by name, those that are `wanted`.
 
+    By default these are shards and small files of a checkpoint.
     repo: its hub id, by the name that the hub has for it now; notices: says so if that is another.
     names: of all of its files, and of the folders that a cache has, these with a "/" at the end.
     commit: 40 hex digits; every request is for it. Raises SourceError when the name, the revision
@@ -80,6 +81,8 @@ class HubRepo:
         token: str | bool | None,
         cache: Path | None,
         patience: Patience,
+        wanted: Callable[[str], bool] = is_read,
+        most: int | None = None,
     ) -> None:
         _check_repo_id(repo)
         self.repo = repo
@@ -93,7 +96,8 @@ class HubRepo:
             self.commit, self.files = self._cached_commit(revision)
         else:
             lister = Lister(self._api.endpoint, login, patience)
-            self.commit, self.files = self._listed_commit(revision, lister)
+            listing = lister.list(repo, revision, wanted, most)
+            self.commit, self.files = self._listed_commit(listing)
 
     def read_small(self, name: str, limit: int) -> bytes:
         """All of a file, its hash checked where the repository gives one.
@@ -134,14 +138,15 @@ class HubRepo:
             stream.readinto(view, what)
 
     @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator[ByteStream]:
-        """A whole file in order. Raises SourceError."""
+    def stream(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[ByteStream]:
+        """Bytes `[begin, end)` of a file in order, all by default. Raises SourceError."""
         file = self.files[name]
         if file.cached is None:
-            with self._reader.stream(self._remote(file)) as remote:
+            with self._reader.stream(self._remote(file), begin, end) as remote:
                 yield remote
         else:
             with open_local(file.cached, file.size, name) as local:
+                local.position = begin
                 local.expect_all()
                 yield local
 
@@ -149,11 +154,8 @@ class HubRepo:
         url = hf_hub_url(self.repo, file.name, revision=self.commit, endpoint=self._api.endpoint)
         return RemoteFile(self.repo, file.name, url, file.size, file.sha256)
 
-    def _listed_commit(
-        self, revision: str | None, lister: Lister
-    ) -> tuple[str, Mapping[str, HubFile]]:
+    def _listed_commit(self, listing: Listing) -> tuple[str, Mapping[str, HubFile]]:
         """Commit and files as the hub has them."""
-        listing = lister.list(self.repo, revision)
         if listing.repo != self.repo:
             self.notices = (
                 f"{self.repo} is called {listing.repo} on the hub now, and is read and recorded "

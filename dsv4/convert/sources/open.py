@@ -58,18 +58,28 @@ def check_name(src: str | Path, revision: str | None = None) -> tuple[str, str |
     text = str(src)
     if os.path.exists(src):  # noqa: PTH110
         raise SourceError(_about_file(Path(src)))
-    if isinstance(src, str) and _ADDRESS.match(src):
-        text, named = _repository(src)
+    if isinstance(src, Path) or text.startswith((".", "/", "~")):
+        raise SourceError(f"there is no directory {text}; give one, or a hub id such as org/name")
+    return hub_name(text, revision)
+
+
+def hub_name(text: str, revision: str | None = None) -> tuple[str, str | None]:
+    """What `text` names on a hub: (hub id, revision); an address may name the revision.
+
+    Raises SourceError for what is neither a hub id nor an address of a repository.
+    """
+    if _ADDRESS.match(text):
+        address, (text, named) = text, _repository(text)
         if None not in (named, revision) and named != revision:
             raise SourceError(
-                f"--revision {revision} contradicts {src:.200}; give {text} and one revision"
+                f"--revision {revision} contradicts {address:.200}; give {text} and one revision"
             )
         revision = revision or named
     if at := _AT_REVISION.fullmatch(text):
         raise SourceError(
             f"{text:.200} is not a hub id; give {at['repo']} and --revision {at['revision']}"
         )
-    if isinstance(src, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if text.count("/") > 1:
         raise SourceError(f"there is no directory {text}; give one, or a hub id such as org/name")
     if not _HUB_ID.fullmatch(text):
         raise SourceError(

@@ -58,9 +58,10 @@ class RangeReader:
             cursor.readinto(view, what)
 
     @contextlib.contextmanager
-    def stream(self, file: RemoteFile) -> Iterator[_Cursor]:
-        """The whole file in order; `readinto` raises SourceError."""
-        with contextlib.closing(_Cursor(self, file, 0, file.size)) as cursor:
+    def stream(self, file: RemoteFile, begin: int = 0, end: int | None = None) -> Iterator[_Cursor]:
+        """Bytes `[begin, end)` of the file, all by default; `readinto` raises SourceError."""
+        stop = file.size if end is None else end
+        with contextlib.closing(_Cursor(self, file, begin, stop)) as cursor:
             yield cursor
 
     def open(self, file: RemoteFile, begin: int, end: int) -> httpx2.Response:

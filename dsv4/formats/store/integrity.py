@@ -15,6 +15,7 @@ from dsv4.formats.errors import StoreError
 from dsv4.formats.store import digest
 from dsv4.formats.store.damage import Damage, refuse, sizes
 from dsv4.formats.store.manifest import content_root
+from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import JOURNAL, LOCK, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.zarr_json import (
@@ -116,7 +117,7 @@ def _unexplained(store: PackedStore) -> Iterator[str]:
     nodes = (*store.hierarchy.arrays, *store.hierarchy.groups)
     expected = {file.key for file in store.files_under(None)}
     expected |= {f"{path}/{NODE_DOCUMENT}" for path in nodes}
-    expected |= {NODE_DOCUMENT, MARKER, JOURNAL, LOCK}
+    expected |= {NODE_DOCUMENT, MARKER, PART_MARKER, JOURNAL, LOCK}
     for key in walk(store.root):
         if key not in expected:
             yield key
@@ -142,7 +143,7 @@ def check_root(store: PackedStore) -> str:
 
     Raises StoreError when it is not the one the manifest claims.
     """
-    nodes = descriptions(store.hierarchy.groups, store.hierarchy.arrays)
+    nodes = descriptions(store.whole.groups, store.whole.arrays)
     found = content_root(store.manifest, nodes, store.records)
     if found != store.manifest["root"]:
         raise StoreError(

@@ -34,6 +34,7 @@ from dsv4.formats.store.manifest import (
 from dsv4.formats.store.mapped_files import MappedFile, StoredArray
 from dsv4.formats.store.matrix_views import StoredWeights
 from dsv4.formats.store.nodes import Contents, read_contents
+from dsv4.formats.store.parts import PART_MARKER, Absent, is_draft, read_absent, without
 from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
     JOURNAL,
@@ -44,7 +45,7 @@ from dsv4.formats.store.specs import (
 from dsv4.formats.store.zarr_json import MAX_DOCUMENT_BYTES, Hierarchy, parse_json, parse_root
 from dsv4.formats.store_place import refuse_no_store
 
-_MAX_MARKER_BYTES = 1 << 16
+MAX_MARKER_BYTES = 1 << 16
 _MAX_CONFIG_BYTES = 1 << 20
 _CONFIG = "config.json"
 
@@ -54,18 +55,27 @@ class PackedStore(StoredWeights):
 
     root: its directory. hierarchy: all nodes. contents: what they mean. records: the manifest's
     entry of every file. config: the model. assets: name -> path of the files that travel along.
+    absent: what a pull left out, if it did; nodes, contents and files are then those that are
+    there. whole, records: what the manifest and its root speak of, absent or not.
     """
 
-    def __init__(self, root: Path, hierarchy: Hierarchy, *, verify: bool) -> None:
+    def __init__(
+        self, root: Path, hierarchy: Hierarchy, *, verify: bool, absent: Absent | None = None
+    ) -> None:
         """Interpret a parsed hierarchy; raises as `open`, touches no data file."""
         check_manifest(hierarchy.manifest)
         self.root = root
-        self.hierarchy = hierarchy
+        self.whole = self.hierarchy = hierarchy
+        self.absent = absent
         self._files = {f.key: f for f in expected_files(hierarchy.arrays, hierarchy.manifest)}
         self.records: Mapping[str, FileRecord] = parse_records(
             list(self._files.values()), hierarchy.manifest
         )
         self.contents: Contents = read_contents(hierarchy)
+        if absent is not None:
+            self.hierarchy = without(hierarchy, absent)
+            self.contents = read_contents(self.hierarchy)
+            self._files = {key: f for key, f in self._files.items() if not is_draft(key)}
         self.config: ModelConfig = _read_config(hierarchy.manifest["config"])
         self._verify = verify
         self._mapped: dict[str, MappedFile] = {}
@@ -93,21 +103,41 @@ class PackedStore(StoredWeights):
 
     @classmethod
     def _open(cls, root: Path, *, verify: bool, check_files: bool) -> PackedStore:
-        marker = _read_marker(root)
-        raw = _read_document(root / NODE_DOCUMENT, MAX_DOCUMENT_BYTES)
-        if hashlib.sha256(raw).hexdigest() != marker["metadata_sha256"]:
-            raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
-        store = cls(root, parse_root(raw), verify=verify)
-        if store.manifest["format_version"] != marker["format_version"]:
-            raise StoreError(f"{MARKER} and {NODE_DOCUMENT} are of two format versions")
-        if store.manifest.get("root") != marker["root"]:
-            raise StoreError(
-                f"{MARKER} claims root {marker['root']}, the manifest "
-                f"{store.manifest.get('root')!r}; the store was altered"
-            )
+        marker, partial = _read_marker(root)
+        document = _read_document(root / NODE_DOCUMENT, MAX_DOCUMENT_BYTES)
+        store = cls.interpret(root, marker, document, verify=verify, partial=partial)
         if check_files:
             refuse(root, sizes(root, store._files.values()))
         store.config = _with_draft(store.config, root)
+        return store
+
+    @classmethod
+    def interpret(
+        cls,
+        root: Path,
+        marker: bytes,
+        document: bytes,
+        *,
+        verify: bool = True,
+        partial: bool = False,
+    ) -> PackedStore:
+        """The store that these two small files describe, whether or not its others lie in `root`.
+
+        marker, document: contents of `dsv4.complete`, or (partial) of `dsv4.partial`, and of the
+        root's `zarr.json`. Raises StoreError when they do not belong together or are malformed.
+        """
+        pinned = _parse_marker(marker)
+        if hashlib.sha256(document).hexdigest() != pinned["metadata_sha256"]:
+            raise StoreError(f"{NODE_DOCUMENT} is not what {MARKER} pins: one of them was altered")
+        absent = read_absent(pinned) if partial else None
+        store = cls(root, parse_root(document), verify=verify, absent=absent)
+        if store.manifest["format_version"] != pinned["format_version"]:
+            raise StoreError(f"{MARKER} and {NODE_DOCUMENT} are of two format versions")
+        if store.manifest.get("root") != pinned["root"]:
+            raise StoreError(
+                f"{MARKER} claims root {pinned['root']}, the manifest "
+                f"{store.manifest.get('root')!r}; the store was altered"
+            )
         return store
 
     @property
@@ -170,6 +200,10 @@ class PackedStore(StoredWeights):
                 self._mapped[file.key] = mapped
         return mapped
 
+    def lacks(self, name: str) -> bool:
+        """Whether the tensor of this hub name is one that a pull left out."""
+        return self.absent is not None and is_draft(name.replace(".", "/"))
+
     def forget(self) -> None:
         """Let go of all mappings; tensors handed out keep theirs, the next use maps again."""
         self._mapped.clear()
@@ -187,18 +221,25 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _read_marker(root: Path) -> dict[str, Any]:
-    """-> the marker: `format_version`, and `root` and `metadata_sha256`, both SHA-256 in hex."""
+def _read_marker(root: Path) -> tuple[bytes, bool]:
+    """-> (the marker, whether it is that of a store with parts left out)."""
     if not (root / MARKER).exists():
+        if (root / PART_MARKER).exists():
+            return _read_document(root / PART_MARKER, MAX_MARKER_BYTES), True
         if (root / JOURNAL).exists():
             raise StoreError(
-                f"the conversion is unfinished ({MARKER} is missing); run the same "
-                "`dsv4 convert` again to finish it"
+                f"it is unfinished ({MARKER} is missing); run the same `dsv4 convert` or "
+                "`dsv4 pull` again to finish it"
             )
         raise StoreError(
             f"{MARKER} is missing, so not all of it is here; copy or download the store again"
         )
-    marker = parse_json(_read_document(root / MARKER, _MAX_MARKER_BYTES), MARKER)
+    return _read_document(root / MARKER, MAX_MARKER_BYTES), False
+
+
+def _parse_marker(raw: bytes) -> dict[str, Any]:
+    """-> the marker: `format_version`, and `root` and `metadata_sha256`, both SHA-256 in hex."""
+    marker = parse_json(raw, MARKER)
     if not isinstance(marker, dict):
         raise StoreError(f"{MARKER} is malformed")
     check_version(marker.get("format_version"))

@@ -25,7 +25,12 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dsv4.formats.errors import ConflictError, OutOfSpaceError, StoreError
+from dsv4.formats.errors import (
+    ChangedSourceError,
+    ConflictError,
+    OutOfSpaceError,
+    StoreError,
+)
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.damage import sizes
 from dsv4.formats.store.digest import canonical_json
@@ -59,6 +64,7 @@ from dsv4.formats.store.manifest import (
     check_record,
     content_root,
 )
+from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import (
     ASSET_DIRECTORY,
@@ -181,12 +187,24 @@ class StoreWriter:
             self._journal_append(batch.files, extents, notes or {})
             return [file for file, was in before.items() if not was and self._covered(file)]
 
-    def complete(self, file: FileSpec) -> None:
-        """Make a covered file whole. Raises StoreError when it is not what was written."""
+    def complete(self, file: FileSpec, expected: FileRecord | None = None) -> None:
+        """Make a covered file whole.
+
+        expected: what its record has to be, of a file that comes from elsewhere. The file is
+        dropped, and StoreError raised, when it is not what was written, ChangedSourceError, when
+        it is not what was expected.
+        """
         journal = self._open_journal
         try:
             record = seal(self.out, file, journal.extents.get(file.key, ()))
-        except StoreError:
+            if expected not in (None, record):
+                raise ChangedSourceError(
+                    file.key,
+                    f"{file.key} arrived with another BLAKE3 than the manifest pins, and is "
+                    "dropped; run the command again, and tell whoever published it if that does "
+                    "not help",
+                )
+        except (StoreError, ChangedSourceError):
             self.forget([file])
             raise
         publish(self.out, file)
@@ -196,6 +214,22 @@ class StoreWriter:
         """Those of `files` which an interrupted run covered but did not complete."""
         begun = self._open_journal.extents
         return [file for file in files if file.key in begun and self._covered(file)]
+
+    def gaps(self, file: FileSpec) -> list[tuple[int, int]]:
+        """Ranges `[begin, end)` of the payload that are not durable, in order."""
+        if self.has(file):
+            return []
+        found, position = [], 0
+        extents = self._open_journal.extents.get(file.key, ())
+        for extent in sorted(extents, key=lambda extent: extent.offset):
+            if extent.offset > position:
+                found.append((position, extent.offset))
+            position = max(position, extent.end)
+        return found + ([(position, file.payload_nbytes)] if position < file.payload_nbytes else [])
+
+    def knows(self, file: FileSpec) -> bool:
+        """Whether anything of the file is durable."""
+        return file.key in self._open_journal.records or file.key in self._open_journal.extents
 
     def allocated(self, file: FileSpec) -> int:
         """Bytes of the file that the disk has set aside already."""
@@ -258,20 +292,48 @@ class StoreWriter:
         root, documents = _metadata(
             self.out, dict(groups), dict(sorted(specs.items())), manifest, records
         )
+        marker = {
+            "format_version": FORMAT_VERSION,
+            "root": root,
+            "metadata_sha256": hashlib.sha256(documents[NODE_DOCUMENT]).hexdigest(),
+        }
+        self._publish(documents, json.dumps(marker, indent=2).encode() + b"\n", records)
+        return root
+
+    def finish_copy(
+        self, store: PackedStore, documents: Mapping[str, bytes], marker: bytes
+    ) -> None:
+        """Make the directory a copy of `store`, all of whose files are written; close the writer.
+
+        documents: every `zarr.json` by key. marker: the store's, whole or with parts absent; in
+        that case the journal stays, for the pull that fetches them. Raises StoreError when a file
+        is missing or is not what the manifest of `store` pins.
+        """
+        journaled = self._open_journal.records
+        records = self._settled_records(store.hierarchy.arrays.values(), journaled)
+        for key in records.keys() | {file.key for file in store.files_under(None)}:
+            if records.get(key) != store.records.get(key):
+                raise StoreError(f"{self.out}: {key} is not what the manifest pins")
+        self._publish(documents, marker, records, partial=store.absent is not None)
+
+    def _publish(
+        self,
+        documents: Mapping[str, bytes],
+        marker: bytes,
+        files: Mapping[str, FileRecord],
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Write the documents, then the marker; of a whole store the journal is then of no use."""
         with storage_errors(self.out, "finishing the store"):
-            self._refuse_strangers(records.keys() | documents.keys())
+            self._refuse_strangers(files.keys() | documents.keys())
             self._write_documents(documents)
-            marker = {
-                "format_version": FORMAT_VERSION,
-                "root": root,
-                "metadata_sha256": hashlib.sha256(documents[NODE_DOCUMENT]).hexdigest(),
-            }
-            write_atomic(self.out / MARKER, json.dumps(marker, indent=2).encode() + b"\n")
-            journal.close()
-            (self.out / JOURNAL).unlink()
+            write_atomic(self.out / (PART_MARKER if partial else MARKER), marker)
+            self._open_journal.close()
+            if not partial:
+                (self.out / JOURNAL).unlink()
             self._lock.release(remove=True)
             sync_directory(self.out)
-        return root
 
     @property
     def _open_journal(self) -> Journal:
@@ -389,7 +451,11 @@ def _has_begun(journal: Path) -> bool:
 
 
 def _remove_leftovers(out: Path, journal: Journal) -> None:
-    """Remove what an interrupted run left behind, but for partial files with durable extents."""
+    """Remove what an interrupted run left behind, but for partial files with durable extents.
+
+    A store with parts left out is none from now on, until its writer finishes again.
+    """
+    (out / PART_MARKER).unlink(missing_ok=True)
     if gone := [k for k, found in journal.extents.items() if not restore_partial(out, k, found)]:
         journal.forget(gone)
     begun = {key + PARTIAL_SUFFIX for key in journal.extents}

@@ -121,7 +121,7 @@ def _build_for(
 
 def _entries(folder: Path, compiler: str) -> dict[str, dict[str, str]]:
     """What the index says is there and really is. Nothing, if another compiler made it."""
-    index = _read_index(folder)
+    index = read_index(folder)
     if index.get("compiler") != compiler:
         return {}
     known: dict[str, dict[str, str]] = index.get("kernels", {})
@@ -221,7 +221,8 @@ def _fake(argument: Argument, sizes: dict[str, Any]) -> Any:
     )
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder of one architecture says that it holds; empty where it says nothing."""
     try:
         found = json.loads((folder / INDEX).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,20 +1,29 @@
 """Compiled kernels at run time: found by name, checked, loaded by apache-tvm-ffi.
 
-No compiler, no DSL, nothing is compiled here. A kernel that is missing, or was built from other
-source, is refused with the command that makes it.
+No compiler, no DSL, nothing is compiled here. Where kernels are looked for, each by itself:
+
+    1. the folder that $DSV4_KERNELS names; if it is set, nowhere else
+    2. the user's cache folder, which `dsv4 kernels build` fills
+    3. installed wheels such as dsv4-kernels-sm90a (`dsv4 kernels wheel` makes them)
+
+A wheel is found by its entry point in the group `dsv4.kernels`, named as the architecture; of its
+package nothing is imported. Wherever a kernel lies, its key has to be the one that this source has,
+and its machine code the one whose hash the index holds. A kernel that is missing, or was built from
+other source, is refused with the command that makes it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,15 +35,33 @@ RUNTIME_LIBRARY = "libcute_dsl_runtime.so"
 COMPILER = "cutlass"  # the module of nvidia-cutlass-dsl
 INSTALL_COMPILER = "pip install 'dsv4[kernels]'"  # brings what loads kernels, too
 LOCATION = "DSV4_KERNELS"  # environment variable: the folder that `dsv4 kernels build` filled
+ENTRY_POINTS = "dsv4.kernels"  # the group in which wheels of kernels say their packages
 
 Function = Callable[..., None]
 
 
 def default_location() -> Path:
-    """Where kernels are built and looked for: `$DSV4_KERNELS`, else the user's cache folder."""
+    """Where kernels are built: `$DSV4_KERNELS`, else the user's cache folder."""
     if chosen := os.environ.get(LOCATION):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4" / "kernels"
+
+
+def locations(arch: str) -> list[Path]:
+    """Where kernels of `arch` are looked for, in this order."""
+    if os.environ.get(LOCATION):
+        return [default_location()]
+    return [default_location(), *_installed(arch)]
+
+
+def _installed(arch: str) -> Iterator[Path]:
+    """Folders of installed wheels of `arch`, found without importing anything of them."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=arch):
+        if not point.module.isidentifier():  # a package below another would be imported to be found
+            continue
+        found = importlib.util.find_spec(point.module)
+        for folder in (found.submodule_search_locations or ()) if found else ():
+            yield Path(folder)
 
 
 def architecture(device: torch.device) -> str:
@@ -48,24 +75,35 @@ def architecture(device: torch.device) -> str:
     return CAPABILITY[found]
 
 
+class _Place(NamedTuple):
+    """A folder with kernels of one architecture: who compiled them, and its index."""
+
+    location: Path
+    compiler: str
+    entries: Mapping[str, Mapping[str, str]]
+
+
 class Library:
     """The kernels built for one architecture; each is loaded when it is first asked for.
 
-    store: the kernels are for, which the command in messages then names.
+    location: the only folder to look into; None: `locations`. store: the kernels are for, which
+    the command in messages then names.
     """
 
-    def __init__(self, location: Path, arch: str, store: Path | None = None) -> None:
-        self.location, self.arch, self.store = location, arch, store
+    def __init__(self, location: Path | None, arch: str, store: Path | None = None) -> None:
+        self.location, self.arch, self.store = location or default_location(), arch, store
         self._functions: dict[str, Function] = {}
-        try:
-            index = json.loads((location / arch / INDEX).read_text())
-            self._compiler: str = index["compiler"]
-            self._entries: dict[str, dict[str, str]] = index["kernels"]
-        except (OSError, ValueError, KeyError, TypeError):
+        searched = locations(arch) if location is None else [location]
+        self._places = [place for one in searched if (place := _place(one, arch)) is not None]
+        if not self._places:
+            everywhere = location is None and not os.environ.get(LOCATION)
+            wheel = ", nor does an installed wheel" if everywhere else ""
             raise KernelError(
-                f"{location} holds no kernels for {arch}; {self._command()} makes them"
-            ) from None
-        self._load_runtime()
+                f"{self.location} holds no kernels for {arch}{wheel}; {self._command()} makes them"
+            )
+        self._compiler: str | None = None  # of all that is loaded: one launch library serves it
+        if len(self._places) == 1:
+            self._load_runtime(self._places[0])
 
     def function(self, kernel: Kernel) -> Function:
         """The function of `kernel`: takes its arguments in order, on torch's current stream.
@@ -80,34 +118,49 @@ class Library:
     def _load(self, kernel: Kernel) -> Function:
         import tvm_ffi
 
-        entry = self._entries.get(kernel.name)
-        if entry is None:
+        place = self._place_of(kernel)
+        file = self._checked_file(kernel, place)
+        self._load_runtime(place)
+        module: Any = tvm_ffi.load_module(str(file))
+        function: Function = module[kernel.name]
+        return function
+
+    def _place_of(self, kernel: Kernel) -> _Place:
+        """The first that has the kernel, made of this source."""
+        places = [p for p in self._places if self._compiler in (None, p.compiler)]
+        having = [place for place in places if kernel.name in place.entries]
+        if not having:
             raise KernelError(
-                f"kernel {kernel.name} is not built for {self.arch} in {self.location}; "
+                f"kernel {kernel.name} is not built for {self.arch} in {_named(places)}; "
                 f"{self._command()} makes it"
             )
-        if entry.get("key") != kernel.key(self.arch, self._compiler):
-            raise KernelError(
-                f"kernel {kernel.name} in {self.location} was built from other source; "
-                f"{self._command()} makes it again"
-            )
-        file = self.location / self.arch / f"{kernel.name}.so"
+        for place in having:
+            if place.entries[kernel.name].get("key") == kernel.key(self.arch, place.compiler):
+                return place
+        raise KernelError(
+            f"kernel {kernel.name} in {_named(having)} was built from other source; "
+            f"{self._command()} makes it again"
+        )
+
+    def _checked_file(self, kernel: Kernel, place: _Place) -> Path:
+        """Its machine code, which is what the build wrote."""
+        file = place.location / self.arch / f"{kernel.name}.so"
         try:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise KernelError(
                 f"{file} cannot be read ({error.strerror}); {self._command()} makes it"
             ) from None
-        if digest != entry.get("sha256"):
+        if digest != place.entries[kernel.name].get("sha256"):
             raise KernelError(
                 f"{file} is not what the build wrote; remove it, and {self._command()} makes it"
             )
-        module: Any = tvm_ffi.load_module(str(file))
-        function: Function = module[kernel.name]
-        return function
+        return file
 
-    def _load_runtime(self) -> None:
+    def _load_runtime(self, place: _Place) -> None:
         """The launch library first, visible to all: the kernels' symbols resolve against it."""
+        if self._compiler is not None:
+            return
         try:
             import tvm_ffi  # noqa: F401
         except ImportError:
@@ -116,19 +169,34 @@ class Library:
                 "pip install 'dsv4[run]'"
             ) from None
         try:
-            ctypes.CDLL(str(self.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(place.location / RUNTIME_LIBRARY), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise KernelError(
                 f"the kernels' launch library cannot be loaded ({error}); {self._command()} "
                 "writes it again"
             ) from None
+        self._compiler = place.compiler
 
     def _command(self) -> str:
-        """What makes the kernels: one command, or two in order where the compiler is missing."""
+        """What makes the kernels, in one line; where the compiler is missing, that comes first."""
         elsewhere = self.location != default_location()
         place = f" --out {shlex.quote(str(self.location))}" if elsewhere else ""
         store = "" if self.store is None else f"{shlex.quote(str(self.store))} "
-        build = f"`dsv4 kernels build {store}--arch {self.arch}{place}`"
+        build = f"dsv4 kernels build {store}--arch {self.arch}{place}"
         if importlib.util.find_spec(COMPILER) is None:
-            return f"`{INSTALL_COMPILER}`, then {build}"
-        return build
+            build = f"{INSTALL_COMPILER} && {build}"
+        return f"`{build}`"
+
+
+def _place(location: Path, arch: str) -> _Place | None:
+    """What a folder holds; None where it has no index that can be read."""
+    try:
+        index = json.loads((location / arch / INDEX).read_text())
+        place = _Place(location, index["compiler"], index["kernels"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return place if isinstance(place.entries, dict) else None
+
+
+def _named(places: Sequence[_Place]) -> str:
+    return " and ".join(str(place.location) for place in places)

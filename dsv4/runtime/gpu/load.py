@@ -9,7 +9,7 @@ import torch
 from dsv4.formats.errors import OutOfSpaceError
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
-from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture
 from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu.engine import session_sizes
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
@@ -50,7 +50,7 @@ def load(
     """
     if not torch.cuda.is_available():
         raise no_gpu()
-    library = Library(default_location(), architecture(device), store.root)
+    library = Library(None, architecture(device), store.root)
     torch.empty(1, device=device)
     mark("context")
     require_kernels(store, library)

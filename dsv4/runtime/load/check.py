@@ -23,7 +23,7 @@ from torch import Tensor
 from dsv4.formats.errors import KernelError, StoreError
 from dsv4.formats.store.reader import PackedStore
 from dsv4.formats.store.specs import FileSpec
-from dsv4.kernels.core.library import Library, architecture, default_location
+from dsv4.kernels.core.library import Library, architecture
 from dsv4.kernels.ops.xxh3.contract import LINE_BYTES, xxh3
 from dsv4.kernels.reference.xxh3 import BLOCK_BYTES, LANES, accumulators, digests, secret_words
 from dsv4.runtime.load.arena import Arena, CudaArena
@@ -49,7 +49,7 @@ def device_hash(device: torch.device) -> Hash:
     """
     if device.type == "cpu":
         return _reference
-    function: Hash = Library(default_location(), architecture(device)).function(xxh3())
+    function: Hash = Library(None, architecture(device)).function(xxh3())
     return function
 
 

@@ -21,6 +21,7 @@ from dsv4.formats.numeric.slices import ByteRange, expert_slice, tensor_slice
 from dsv4.formats.numeric.slices import whole as all_of
 from dsv4.formats.plain_text import natural_key
 from dsv4.formats.store.matrix_views import Nodes
+from dsv4.formats.store.parts import is_draft
 from dsv4.formats.store.specs import ALIGNMENT, ArraySpec, FileSpec
 
 
@@ -123,7 +124,7 @@ def part_of(store: Nodes, path: str) -> Part | None:
     stacked = group in store.contents.stacks
     if stacked and member == "lineage":
         return None
-    if path.startswith("mtp/"):
+    if is_draft(path):
         return Part.DRAFT
     return Part.EXPERTS if stacked else Part.CORE
 

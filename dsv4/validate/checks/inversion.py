@@ -69,7 +69,7 @@ def invert(
     inventory = check_inventory(source.entries, config)
     tensors = inventory.by_name
     names = set(packed.names())
-    for name in sorted(tensors.keys() - names):
+    for name in sorted(name for name in tensors.keys() - names if not packed.store.lacks(name)):
         report.add("inventory", name, "in the source, but not in the store")
     for name in sorted(names - tensors.keys()):
         report.add("inventory", name, "in the store, but not in the source")

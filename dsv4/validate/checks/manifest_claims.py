@@ -75,7 +75,7 @@ def _check_recipe(packed: PackedCheckpoint, source: Source, report: Report) -> N
         report.add("recipe", "manifest", f"the recipe {recipe!r:.200} is none: {error}")
         return
     expected = {spec.path: spec.element for output in plan.outputs for spec in output.arrays()}
-    found = {path: spec.element for path, spec in packed.store.hierarchy.arrays.items()}
+    found = {path: spec.element for path, spec in packed.store.whole.arrays.items()}
     report.count("arrays held against the recipe", len(expected))
     for path in sorted(expected.keys() | found.keys()):
         if expected.get(path) != found.get(path):

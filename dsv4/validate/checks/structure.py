@@ -21,6 +21,9 @@ from dsv4.validate.report import Report
 def check_metadata(packed: PackedCheckpoint, report: Report) -> None:
     """Merkle root, node documents, sizes, strangers, and the model's inventory of tensors."""
     store = packed.store
+    if store.absent is not None:
+        sentence = store.absent.sentence(store.root)
+        report.notices.append(f"{sentence}; the verdict is on what is here")
     try:
         report.root = integrity.check_root(store)
     except Dsv4Error as error:

@@ -58,6 +58,7 @@ class Request:
     begin: int | None
     end: int | None
     token: str | None
+    body: bytes = b""
 
 
 Change = Callable[[Answer], object]
@@ -179,6 +180,11 @@ class Loopback:
     def ranges(self, file: str) -> list[tuple[int | None, int | None]]:
         """The ranges of the file that the storage was asked for, in order."""
         return [(r.begin, r.end) for r in self.requests if r.host == "storage" and r.file == file]
+
+    def file_of(self, path: str) -> str | None:
+        """The file that a request for `path` (unquoted) is about."""
+        name = path.rsplit("/", 1)[-1]
+        return name if name in self.contents else None
 
     def is_lfs(self, name: str) -> bool:
         """As in the releases: weights and the tokenizer."""
@@ -355,6 +361,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve(with_body=True)
 
+    def do_POST(self) -> None:
+        self._serve(with_body=True)
+
+    def do_PUT(self) -> None:
+        self._serve(with_body=True)
+
     def _serve(self, *, with_body: bool) -> None:
         request = self._request()
         answer = self.owner.answer(self.host, request)
@@ -397,7 +409,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _request(self) -> Request:
         path = urllib.parse.urlsplit(self.path).path
-        name = urllib.parse.unquote(path.rsplit("/", 1)[-1])
         begin = end = None
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             begin, end = int(match[1]), int(match[2]) + 1 if match[2] else 1 << 62
@@ -406,11 +417,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.host,
             self.command,
             self.path,
-            name if name in self.owner.contents else None,
+            self.owner.file_of(urllib.parse.unquote(path)),
             begin,
             end,
             token.removeprefix("Bearer ") if token else None,
+            self._body(),
         )
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, home: Path, endpoint: str = NOWHERE) -> None:

@@ -79,8 +79,8 @@ def test_both_commands_are_named_in_order_where_the_compiler_is_missing(
     store: PackedStore, gpu: pytest.MonkeyPatch
 ) -> None:
     without_compiler(gpu)
-    build = f"`dsv4 kernels build {store.root} --arch sm_90a` makes them"
-    both = rf"`pip install 'dsv4\[kernels\]'`, then {build}"
+    build = f"dsv4 kernels build {store.root} --arch sm_90a` makes them"
+    both = rf"`pip install 'dsv4\[kernels\]' && {build}"
     with pytest.raises(KernelError, match=both):
         choose_place("cuda", store)
 

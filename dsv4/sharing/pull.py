@@ -1,0 +1,187 @@
+"""Fetches a published store: the manifest against the root, every chunk against the manifest.
+
+    published   marker, metadata, root: proved before a byte of weights moves
+    transfer    ranges of files on many threads; each chunk compared before it is written
+    writer      the journal: what is on disk for good; a file is whole when its BLAKE3 is right
+    finish      the nodes' documents are made, the root's written, the marker last
+
+What is killed goes on at the last piece that the journal knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from dsv4.convert.sources.http import Patience
+from dsv4.formats.errors import ConflictError, OtherConversionError
+from dsv4.formats.store.parts import PART_MARKER
+from dsv4.formats.store.reader import PackedStore
+from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.writer import StoreWriter
+from dsv4.formats.store.zarr_metadata import metadata_documents
+from dsv4.sharing.published import PublishedStore, check_pin
+from dsv4.sharing.transfer import STREAMS, Moved, Transfer
+
+
+@dataclasses.dataclass(frozen=True)
+class Pulled:
+    """What a pull did. root: proved; pinned: whether it was compared with one given by the user.
+
+    absent: parts that were left out. files, nbytes: that are there. fetched: of these bytes, what
+    came over the network now.
+    """
+
+    out: Path
+    repo: str
+    commit: str
+    root: str
+    pinned: bool
+    absent: tuple[str, ...]
+    files: int
+    nbytes: int
+    fetched: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "repo": self.repo,
+            "commit": self.commit,
+            "root": self.root,
+            "root_pinned": self.pinned,
+            "absent": list(self.absent),
+            "files": self.files,
+            "bytes": self.nbytes,
+            "fetched_bytes": self.fetched,
+        }
+
+
+def pull(
+    repo: str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    root: str | None = None,
+    leave_out: Collection[str] = (),
+    streams: int = STREAMS,
+    progress: Callable[[Moved], None] | None = None,
+    notice: Callable[[str], object] = lambda sentence: None,
+    on_wait: Callable[[str], None] | None = None,
+    patience: Patience | None = None,
+) -> Pulled:
+    """Fetch the store in the hub repository `repo` into the directory `out`, or go on with it.
+
+    root: what the store's root is to be, or at least its first 16 digits. leave_out: of `PARTS`,
+    what is not wanted; a later pull without it fetches the rest. streams: files read at once.
+    progress: told of every piece. notice: gets sentences worth showing. on_wait: told, in a
+    sentence, when the network is waited for.
+    Nothing but metadata is fetched before the root is right, every file is listed, and there is
+    room. Raises SourceError, NetworkError, StoreError, ConflictError when `out` holds something
+    else, OutOfSpaceError.
+    """
+    if root is not None:
+        check_pin(root)
+    out = Path(out)
+    published = PublishedStore(repo, revision, patience=patience, on_wait=on_wait)
+    for sentence in published.notices:
+        notice(sentence)
+    if root is not None:
+        published.refuse_other_root(root)
+    else:
+        notice(f"the root is the one that {published} names; --root holds it to yours")
+    wanted = published.without(leave_out)
+    fetched = 0
+    if (there := _there(published, wanted, out)) is None:
+        published.refuse_missing_files()
+        with _writer(published, out) as writer:
+            fetched = _fetch(published, wanted, writer, streams, progress)
+        there = wanted
+    files = there.files_under(None)
+    return Pulled(
+        out,
+        published.repo,
+        published.commit,
+        published.root,
+        root is not None,
+        () if there.absent is None else there.absent.parts,
+        len(files),
+        sum(file.nbytes for file in files),
+        fetched,
+    )
+
+
+def _fetch(
+    published: PublishedStore,
+    store: PackedStore,
+    writer: StoreWriter,
+    streams: int,
+    progress: Callable[[Moved], None] | None,
+) -> int:
+    """Fetch what is missing of `store` and finish it; -> bytes that came over the network."""
+    files, absent = store.files_under(None), store.absent
+    unwanted = [file for file in published.store.files_under(None) if file not in {*files}]
+    if begun := [file for file in unwanted if writer.knows(file)]:
+        writer.forget(begun)
+    for file in writer.covered_files(files):
+        writer.complete(file, store.records[file.key])
+    documents = _documents(published, store)
+    missing = sum(file.nbytes - writer.allocated(file) for file in files)
+    writer.require_space(missing + sum(map(len, documents.values())))
+    for file in files:
+        if not file.payload_nbytes and not writer.has(file):
+            writer.write(file, ())
+    with Transfer(published, writer, progress) as transfer:
+        transfer.run(files, streams)
+    marker = published.marker
+    writer.finish_copy(store, documents, marker if absent is None else absent.marker(marker))
+    return transfer.fetched
+
+
+def _documents(published: PublishedStore, store: PackedStore) -> dict[str, bytes]:
+    """Every `zarr.json` by key: the root's as published, those of the nodes of `store` made."""
+    nodes = store.hierarchy
+    documents = metadata_documents(nodes.manifest, nodes.groups, nodes.arrays)
+    return documents | {NODE_DOCUMENT: published.document}
+
+
+def _there(published: PublishedStore, wanted: PackedStore, out: Path) -> PackedStore | None:
+    """The store in `out`, if it is whole or has what is wanted.
+
+    Raises ConflictError when it is another one.
+    """
+    if not (out / MARKER).exists() and not (out / PART_MARKER).exists():
+        return None
+    there = PackedStore.open(out)
+    if there.manifest["root"] != published.root:
+        raise ConflictError(
+            f"{out}: it holds the store with root {there.manifest['root']}, {published} has root "
+            f"{published.root}; choose another directory or remove it"
+        )
+    return there if there.absent is None or wanted.absent is not None else None
+
+
+def _writer(published: PublishedStore, out: Path) -> StoreWriter:
+    """The writer of `out`. Raises ConflictError when something else is unfinished there."""
+    origin = {"repo": published.repo, "commit": published.commit, "root": published.root}
+    try:
+        return StoreWriter(out, {"pull": origin})
+    except OtherConversionError as error:
+        begun = error.begun.get("pull")
+        if not isinstance(begun, dict) or not all(isinstance(begun.get(k), str) for k in origin):
+            raise ConflictError(
+                f"{out}: it holds an unfinished conversion; go on with the same `dsv4 convert`, or "
+                "remove the directory, or choose another one"
+            ) from None
+        if begun["root"] == published.root:  # under another name, or at another commit
+            return StoreWriter(out, error.begun)
+        command = ["dsv4", "pull", begun["repo"], str(out), "--revision", begun["commit"]]
+        raise ConflictError(
+            f"{out}: it holds an unfinished pull of the store with root {begun['root']}; it was "
+            f"begun from {begun['repo']} at commit {begun['commit']}, now it is {published.repo} "
+            f"at commit {published.commit} with root {published.root}; go on with "
+            f"`{shlex.join(command)}`, or remove the directory, or choose another one"
+        ) from None

@@ -1,0 +1,1 @@
+"""Push and pull, against a hub on loopback that takes uploads."""
