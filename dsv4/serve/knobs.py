@@ -74,7 +74,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Knobs:
     """How an answer is drawn; None where the request said nothing.
 
-    banned: ids that are never drawn. logprobs: how many of the likeliest are told, None for none.
+    banned: ids that are never drawn. bias: what is added to the logits of ids. logprobs: how
+    many of the likeliest are told, None for none.
     """
 
     temperature: float | None = None
@@ -88,6 +89,7 @@ class Knobs:
     n: int = 1
     logprobs: int | None = None
     banned: frozenset[int] = frozenset()
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     ignore_eos: bool = False
     min_tokens: int = 0
 
@@ -107,6 +109,7 @@ class Knobs:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             seed=seed,
+            bias=self.bias,
             allowed=allowed,
         )
 
@@ -119,6 +122,7 @@ def read_knobs(body: Mapping[str, Any], vocab: int, *, logprobs: int | None = No
     refuse_unsupported(body)
     values: dict[str, Any] = {name: number(body, name, *_NUMBERS[name]) for name in _NUMBERS}
     top_k = integer(body, "top_k", -1, vocab)
+    biases = _biases(body.get("logit_bias"), vocab)
     n = integer(body, "n", 1, MAX_CHOICES) or 1
     if (best := body.get("best_of")) is not None and best != n:
         raise unsupported("best_of", f"best_of is {best!r}, expected n, which is {n}, or nothing")
@@ -128,7 +132,8 @@ def read_knobs(body: Mapping[str, Any], vocab: int, *, logprobs: int | None = No
         seed=integer(body, "seed", 0, _SEEDS - 1),
         n=n,
         logprobs=logprobs,
-        banned=_banned(body.get("logit_bias"), vocab),
+        banned=frozenset(token for token, value in biases.items() if value == BAN),
+        bias={token: value for token, value in biases.items() if value not in (0, BAN)},
         ignore_eos=bool(flag(body, "ignore_eos")),
         min_tokens=integer(body, "min_tokens", 0, 1 << 20) or 0,
     )
@@ -191,30 +196,27 @@ def read_stops(value: Any, name: str = "stop") -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _banned(value: Any, vocab: int) -> frozenset[int]:
-    if not value:
-        return frozenset()
+def _biases(value: Any, vocab: int) -> dict[int, float]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise invalid(
             "logit_bias", f"logit_bias is not an object of at most {MAX_BIASES} token ids"
         )
-    banned = set()
+    found: dict[int, float] = {}
     for key, bias in value.items():
         if not (len(key) <= 9 and key.isascii() and key.isdecimal() and int(key) < vocab):
             raise invalid(
                 "logit_bias", f"logit_bias has {key[:20]!r}, expected token ids below {vocab}"
             )
-        if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise invalid("logit_bias", f"logit_bias of {key} is {_shown(bias)}, not a number")
-        if bias == BAN:
-            banned.add(int(key))
-        elif bias != 0:
-            raise unsupported(
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not BAN <= bias <= -BAN:
+            raise invalid(
                 "logit_bias",
-                f"logit_bias of {key} is {bias}, expected {BAN}, which bans the token, or 0; "
-                "this server has no other biases",
+                f"logit_bias of {key} is {_shown(bias)}, expected a number from {BAN}, which bans "
+                f"the token, to {-BAN}",
             )
-    return frozenset(banned)
+        found[int(key)] = float(bias)
+    return found
 
 
 def _shown(value: Any) -> str:

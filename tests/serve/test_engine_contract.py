@@ -159,6 +159,24 @@ def test_masks_stop_ids_and_seeds(engine: Engine, forward: Callable[[list[int]],
     assert first == second
 
 
+def test_a_bias_is_added_to_the_logits(
+    engine: Engine, forward: Callable[[list[int]], Tensor]
+) -> None:
+    """Likelihoods are told without it."""
+    free = tokens(run(engine, Job(PROMPT, Sampler(), 6)))
+    bias = {free[0]: -6.0, free[3]: 0.5, 9: 1.5}
+    events = run(engine, Job(PROMPT, Sampler(bias=bias), 6, logprobs=0))
+    said = tokens(events)
+    logits = forward(PROMPT + said)[len(PROMPT) - 1 : -1]
+    more = torch.zeros(logits.shape[-1])
+    for token, value in bias.items():
+        more[token] = value
+    assert said == (logits + more).argmax(-1).tolist() and said != free
+    raw = logits.double().log_softmax(-1)
+    for event, row in zip([one for one in events if one.tokens], raw, strict=True):
+        assert event.logprobs[0].logprob == pytest.approx(float(row[event.tokens[0]]), abs=1e-4)
+
+
 def test_a_cancelled_job_ends_and_the_next_one_runs(engine: Engine) -> None:
     told: queue.SimpleQueue[Event] = queue.SimpleQueue()
     ticket = engine.submit(Job(PROMPT, Sampler(), ROOM - len(PROMPT)), told.put)
