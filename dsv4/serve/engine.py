@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.runtime.gpu.model import GpuModel
@@ -14,7 +14,7 @@ from dsv4.runtime.text.drafting import Wish
 from dsv4.serve.backend import Backend
 from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.gpu_backend import GpuBackend
-from dsv4.serve.jobs import Event, Job, Stats, Ticket
+from dsv4.serve.jobs import Deliver, Event, Job, Stats, Ticket
 from dsv4.serve.prefix_cache import PrefixCache
 from dsv4.serve.prefix_files import PrefixFiles
 from dsv4.serve.remembering import MemoryOptions, Remembering
@@ -102,32 +102,24 @@ class ServeEngine:
         """Why it has ended, if it failed."""
         return self._failure
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, job: Job, deliver: Deliver) -> Ticket:
         """See `jobs.Engine`."""
-        checked(job, self.backend.capacity, self.backend.vocab)
+        return self.submit_all([(job, deliver)])[0]
 
-        def told(event: Event) -> None:
-            if event.finish is not None:
-                with self._changed:
-                    self._unfinished -= 1
-            deliver(event)
-
-        run = Run(job, told, self.backend.capacity, self._wake)
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> Sequence[Ticket]:
+        """See `jobs.Engine`."""
+        runs = [self._run(job, deliver) for job, deliver in jobs]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeRefusal(self._failure)
             if self._closing:
                 raise RuntimeRefusal("the engine takes no more jobs: it is being closed")
-            if self._unfinished >= self._most_jobs:
-                waiting = self._unfinished - self.backend.slots
-                raise QueueFull(
-                    f"{waiting} jobs wait for one of {self.backend.slots} slots, which is as many "
-                    "as may wait; try again later"
-                )
-            self._unfinished += 1
-            self._arrived.append(run)
+            if self._unfinished + len(runs) > self._most_jobs:
+                raise QueueFull(self._full(len(runs)))
+            self._unfinished += len(runs)
+            self._arrived += runs
             self._changed.notify()
-        return run
+        return runs
 
     def stats(self) -> Stats:
         """See `jobs.Engine`."""
@@ -152,6 +144,30 @@ class ServeEngine:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
+
+    def _run(self, job: Job, deliver: Deliver) -> Run:
+        """A checked job that is counted until it has ended."""
+        checked(job, self.backend.capacity, self.backend.vocab)
+
+        def told(event: Event) -> None:
+            if event.finish is not None:
+                with self._changed:
+                    self._unfinished -= 1
+            deliver(event)
+
+        return Run(job, told, self.backend.capacity, self._wake)
+
+    def _full(self, more: int) -> str:
+        slots, waiting = self.backend.slots, max(self._unfinished - self.backend.slots, 0)
+        if more == 1:
+            return (
+                f"{waiting} jobs wait for one of {slots} slots, which is as many as may wait; "
+                "try again later"
+            )
+        return (
+            f"{self._unfinished} jobs run or wait, and {more} more at once are too many: "
+            f"{self._most_jobs} may; try again later"
+        )
 
     def _work(self) -> None:
         try:

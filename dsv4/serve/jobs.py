@@ -120,6 +120,9 @@ class Event:
     error: str | None = None
 
 
+Deliver = Callable[[Event], None]
+
+
 class Ticket(Protocol):
     """A job that was taken."""
 
@@ -145,12 +148,15 @@ class Engine(Protocol):
     def stats(self) -> Stats:
         """What it has done and does, now."""
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, job: Job, deliver: Deliver) -> Ticket:
         """Take a job. `deliver` is called on the engine's thread and must return at once.
 
         Raises RuntimeRefusal for a job that can never run (ids, room), and QueueFull when too many
         wait.
         """
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> Sequence[Ticket]:
+        """Take all of them, or raise what `submit` does and take none."""
 
     def close(self, *, finish: bool) -> None:
         """Take no more jobs. finish: run those that were taken to their end, or cancel them."""

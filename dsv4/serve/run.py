@@ -7,10 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.serve.jobs import Event, Finish, Job, TokenLogprob
+from dsv4.serve.jobs import Deliver, Event, Finish, Job, TokenLogprob
 from dsv4.serve.prefix_cache import Keys, Node, common
-
-Deliver = Callable[[Event], None]
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class MixedUp:
     def stats(self) -> Stats:
         """The engine's."""
         return self._engine.stats()
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Callable[[Event], None]]]) -> list[Ticket]:
+        """One after another."""
+        return [self.submit(*one) for one in jobs]
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
         """The engine's, but for the tokens."""

@@ -312,7 +312,7 @@ def test_a_fault_of_the_server_tells_nothing(
     def break_down(*arguments: object) -> None:
         raise ZeroDivisionError("at address 0x7f00")
 
-    monkeypatch.setattr(served.engine, "submit", break_down)
+    monkeypatch.setattr(served.engine, "submit_all", break_down)
     answer = served.post("/v1/chat/completions", CHAT)
     assert answer.status_code == 500 and "0x7f00" not in answer.text
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
