@@ -77,6 +77,32 @@ def run_quality(
         raise SystemExit(1)
 
 
+@benchmarks.command("drafts")
+@click.argument("directory", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--prompts", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
+@json_option
+def run_drafts(directory: Path, prompts: int, tokens: int, recipe: str, as_json: bool) -> None:
+    """How many drafts of the trained checkpoint DIRECTORY are accepted, on text it has not seen."""
+    import dsv4
+    from benchmarks.drafts import acceptance, acceptance_table, confidence_table
+    from dsv4.runtime.model import Model
+
+    with tempfile.TemporaryDirectory(prefix="dsv4-drafts-") as place:
+        dsv4.convert(directory, Path(place) / "packed", recipe=recipe)
+        model = dsv4.load(Path(place) / "packed", device="cpu")
+        assert isinstance(model, Model)  # which it is on a CPU
+        found = acceptance(model, directory, prompts, tokens, progress=err.print)
+    if as_json:
+        print_json({"temperatures": [dataclasses.asdict(one) for one in found]})
+    else:
+        show(acceptance_table(found), confidence_table(found))
+    if not all(one.same_text for one in found):
+        err.print("an answer differs from the one without drafts")
+        raise SystemExit(1)
+
+
 @benchmarks.command("stages")
 @click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)

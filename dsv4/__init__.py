@@ -99,8 +99,10 @@ def load(
     experts, there: "auto" keeps as many on the GPU as fit beside `slots` sessions of `max_seq_len`
     tokens and the others in pinned host memory; "resident" all of them; a number: so many bytes.
     routes: file of counts by which they are chosen, by default the user's own of this store.
-    drafts: whether the store's draft layers are loaded too, for `session.propose`; the compiled
-    kernels have none yet. They stay in mapped files like all weights; a session keeps their rings.
+    drafts: whether the store's draft layers are loaded too, for `session.propose`. On a CPU they
+    stay in mapped files like all weights; a session keeps their rings. The compiled kernels run
+    DSpark's, where these fit beside the model and all experts are resident; else `notices` of the
+    model says why they are left out.
     mark: called with the name of each phase when it ends.
     Raises StoreError, RuntimeRefusal, KernelError or OutOfSpaceError.
     """
@@ -123,6 +125,7 @@ def load(
             routes=None if routes is None else Path(routes),
             max_seq_len=max_seq_len,
             slots=slots,
+            drafts=drafts,
         )
     return load_model(
         checkpoint.store,

@@ -16,9 +16,9 @@ from dsv4.synthetic.tiny import write_tiny
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-dsv4"
 ROOTS = {
-    ("example", "native"): "8105f3df246296d03f49ab6a01430f39782b58d25bbd99895876b020d58f0470",
-    ("example", "standard"): "37bfb211924b9615a182740f782f588772911229ad7d0c80423cfd039199939d",
-    ("example", "nvfp4"): "f5752aa1cfa07fc449e6bfe32f3057ce74a85ce39bc79a13b40cbe9e0a13c84d",
+    ("example", "native"): "551ae7253a7981c3e36f2e0e4d9d6feb4d4a240e8761433809f8b9ccbd0b6622",
+    ("example", "standard"): "af680c5b324b1b2053cc3a60eac42cedf885030ca048369ee82f508c4ab2ad36",
+    ("example", "nvfp4"): "132aeeb163a798c286ad34c37d471c6a17ec479e8f292204a9666182cf2ae2cf",
     ("official", "native"): "6f4b159c29f7e866c2cf34388c06b81a97a8e4caba817e27eac0ed5006e338ad",
     ("official", "standard"): "523a84d831c3dd402b50468f0d5c19cfbba036f34204f3e253fb2cb3e988e98c",
     ("base", "standard"): "260d199ab161f027a492de240c2d5c0aeee374bcf8f51c439db747c7d8a4bf53",

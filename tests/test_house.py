@@ -42,12 +42,12 @@ MOST_LINES = {
         ("formats/**", "convert/**", "validate/**", "runtime", "runtime/text", "kernels/reference"),
     ),
     # The target is 13,000; 1,900 of these lines are FP4 x FP4, 550 experts in two memories, 160
-    # wheels of kernels and where they are found.
-    "kernels": (15_800, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
+    # wheels of kernels and where they are found, 60 what drafts launch.
+    "kernels": (15_900, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
-    # the export 1,000, `dsv4 info` 270, push and pull 1,700,
-    # drafts in the server 400.
-    "the wheel": (60_100, ("**",)),
+    # the export 1,000, `dsv4 info` 270, push and pull 1,700, DSpark on a GPU 900, a fourth of it to
+    # measure it, drafts in the server 400, its description 180.
+    "the wheel": (61_600, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

@@ -90,9 +90,14 @@ class Report:
 
 
 def few_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    """The first `layers` layers of a model, which are of all kinds."""
-    ratios = config.compress_ratios[:layers]
-    return dataclasses.replace(config, num_hidden_layers=layers, compress_ratios=ratios)
+    """The first `layers` layers of a model, which are of all kinds; draft layers read the last."""
+    ratios, tapped = config.compress_ratios[:layers], config.dspark_target_layer_ids
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=layers,
+        compress_ratios=ratios,
+        dspark_target_layer_ids=tapped and tuple(range(layers - len(tapped), layers)),
+    )
 
 
 def decode(

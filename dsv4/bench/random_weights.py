@@ -35,11 +35,15 @@ STANDARD = make_recipe("standard")
 
 
 class RandomWeights:
-    """See `DeviceWeights`; `experts` as well, so that the reference runs on the same bytes."""
+    """See `DeviceWeights`; `experts` as well, so that the reference runs on the same bytes. With
+    DSpark's draft layers where the configuration has them.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device, seed: int = 0) -> None:
         self.config, self.device, self.seed = config, device, seed
-        self._shapes = {p.name: p for p in parameters(config, DraftKind.NONE, 0)}
+        draft = DraftKind.NONE if config.dspark_block_size is None else DraftKind.DSPARK
+        stages = config.num_draft_layers if draft is not DraftKind.NONE else 0
+        self._shapes = {p.name: p for p in parameters(config, draft, stages)}
         self._made: dict[str, Tensor | Matrix] = {}
         self._records: dict[int, LayerRecords] = {}
 
@@ -72,7 +76,7 @@ class RandomWeights:
     def layer_records(self, layer: int) -> LayerRecords:
         """All experts of a layer, each in its own place."""
         if layer not in self._records:
-            c, name = self.config, f"layers.{layer}.ffn.experts"
+            c, name = self.config, f"{self.config.block_name(layer)}.ffn.experts"
             record, rng = Record(c.hidden_size, c.moe_intermediate_size), self._generator(name)
             records = self._bytes(rng, 0, 256, c.n_routed_experts, record.nbytes)
             for part in ("13", "2"):
@@ -88,7 +92,8 @@ class RandomWeights:
 
     def experts(self, prefix: str) -> RandomExperts:
         """The same for the reference, expert by expert."""
-        c, found = self.config, self.layer_records(int(prefix.split(".")[1]))
+        c, (where, number, *_) = self.config, prefix.split(".")
+        found = self.layer_records(int(number) + (c.num_hidden_layers if where == "mtp" else 0))
         return RandomExperts(*found.stacks(Record(c.hidden_size, c.moe_intermediate_size)))
 
     def _generator(self, name: str) -> torch.Generator:

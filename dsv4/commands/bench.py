@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,10 @@ from dsv4.commands.options import (
     workers_option,
 )
 from dsv4.formats.model.recipes import DEFAULT_RECIPE, RECIPE_NAMES
-from dsv4.formats.model.releases import MODELS
+from dsv4.formats.model.releases import DRAFTING, MODELS
+
+if TYPE_CHECKING:
+    from dsv4.formats.model.config import ModelConfig
 
 
 @click.group()
@@ -112,9 +115,9 @@ def bench_kernels(
         case
         for model in models
         for case in (
-            checks(MODELS[model], model, operations)
+            checks(DRAFTING[model], model, operations)
             if unusual
-            else cases(MODELS[model], model, counts, operations)
+            else cases(DRAFTING[model], model, counts, operations)
         )
         if shape in case.shape
     ]
@@ -150,6 +153,15 @@ def bench_kernels(
 @click.option("--layers", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--context", type=click.IntRange(min=1), default=8192, show_default=True)
 @click.option("--rows", default="1,2,4,8", show_default=True, help="Tokens at once.")
+@click.option(
+    "--draft", is_flag=True, help="Proposals of DSpark's layers and whole rounds instead."
+)
+@click.option(
+    "--pruned",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="So many experts a layer, in the backbone and in draft layers.  [default: the model's]",
+)
 @click.option("--no-check", is_flag=True, help="Skip the comparison with the reference.")
 @click.option("--kernels", "location", type=click.Path(path_type=Path), help="Their folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -162,6 +174,8 @@ def bench_decode(
     layers: int,
     context: int,
     rows: str,
+    draft: bool,
+    pruned: int | None,
     no_check: bool,
     location: Path | None,
     as_json: bool,
@@ -170,11 +184,18 @@ def bench_decode(
 
     Of STORE: all of it, with experts in two places.
     """
-    of_store, of_layers = ("experts", "skew", "tokens"), ("model", "layers", "context", "rows")
-    idle = (*of_layers, "no_check", "location") if store is not None else of_store
-    _refuse_idle_options(idle, "with STORE" if store is not None else "without STORE")
+    of_store = ("experts", "skew", "tokens")
+    of_layers = ("model", "layers", "context", "rows", "draft", "pruned", "no_check", "location")
+    _refuse_idle_options(of_layers if store is not None else of_store, _when(store))
     if store is not None:
         _streaming(store, experts or ("auto",), skew, tokens, as_json)
+        return
+    config = (DRAFTING if draft else MODELS)[model]
+    if pruned is not None:
+        config = dataclasses.replace(config, n_routed_experts=pruned)
+    if draft:
+        _refuse_idle_options(("rows",), "with --draft")
+        _drafting(config, model, layers, context, not no_check, location, as_json)
         return
     from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 
@@ -187,9 +208,8 @@ def bench_decode(
 
     device = torch.device("cuda")
     library = open_library(device, location, "dsv4 bench decode")
-    config = few_layers(MODELS[model], layers)
     report = decode(
-        config,
+        few_layers(config, layers),
         model,
         library,
         device,
@@ -201,6 +221,37 @@ def bench_decode(
         print_json(dataclasses.asdict(report))
     else:
         show(decode_table(report))
+    if not report.right:
+        raise SystemExit(1)
+
+
+def _when(store: Path | None) -> str:
+    return "with STORE" if store is not None else "without STORE"
+
+
+def _drafting(
+    config: ModelConfig,
+    model: str,
+    layers: int,
+    context: int,
+    check: bool,
+    location: Path | None,
+    as_json: bool,
+) -> None:
+    import torch
+
+    from dsv4.bench.decode import few_layers
+    from dsv4.bench.draft import draft
+    from dsv4.bench.kernels import open_library
+    from dsv4.commands.bench_tables import draft_table
+
+    device = torch.device("cuda")
+    library = open_library(device, location, "dsv4 bench decode --draft")
+    report = draft(few_layers(config, layers), model, library, device, context=context, check=check)
+    if as_json:
+        print_json(dataclasses.asdict(report) | {"right": report.right})
+    else:
+        show(draft_table(report))
     if not report.right:
         raise SystemExit(1)
 
@@ -270,6 +321,7 @@ def bench_prompt(
 @shape_options
 @click.option("--recipe", type=click.Choice(RECIPE_NAMES), default=DEFAULT_RECIPE)
 @click.option("--draft", is_flag=True, help="With the release's draft layer.")
+@click.option("--dspark", is_flag=True, help="With DSpark's draft layers instead.")
 @click.option(
     "--distinct",
     type=click.IntRange(min=1),
@@ -282,6 +334,7 @@ def bench_store(
     directory: Path,
     recipe: str,
     draft: bool,
+    dspark: bool,
     distinct: int | None,
     workers: int | None,
     as_json: bool,
@@ -296,10 +349,12 @@ def bench_store(
     from dsv4.formats.model.inventory import DraftKind
     from dsv4.synthetic.store import make_store, shaped
 
-    kind = DraftKind.MTP if draft else DraftKind.NONE
+    if draft and dspark:
+        raise click.UsageError("--draft and --dspark are two kinds of draft layers; choose one")
+    kind = DraftKind.DSPARK if dspark else DraftKind.MTP if draft else DraftKind.NONE
     made = make_store(
         directory,
-        shaped(**shape),
+        shaped(**shape, dspark=dspark),
         recipe=recipe,
         draft=kind,
         workers=workers,

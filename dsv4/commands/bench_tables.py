@@ -12,7 +12,7 @@ from dsv4.commands.tables import facts_table
 from dsv4.formats.plain_text import counted, size
 
 if TYPE_CHECKING:
-    from dsv4.bench import decode, prompt, serve, streaming
+    from dsv4.bench import decode, draft, prompt, serve, streaming
     from dsv4.bench.convert import Throughput
     from dsv4.bench.kernels import Line, Machine
     from dsv4.bench.load import Loading
@@ -150,6 +150,44 @@ def decode_table(report: decode.Report) -> Table:
             f"{step.nbytes / 1e6:.0f}",
             f"{step.fraction:.3f}",
             str(step.launches),
+        )
+    return table
+
+
+def draft_table(report: draft.Report) -> Table:
+    """Rounds of every length, by how many tokens they keep."""
+    found, proposal = report.comparison, report.proposal_seconds
+    verdict = "proposals not compared"
+    if found is not None:
+        ours, theirs = ("/".join(f"{x:.4f}" for x in one) for one in (found.ours, found.bfloat16))
+        verdict = (
+            f"proposals {'right' if found.right else 'WRONG'}: logits/confidence {ours} of their "
+            f"deviation from float32, the reference in bfloat16 {theirs}; {found.ids:.0%} of ids "
+            f"the same; {'same' if found.repeatable else 'OTHER'} bytes whenever asked"
+        )
+    machine, plain, kept = report.machine, report.plain_seconds, report.observed_seconds
+    title = (
+        f"{report.model}, {report.layers} layers, {report.experts} experts, context "
+        f"{report.context}, {machine.name}; {verdict}\n"
+        f"a step of one token {plain * 1e6:.1f} us, with draft layers loaded {kept * 1e6:.1f} "
+        f"({kept / plain - 1:+.1%}); a proposal {proposal * 1e6:.1f} us, {report.launches} launches"
+    )
+    table = Table(title=title, title_justify="left")
+    most = len(report.rounds)
+    for column in ("drafts", "us a step", "proposal + step", "arithmetic", "us a round"):
+        table.add_column(column, justify="right")
+    for count in range(1, most + 2):
+        table.add_column(f"tokens/s, {count} kept", justify="right")
+    for one in report.rounds:
+        rates = [f"{count / s:.0f}" for count, s in enumerate(one.seconds, 1)]
+        table.add_row(
+            str(one.drafts),
+            f"{one.step_seconds * 1e6:.1f}",
+            f"{(proposal + one.step_seconds) * 1e6:.1f}",
+            f"{one.arithmetic * 1e6:.1f}" if one.arithmetic else "",
+            f"{sum(one.seconds) / len(one.seconds) * 1e6:.1f}",
+            *rates,
+            *[""] * (most - one.drafts),
         )
     return table
 

@@ -188,7 +188,9 @@ def _lines(place: str, found: Fit, remedies: list[str]) -> list[str]:
         ("needed", f"{size(needs.whole)} with every expert resident, kept free included"),
     ]
     if needs.draft:
-        rows.append(("draft", f"{size(needs.draft)}: not loaded"))
+        why = found.without_drafts
+        loaded = "loaded too" if why is None else f"left out: {why}"
+        rows.append(("draft", f"{size(needs.draft)}: {loaded}"))
     if found.resident:
         spare = f", {found.spare:,} spare records" if found.spare else ""
         rows.append(("resident", f"{found.resident:,} of {sizes.total:,} experts{spare}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsv4.commands.console import err, show
+from dsv4.commands.console import err, notice, show
 from dsv4.commands.options import (
     OutDirectory,
     architectures_option,
@@ -17,6 +17,7 @@ from dsv4.commands.options import (
     numbers,
     operations_option,
 )
+from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.plain_text import counted, duration, size
 
 if TYPE_CHECKING:
@@ -112,24 +113,33 @@ def kernels_wheel(archs: tuple[str, ...], location: Path | None, target: Path) -
 
 def _of_store(place: Path) -> Iterator[Kernel]:
     """What `dsv4 run` of a store launches, whatever the length of its sequences."""
+    from dsv4.formats.model.inventory import DraftKind
     from dsv4.formats.store.reader import PackedStore
     from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model
 
     # Files are not looked at: they may have stayed on another machine.
-    return all_kernels(outlined_model(PackedStore.open(place, check_files=False)))
+    store = PackedStore.open(place, check_files=False)
+    try:
+        return all_kernels(outlined_model(store, drafts=store.draft is DraftKind.DSPARK))
+    except RuntimeRefusal as error:
+        if store.draft is not DraftKind.DSPARK:
+            raise
+        plain = outlined_model(store)
+        notice(f"kernels of the draft layers are left out: {error}")
+        return all_kernels(plain)
 
 
 def _of_releases(
     models: tuple[str, ...], operations: tuple[str, ...], unusual: bool, experts: list[int]
 ) -> Iterator[Kernel]:
     """What `dsv4 run` and `dsv4 bench kernels` launch for released models, whole and pruned."""
-    from dsv4.formats.model.releases import MODELS
+    from dsv4.formats.model.releases import DRAFTING
     from dsv4.kernels.ops import cases, checks
     from dsv4.runtime.gpu.rehearsal import all_kernels
     from dsv4.runtime.gpu.standard import standard_model
 
     for model in models:
-        config = MODELS[model]
+        config = DRAFTING[model]
         for case in cases(config, model, (1, 8, 2048), operations):
             yield from case.kernels
         for case in checks(config, model, operations) if unusual else ():

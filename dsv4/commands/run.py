@@ -125,6 +125,8 @@ def _prepared(
         notice(str(error))
         model = load(drafts=False)
     timeline.mark("weights ready")
+    for sentence in model.notices:
+        notice(sentence)
     return packed, request, model
 
 

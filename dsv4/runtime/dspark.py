@@ -51,7 +51,7 @@ class DSpark:
         numerics: Numerics,
     ) -> None:
         c = read.weights.config
-        self.most, rank, self.noise, self.tapped = _settings(c)
+        self.most, rank, self.noise, self.tapped = settings(c)
         self.config, self.numerics = c, numerics
         self.embed, self.dtype = embed, dtype
         hidden, first, stages = c.hidden_size, c.num_hidden_layers, c.num_draft_layers
@@ -123,8 +123,11 @@ class DSpark:
         return Draft(torch.cat(proposed), logits, linear(hidden, self.confidence)[:, 0])
 
 
-def _settings(c: ModelConfig) -> tuple[int, int, int, tuple[int, ...]]:
-    """-> rows of a block, rank of the Markov head, the id of noise, the tapped layers."""
+def settings(c: ModelConfig) -> tuple[int, int, int, tuple[int, ...]]:
+    """-> rows of a block, rank of the Markov head, the id of noise, the tapped layers.
+
+    Raises RuntimeRefusal where config.json does not say all of that.
+    """
     block, rank = c.dspark_block_size, c.dspark_markov_rank
     noise, layers = c.dspark_noise_token_id, c.dspark_target_layer_ids
     if block is None or rank is None or noise is None or layers is None:

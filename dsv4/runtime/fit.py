@@ -21,16 +21,23 @@ from typing import Any
 import numpy as np
 
 from dsv4.formats.errors import OutOfSpaceError
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.plain_text import counted, size
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.engine import SessionSizes, session_sizes
-from dsv4.runtime.gpu.load import beside_experts
+from dsv4.runtime.gpu.load import (
+    beside_experts,
+    draft_kind,
+    drafts_nbytes,
+    drafts_refusal,
+    no_room_for_drafts,
+)
 from dsv4.runtime.gpu.rehearsal import refuse_sizes
 from dsv4.runtime.load.arena import HEADROOM
 from dsv4.runtime.load.expert_sizes import ExpertSizes, expert_sizes
 from dsv4.runtime.load.placement import Counts, Experts, Placement, place, place_as_asked
-from dsv4.runtime.load.plan import ALONE, MODEL, Part, Share, part_of, plan_load
+from dsv4.runtime.load.plan import ALONE, MODEL, Part, Share, plan_load
 from dsv4.runtime.load.records import record_of
 from dsv4.runtime.machines import KNOWN, Gpu
 from dsv4.runtime.session import capacity_of
@@ -52,15 +59,17 @@ OTHERS = "norms and connections"
 @dataclasses.dataclass(frozen=True)
 class Needs:
     """Of one GPU, in bytes. core: weights by what they are; arena: what the loader asks for besides
-    records of experts; draft: of the draft layers, which are not loaded; session: see
-    `SessionSizes`; beside: all that experts do not get; core_read, cache_read: of the core and the
-    caches, by one step at the full context.
+    records of experts; draft: of the draft layers, with what a session takes more for them;
+    draft_refusal: why no GPU runs them; session: see `SessionSizes`, without them; beside: all that
+    experts do not get; core_read, cache_read: of the core and the caches, by one step at the full
+    context.
     """
 
     core: Mapping[str, int]
     experts: ExpertSizes
     arena: int
     draft: int
+    draft_refusal: str | None
     session: SessionSizes
     beside: int
     context: int
@@ -90,12 +99,13 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
     for path, placed in plan_load(store, {Part.CORE}, share).arrays.items():
         core[_kind(path)] += placed.nbytes
         tables += placed.nbytes if path.endswith("tid2eid") else 0
-    has_draft = any(part_of(store, path) is Part.DRAFT for path in store.hierarchy.arrays)
+    refusal = drafts_refusal(store) if draft_kind(store) is not DraftKind.NONE else None
     return Needs(
         core=core,
         experts=expert_sizes(store, share),
         arena=plan_load(store, MODEL, share, records=True).nbytes,
-        draft=plan_load(store, {Part.DRAFT}, share).nbytes if has_draft else 0,
+        draft=_draft_nbytes(store, capacity, share, refusal),
+        draft_refusal=refusal,
         session=session_sizes(config, 1, capacity),
         beside=beside_experts(store, 1, capacity, share),
         context=capacity,
@@ -103,6 +113,14 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
         cache_read=read_nbytes(config, capacity, 1),
         top_k=config.num_experts_per_tok,
     )
+
+
+def _draft_nbytes(store: Nodes, capacity: int, share: Share, refusal: str | None) -> int:
+    if draft_kind(store) is DraftKind.NONE:
+        return 0
+    if refusal is not None:
+        return plan_load(store, {Part.DRAFT}, share).nbytes
+    return drafts_nbytes(store, 1, capacity, share)
 
 
 def _kind(path: str) -> str:
@@ -139,6 +157,16 @@ class Fit:
     def pinned(self) -> int:
         """Bytes of host memory that hold them."""
         return self.elsewhere * self.needs.experts.record_nbytes
+
+    @property
+    def without_drafts(self) -> str | None:
+        """Why draft layers, which the store has, are not loaded; None where they are."""
+        own = self.needs
+        if own.draft_refusal is not None:
+            return own.draft_refusal
+        records = self.resident + self.spare
+        left = self.free - own.beside - records * own.experts.record_nbytes
+        return no_room_for_drafts(self.elsewhere, own.draft, left)
 
     @property
     def reasons(self) -> list[str]:
@@ -224,6 +252,7 @@ class Fit:
             "needed_bytes": self.needs.whole,
             "experts_elsewhere": self.elsewhere,
             "pinned_bytes": self.pinned,
+            "drafts_left_out": self.without_drafts if self.needs.draft else None,
             "tokens_per_second": self.tokens_per_second if self.gpus == 1 else None,
             "arithmetic": list(self.arithmetic()),
         }

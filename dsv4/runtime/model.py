@@ -37,8 +37,10 @@ DEVICES = ("cpu", "cuda")
 class Model:
     """The loaded model. Use `load` to make one and `session` to run it.
 
-    drafter: its draft layers, where they are loaded.
+    drafter: its draft layers, where they are loaded. notices: what was left out, for people.
     """
+
+    notices: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ def fresh_layers(
 
     Raises ConfigError for fewer experts than a token is sent to.
     """
-    least = config.num_experts_per_tok
+    least, taps = config.num_experts_per_tok, len(config.dspark_target_layer_ids or ())
     if experts and experts < least:
         raise ConfigError(
             f"--experts {experts} are too few, because each token goes to {least}; give "
@@ -64,6 +64,8 @@ def fresh_layers(
         compress_ratios=tuple(itertools.islice(itertools.cycle((4, 128)), layers)),
         n_routed_experts=experts or config.n_routed_experts,
         vocab_size=vocabulary or config.vocab_size,
+        dspark_noise_token_id=(vocabulary or config.vocab_size) - 1 if taps else None,
+        dspark_target_layer_ids=tuple(range(layers - taps, layers)) if taps else None,
     )
 
 
@@ -92,10 +94,11 @@ def checkpoint_bytes(config: ModelConfig) -> int:
 def shards_of(config: ModelConfig, draft: DraftKind = DraftKind.NONE) -> dict[str, list[Stored]]:
     """What each shard of a release holds, by its name, in the order of the file.
 
-    draft: MTP adds the one draft stage that the releases have.
+    draft: MTP adds the one draft stage that the releases have, DSpark those of the configuration.
     """
     shards: dict[str, list[Stored]] = {}
-    for parameter in parameters(config, draft, int(draft is not DraftKind.NONE)):
+    stages = {DraftKind.NONE: 0, DraftKind.MTP: 1, DraftKind.DSPARK: config.num_draft_layers}
+    for parameter in parameters(config, draft, stages[draft]):
         head, layer, *_ = [*parameter.name.split("."), ""]
         shard = f"{head}-{layer}" if head in ("layers", "mtp") else "embed-and-head"
         shard = shard.replace("layers-", "layer-")

@@ -10,6 +10,7 @@ the store is for measuring, not for keeping.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -29,12 +30,12 @@ from dsv4.convert.outputs.dense import Nvfp4Output
 from dsv4.convert.outputs.results import Result
 from dsv4.convert.outputs.stack import ExpertsOutput
 from dsv4.convert.plan import Plan, make_plan
-from dsv4.convert.sources.base import ByteStream, Source
+from dsv4.convert.sources.base import CONFIG_FILE, ByteStream, Source
 from dsv4.formats.errors import SourceError
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.model.recipes import DEFAULT_RECIPE, make_recipe
-from dsv4.formats.model.releases import MODELS
+from dsv4.formats.model.releases import DRAFTING, MODELS
 from dsv4.formats.model.safetensors_header import DTYPE_BITS, TensorEntry
 from dsv4.formats.numeric.layouts import pack_nvfp4
 from dsv4.formats.numeric.nvfp4 import NVFP4Tensor
@@ -93,6 +94,8 @@ def make_store(
     identity = {"tool": "dsv4 bench", "config": config.to_dict(), "recipe": recipe}
     with StoreWriter(out, identity) as writer:
         writer.adopt(_write_arrays(out, plan, work, workers or len(os.sched_getaffinity(0))))
+        if draft is DraftKind.DSPARK:  # part of what it needs is said there alone
+            writer.write_asset(CONFIG_FILE, json.dumps(hub_config(config, draft)).encode())
         groups, arrays, _ = describe(plan, results)
         root = writer.finish(groups, arrays, manifest_of(plan, _DESCRIPTION, _ORIGIN))
     files = sum(1 for _ in plan.files())
@@ -106,9 +109,13 @@ def plan_store(
     return make_plan(_Headers(config, draft), make_recipe(recipe))
 
 
-def shaped(model: str, layers: int, experts: int = 0, vocabulary: int = 0) -> ModelConfig:
-    """The configuration of `layers` layers of "flash" or "pro"; 0: as many as the release has."""
-    whole = MODELS[model]
+def shaped(
+    model: str, layers: int, experts: int = 0, vocabulary: int = 0, *, dspark: bool = False
+) -> ModelConfig:
+    """The configuration of `layers` layers of "flash" or "pro"; 0: as many as the release has.
+    dspark: with DSpark's draft layers, which read the last of them.
+    """
+    whole = (DRAFTING if dspark else MODELS)[model]
     return fresh_layers(whole, layers, experts or None, vocabulary or None)
 
 

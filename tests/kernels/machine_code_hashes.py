@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from dsv4.formats.model.releases import MODELS
+from dsv4.formats.model.releases import DRAFTING, MODELS
 from dsv4.kernels.core.build import compiler_version
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.names import ARCHITECTURES, OPERATIONS
@@ -86,7 +86,7 @@ def _timed(model: str) -> Iterator[Kernel]:
 
 def _launched(model: str) -> Iterator[Kernel]:
     """Those of the engine's programs, likewise."""
-    return all_kernels(standard_model(MODELS[model]))
+    return all_kernels(standard_model(DRAFTING[model]))
 
 
 def hashes(wanted: Sequence[tuple[Kernel, str]], workers: int = 1) -> Iterator[tuple[str, str]]:

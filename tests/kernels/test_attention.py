@@ -138,6 +138,38 @@ def test_interpreted_where_warps_multiply_on_their_own(name: str) -> None:
     assert faults(_case(kind, plan, **({"cuts": 1} | tuning)), "sm_100a") == []
 
 
+def _block(first: int, count: int) -> Case:
+    """Rows of a draft: from the end of a block of 5 on, all see the same."""
+    turns = tuple(range(first, first + count))
+    plan = Plan((first + 4,) * count, (1,) * count, turns=turns)
+    shape = SMALL["sliding"]._replace(window=128 + 5)
+    return case(FLASH, shape, "block", "small", plan, {"cuts": 1})
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(127, 1), pytest.param(700, 5, marks=pytest.mark.long)]
+)
+def test_a_block_of_a_draft_interpreted(first: int, count: int) -> None:
+    one = _block(first, count)
+    assert [launch.kernel.operation for launch in one.launches] == ["attention", "attention_join"]
+    assert faults(one, "sm_90a") == []
+
+
+def test_the_bound_catches_angles_of_other_positions() -> None:
+    one = _block(127, 5)
+    buffers = one.make(torch.Generator().manual_seed(5))
+    shape, found = SMALL["sliding"]._replace(window=133), one.expect(buffers)["o"]
+    table = {name: buffers[name].nan_to_num(1.0) for name in ("cos", "sin")}
+    for turn in (buffers["position"], buffers["turn"] - 1):
+        wrong = expected(shape, buffers | table | {"turn": turn}).value
+        assert fault("o", wrong.to(torch.bfloat16), found) is not None
+
+
+def test_one_part_has_no_angles_of_its_own() -> None:
+    with pytest.raises(ValueError, match="one part"):
+        attention(SMALL["sliding"]._replace(window=59), 5, turned=True)
+
+
 ALTERATIONS = {
     "rows are not waited for": ("sm_90a", without(r"\{ \.reg \.pred p; WAIT_\d+:.*?\}", 0)),
     "one product is missing": ("sm_90a", without(r"wgmma\.mma_async[^;]*;", 7)),

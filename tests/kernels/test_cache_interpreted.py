@@ -29,6 +29,12 @@ def test_append(name: str) -> None:
     assert faults(append.case(Layer.of(FLASH, kind), name, "none", runs, slots=2), "sm_90a") == []
 
 
+def test_the_norm_of_a_draft() -> None:
+    """Of rows that are not there: caches stay as they are."""
+    wide = dataclasses.replace(Layer.of(FLASH, AttentionKind.SLIDING), latent=FLASH.hidden_size)
+    assert faults(append.case(wide, "norm", "none", [Run(0, -1)] * 2), "sm_90a") == []
+
+
 def test_query_heads() -> None:
     config = dataclasses.replace(FLASH, num_attention_heads=8)
     assert faults(q_rope_contract.case(config, "few", "none", (0, 9000)), "sm_90a") == []

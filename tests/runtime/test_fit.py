@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dsv4.convert.metadata import planned_nodes
-from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal
+from dsv4.formats.errors import KernelError, OutOfSpaceError, RuntimeRefusal
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.model.releases import FLASH
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
@@ -86,6 +87,7 @@ def _started(
         )
         taken += loaded.device.nbytes
         model: Any = SimpleNamespace(config=store.config, device=CPU, multiprocessors=lambda: 1)
+        model.operands = SimpleNamespace(draft=None)
         Engine(model, context)
     except OutOfSpaceError:
         return None
@@ -232,3 +234,61 @@ def test_a_shape_that_no_kernel_takes_is_named() -> None:
     odd = planned_nodes(plan_store(dataclasses.replace(SMALL, q_lora_rank=768)), "odd")
     with pytest.raises(RuntimeRefusal, match="no GPU runs odd: q_lora_rank is 768"):
         fitting.needs_of(odd)
+
+
+DRAFTING = dataclasses.replace(
+    SMALL,
+    num_draft_layers=3,
+    dspark_block_size=5,
+    dspark_markov_rank=128,
+    dspark_noise_token_id=255,
+    dspark_target_layer_ids=(0, 1, 2),
+)
+
+
+def test_draft_layers_are_loaded_where_they_fit_beside_all_experts() -> None:
+    nodes: Any = planned_nodes(plan_store(DRAFTING, draft=DraftKind.DSPARK), "drafting")
+    needs = needs_of(nodes, 200)
+    plain = needs_of(planned_nodes(plan_store(SMALL), "plain"), 200)
+    record, engines = (
+        needs.experts.record_nbytes,
+        [engine.session_sizes(DRAFTING, 1, 200, drafts=n).nbytes for n in (0, 3)],
+    )
+    arrays = [one for path, one in nodes.hierarchy.arrays.items() if path.startswith("mtp/")]
+    weights = sum(one.nbytes for one in arrays if "lineage" not in one.path)
+    assert 0 <= needs.draft - weights - (engines[1] - engines[0]) < 4096 * len(arrays)
+    assert needs.draft > 3 * 8 * record and needs.whole == plain.whole and plain.draft == 0
+    every: Any = SimpleNamespace(function=lambda kernel: kernel)
+
+    def said(free: int, experts: Experts = "auto") -> str | None:
+        found = fit(needs, machines.KNOWN[0], free=free, experts=experts)
+        placed = plan_experts_of(nodes, free, experts)
+        stages, reason = load.plan_drafts(nodes, placed, free, 1, 200, every)
+        assert found.without_drafts == reason and stages == (0 if reason else 3)
+        return reason
+
+    assert said(needs.whole + needs.draft) is None
+    assert "they need" in str(said(needs.whole + needs.draft - 1))
+    assert "over the bus" in str(said(needs.whole - 1))
+    assert "over the bus" in str(said(10**12, 17 * record))
+
+    def missing(kernel: Any) -> None:
+        raise KernelError(f"{kernel.name} is missing")
+
+    every.function = missing
+    placed = Placement.resident(3, 8)
+    assert "is missing" in str(load.plan_drafts(nodes, placed, 10**12, 1, 200, every)[1])
+
+
+def plan_experts_of(nodes: Any, free: int, experts: Experts) -> Placement:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "free_memory", lambda device: (free, "the GPU"))
+        return plan_experts(nodes, CPU, experts, None, 1, 200)
+
+
+def test_mtp_is_left_out() -> None:
+    config = dataclasses.replace(SMALL, num_draft_layers=1)
+    nodes = planned_nodes(plan_store(config, draft=DraftKind.MTP), "mtp")
+    found = fit(needs_of(nodes, 200), machines.KNOWN[0], free=10**12)
+    assert found.fits and found.needs.draft > 0
+    assert "MTP is not run by the GPU's kernels yet" in str(found.without_drafts)

@@ -121,10 +121,10 @@ class Emulator(Library):
         return self._joined(given, self._attended | buffers)
 
     def _joined(self, given: dict[str, Any], buffers: Buffers) -> Buffers:
-        shapes = {
-            attention_shape(self.config, layer) for layer in range(self.config.num_hidden_layers)
-        }
+        layers = range(self.config.num_hidden_layers + self.config.num_draft_layers)
+        shapes = {attention_shape(self.config, layer) for layer in layers}
         (shape,) = (s for s in shapes if (s.mode, s.ratio) == (given["mode"], given["ratio"]))
+        shape = shape._replace(window=given["window"])  # a draft's block sees its own rows besides
         return {"o": attention_rows.expected(shape, buffers).value}
 
     def _mhc(self, given: dict[str, Any], buffers: Buffers) -> Buffers:

@@ -1,6 +1,6 @@
 """The released models: the shapes that plans, layouts, kernels and measurements are held to.
 
-Source: the hub's config.json of V4-Flash and V4-Pro, without their draft layers.
+Source: the hub's config.json of V4-Flash and V4-Pro, without draft layers but for `DRAFTING`.
 """
 
 from __future__ import annotations
@@ -42,3 +42,20 @@ PRO = dataclasses.replace(
     index_topk=1024,
 )
 MODELS = {"flash": FLASH, "pro": PRO}
+
+
+def _drafting(config: ModelConfig, rank: int) -> ModelConfig:
+    """With three stages that read the last three layers."""
+    last = config.num_hidden_layers
+    return dataclasses.replace(
+        config,
+        num_draft_layers=3,
+        dspark_markov_rank=rank,
+        dspark_block_size=5,
+        dspark_noise_token_id=128799,
+        dspark_target_layer_ids=(last - 3, last - 2, last - 1),
+    )
+
+
+DRAFTING = {"flash": _drafting(FLASH, 256), "pro": _drafting(PRO, 512)}
+"""The same with DSpark's draft layers: V4-Flash-0731 and V4-Pro-0813."""

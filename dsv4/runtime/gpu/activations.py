@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.ops.attention import contract as attention
-from dsv4.kernels.ops.attention.reference import shapes_of
+from dsv4.kernels.ops.attention.reference import Shape, shapes_of
 from dsv4.kernels.ops.experts.contract import COUNTERS
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.hyper_connections import contract as mhc
@@ -160,7 +160,12 @@ class StepScratch:
     def allocate(cls, config: ModelConfig, device: torch.device) -> StepScratch:
         """Zeroed."""
         c, rows = config, MAX_ROWS
-        shapes = shapes_of(c).values()
+        shapes = list(shapes_of(c).values())
+        if c.dspark_block_size is not None:  # a block sees its own rows beside the window
+            window = c.sliding_window + c.dspark_block_size
+            shapes.append(
+                Shape("none", c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, window)
+            )
         parts = max(
             attention.parts(one, attention.tuned(one, rows)["most_splits"]) for one in shapes
         )
@@ -214,7 +219,9 @@ class ChunkScratch:
             c.hidden_size,
         )
         latent = c.o_groups * c.o_lora_rank
-        widest = max(hidden, c.q_lora_rank, c.num_attention_heads * c.head_dim, latent, inter)
+        taps = hidden * len(c.dspark_target_layer_ids or ())
+        heads = c.num_attention_heads * c.head_dim
+        widest = max(hidden, c.q_lora_rank, heads, latent, inter, taps)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

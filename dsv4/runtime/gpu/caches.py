@@ -66,9 +66,19 @@ def entry_capacity(capacity: int, ratio: int) -> int:
 
 
 def allocate_caches(
-    config: ModelConfig, slots: int, capacity: int, rows: int, device: torch.device
+    config: ModelConfig,
+    slots: int,
+    capacity: int,
+    rows: int,
+    device: torch.device,
+    *,
+    drafts: int = 0,
 ) -> tuple[LayerCaches, ...]:
-    """Empty caches of `slots` sequences of up to `capacity` tokens, written `rows` at once."""
+    """Empty caches of `slots` sequences of up to `capacity` tokens, written `rows` at once.
+
+    drafts: draft layers behind those of the backbone. Their rings have room besides for the row
+    that a proposal reads more than a token does, and for the rows that it writes ahead.
+    """
 
     def bytes_(*shape: int) -> Tensor:
         return torch.zeros((slots, *shape), dtype=torch.uint8, device=device)
@@ -84,10 +94,10 @@ def allocate_caches(
             bytes_(blocks, scales),
         )
 
-    def of(kind: AttentionKind) -> LayerCaches:
+    def of(kind: AttentionKind, ahead: int = 0) -> LayerCaches:
         layer, keys = Layer.of(config, kind), config.index_head_dim
         sliding, csa = kind is AttentionKind.SLIDING, kind is AttentionKind.CSA
-        ring = layer.window + rows - 1
+        ring = layer.window + rows - 1 + ahead
         return LayerCaches(
             bytes_(ring, layer.row_bytes),
             bytes_(ring, KV_SCALES),
@@ -95,7 +105,9 @@ def allocate_caches(
             compressor(layer, keys, keys // 2, keys // 32) if csa else None,
         )
 
-    return tuple(of(config.attention_kind(layer)) for layer in range(config.num_hidden_layers))
+    backbone = (of(config.attention_kind(layer)) for layer in range(config.num_hidden_layers))
+    ahead = 1 + (config.dspark_block_size or 0)
+    return (*backbone, *(of(AttentionKind.SLIDING, ahead) for _ in range(drafts)))
 
 
 def read_nbytes(config: ModelConfig, context: int, rows: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
+from dsv4.runtime.draft import Draft
 from dsv4.runtime.gpu import plan, prefill_plan
 from dsv4.runtime.gpu.activations import (
     Activations,
@@ -26,10 +27,11 @@ from dsv4.runtime.gpu.activations import (
     first,
 )
 from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches
-from dsv4.runtime.gpu.operands import nbytes
+from dsv4.runtime.gpu.draft_plan import DraftBuffers, Observed, block_pass, propose
+from dsv4.runtime.gpu.operands import DSpark, nbytes
 from dsv4.runtime.gpu.plan import StepPass
 from dsv4.runtime.gpu.prefill_plan import ChunkPass, chunk_rows
-from dsv4.runtime.gpu.program import Launch, Program
+from dsv4.runtime.gpu.program import Between, Launch, Program
 from dsv4.runtime.load.arena import require_memory
 from dsv4.runtime.positions import RopeTables
 
@@ -42,27 +44,46 @@ META = torch.device("meta")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Buffers:
-    """All that launches write, and the host before them. chunk: absent where steps do it all."""
+    """All that launches write, and the host before them. chunk: absent where steps do it all;
+    draft: where no draft layers are loaded.
+    """
 
     caches: tuple[LayerCaches, ...]
     tokens: Tokens
     activations: Activations
     step: StepScratch
     chunk: ChunkScratch | None
+    draft: DraftBuffers | None
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, slots: int, capacity: int, chunk: int, device: torch.device
+        cls,
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        chunk: int,
+        device: torch.device,
+        *,
+        drafts: int = 0,
     ) -> Buffers:
-        """For `slots` sequences of up to `capacity` tokens; chunk: most tokens of a chunk, or 0."""
+        """For `slots` sequences of up to `capacity` tokens; chunk: most tokens of a chunk, or 0;
+        drafts: draft layers that are loaded.
+        """
         rows = max(chunk, MAX_ROWS)
         return cls(
-            allocate_caches(config, slots, capacity, rows, device),
+            allocate_caches(config, slots, capacity, rows, device, drafts=drafts),
             Tokens.allocate(rows, device),
             Activations.allocate(config, rows, capacity, device),
             StepScratch.allocate(config, device),
             ChunkScratch.allocate(config, chunk, device) if chunk else None,
+            DraftBuffers.allocate(config, rows, drafts, device) if drafts else None,
         )
+
+    def observer(self, draft: DSpark | None, rows: int) -> Observed | None:
+        """What draft layers keep of a pass of `rows` tokens, where they are loaded."""
+        if draft is None or self.draft is None:
+            return None
+        return Observed(draft, self.draft.projections.first(rows))
 
 
 class Engine:
@@ -86,6 +107,8 @@ class Engine:
         self.model, self.capacity, self.slots, self.graphs = model, capacity, slots, graphs
         self.chunk = chunk_rows(capacity) if chunk is None else chunk
         self.most_rows = max(self.chunk, MAX_ROWS)
+        draft = model.operands.draft
+        self.drafts = 0 if draft is None else len(draft.stages)
         sizes = config, slots, capacity, self.chunk
         what = (
             f"a session of {capacity} tokens needs"
@@ -93,17 +116,18 @@ class Engine:
             else (f"{slots} sessions of {capacity} tokens need")
         )
         require_memory(
-            session_sizes(*sizes).nbytes,
+            session_sizes(*sizes, drafts=self.drafts).nbytes,
             device,
             what,
             "open it with a smaller max_seq_len",
         )
-        self.buffers = Buffers.allocate(*sizes, device)
+        self.buffers = Buffers.allocate(*sizes, device, drafts=self.drafts)
         self.tables = RopeTables.build(config, capacity + MAX_ROWS, device)
         self.ctas = model.multiprocessors()
         self._free = set(range(slots))
         self._steps: dict[int, Program] = {}
         self._whole_chunk: Program | None = None
+        self._proposal: Program | None = None
 
     def session(self) -> GpuSession:
         """An empty sequence in a slot of its own. Raises RuntimeRefusal when none is free."""
@@ -121,18 +145,19 @@ class Engine:
         """The sequence in `slot` has ended: another one may have it."""
         self._free.add(slot)
 
-    def step_pass(self, launch: Launch, tokens: Tokens) -> StepPass:
+    def step_pass(self, launch: Launch, between: Between, tokens: Tokens) -> StepPass:
         """For a step of `tokens`, at most MAX_ROWS."""
-        own = self.buffers
-        activations = first(own.activations, tokens.ids.shape[0])
+        own, rows = self.buffers, tokens.ids.shape[0]
         return StepPass(
             self.model.config,
             launch,
             tokens,
-            activations,
+            first(own.activations, rows),
             self.tables,
             self.capacity,
             self.model.operands.memory,
+            between,
+            own.observer(self.model.operands.draft, rows),
             own.step,
             self.ctas,
         )
@@ -140,8 +165,25 @@ class Engine:
     def program(self, tokens: Tokens, put: Callable[[StepPass], object]) -> Program:
         """What `put` launches in a step of `tokens`."""
         program = Program(self.model.functions, self.graphs)
-        put(self.step_pass(program.record, tokens))
+        put(self.step_pass(program.record, program.between, tokens))
         return program
+
+    def propose(self, token: int, count: int, position: int, slot: int) -> Draft:
+        """What draft layers, which are loaded, expect after `token`, which comes at `position`."""
+        draft, buffers = self.model.operands.draft, self.buffers.draft
+        assert draft is not None and buffers is not None
+        own = buffers.proposal
+        own.place(token, draft.noise, position, slot)
+        if self._proposal is None:
+            self._proposal = self.program(own.tokens, self.put_proposal)
+        self._proposal.replay()
+        return own.drafted(count)
+
+    def put_proposal(self, run: StepPass) -> None:
+        """All of a proposal, for the tokens of `buffers.draft.proposal`."""
+        assert self.buffers.draft is not None
+        own = self.buffers.draft.proposal
+        propose(block_pass(run, own), self.model.operands, self.buffers.caches, own)
 
     def run_step(self, ids: Tensor, position: int, slot: int) -> Tensor:
         """Run up to MAX_ROWS tokens: their logits, overwritten by the next step."""
@@ -171,7 +213,7 @@ class Engine:
                 self._whole_chunk = program
             self._whole_chunk.launch()
         else:
-            self._put_chunk(self.model.functions.launch, lambda function: function(), tokens)
+            self._put_chunk(self.model.functions.launch, at_once, tokens)
         for start in range(0, wanted, MAX_ROWS):
             few = min(MAX_ROWS, wanted - start)
             logits[start : start + few] = self.chunk_logits(rows - wanted + start, few)
@@ -179,12 +221,11 @@ class Engine:
     def chunk_logits(self, start: int, rows: int) -> Tensor:
         """Of at most MAX_ROWS tokens of the last chunk; overwritten by what is next."""
         x = self.buffers.activations.x[start : start + rows]
-        run = self.step_pass(self.model.functions.launch, first(self.buffers.tokens, rows))
+        tokens = first(self.buffers.tokens, rows)
+        run = self.step_pass(self.model.functions.launch, at_once, tokens)
         return plan.head(run, self.model.operands.head, x)
 
-    def _put_chunk(
-        self, launch: Launch, between: Callable[[Callable[[], None]], None], tokens: Tokens
-    ) -> None:
+    def _put_chunk(self, launch: Launch, between: Between, tokens: Tokens) -> None:
         own, rows = self.buffers, tokens.ids.shape[0]
         assert own.chunk is not None
         run = ChunkPass(
@@ -195,8 +236,9 @@ class Engine:
             self.tables,
             self.capacity,
             self.model.operands.memory,
-            own.chunk.first(rows),
             between,
+            own.observer(self.model.operands.draft, rows),
+            own.chunk.first(rows),
         )
         prefill_plan.chunk(run, self.model.operands, own.caches)
 
@@ -208,6 +250,11 @@ class Engine:
         torch.arange(position, position + rows, out=tokens.position)
         tokens.slot.fill_(slot)
         return tokens
+
+
+def at_once(function: Callable[[], object]) -> None:
+    """Where launches are carried out as they are planned."""
+    function()
 
 
 class SessionSizes(NamedTuple):
@@ -226,11 +273,13 @@ class SessionSizes(NamedTuple):
 
 
 def session_sizes(
-    config: ModelConfig, slots: int, capacity: int, chunk: int | None = None
+    config: ModelConfig, slots: int, capacity: int, chunk: int | None = None, *, drafts: int = 0
 ) -> SessionSizes:
-    """Of an engine for `slots` sequences of up to `capacity` tokens. chunk: as `Engine` has it."""
+    """Of an engine for `slots` sequences of up to `capacity` tokens. chunk: as `Engine` has it;
+    drafts: draft layers that are loaded.
+    """
     chunk = chunk_rows(capacity) if chunk is None else chunk
-    buffers = Buffers.allocate(config, slots, capacity, chunk, META)
+    buffers = Buffers.allocate(config, slots, capacity, chunk, META, drafts=drafts)
     caches = nbytes(buffers.caches) + slots * capacity * 4  # the ids that each slot keeps
     whole = nbytes(buffers) + slots * capacity * 4
     return SessionSizes(caches, whole - caches, tables_nbytes(config, capacity + MAX_ROWS))

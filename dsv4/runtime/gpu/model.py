@@ -13,7 +13,7 @@ from dsv4.runtime.gpu.engine import Engine
 from dsv4.runtime.gpu.operands import read_model
 from dsv4.runtime.gpu.prefill_plan import SIZES
 from dsv4.runtime.gpu.program import Functions
-from dsv4.runtime.gpu.rehearsal import chunk_kernels, step_kernels
+from dsv4.runtime.gpu.rehearsal import chunk_kernels, proposal_kernels, step_kernels
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.gpu.weights import DeviceWeights
 from dsv4.runtime.load.report import LoadReport
@@ -26,29 +26,39 @@ class GpuModel:
     and their counts, which are the model's: of such a model one engine runs at a time.
     """
 
-    def __init__(self, weights: DeviceWeights, library: Library, device: torch.device) -> None:
-        """Raises RuntimeRefusal for a format that no kernel reads, KernelError for a kernel that
-        is missing or stale.
+    def __init__(
+        self,
+        weights: DeviceWeights,
+        library: Library,
+        device: torch.device,
+        *,
+        drafts: bool = False,
+    ) -> None:
+        """drafts: whether `weights` have DSpark's draft layers, which then run as well.
+
+        Raises RuntimeRefusal for a format that no kernel reads, KernelError for a kernel that is
+        missing or stale.
         """
         self.config: ModelConfig = weights.config
         self.device, self.library = device, library
         self.load_reports: tuple[LoadReport, ...] = ()
         self.pinning = 0.0
+        self.notices: tuple[str, ...] = ()  # what was left out, for people
         self.routes: Routes | None = None
-        self.operands = read_model(weights)
+        self.operands = read_model(weights, drafts=drafts)
         self.functions = Functions(library)
         some = self.operands.different_layers()
         for rows in SIZES:
             for kernel in chunk_kernels(some, rows, 1):
                 self.functions.of(kernel)
-        for kernel in step_kernels(some, 1, 1):
+        for kernel in (*step_kernels(some, 1, 1), *proposal_kernels(some, 1)):
             self.functions.of(kernel)
 
     def __repr__(self) -> str:
-        c = self.config
+        c, drafts = self.config, ", draft layers" if self.operands.draft else ""
         return (
-            f"<GpuModel of {c.num_hidden_layers} layers, {c.n_routed_experts} experts a layer, on "
-            f"{self.device}>"
+            f"<GpuModel of {c.num_hidden_layers} layers{drafts}, {c.n_routed_experts} experts a "
+            f"layer, on {self.device}>"
         )
 
     def load_lines(self) -> Iterator[str]:
@@ -75,7 +85,8 @@ class GpuModel:
         memory = self.operands.memory
         if self.routes is None or memory is None or not memory.fetches:
             return
-        self.routes = self.routes.plus(*memory.counted())
+        backbone = self.config.num_hidden_layers
+        self.routes = self.routes.plus(*(one[:backbone] for one in memory.counted()))
         self.routes.write(path or default_file(self.routes.root))
 
     def multiprocessors(self) -> int:

@@ -17,6 +17,7 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.formats.numeric.operands import SLABS, Nvfp4Matrix
 from dsv4.kernels.ops.gemv.contract import Weight
+from dsv4.runtime.dspark import settings
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.weights import DeviceWeights, LayerRecords
 
@@ -150,8 +151,31 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class DSpark:
+    """Draft layers of that kind (`runtime.dspark`). block: rows of a proposal; noise: the id of
+    those that follow its first; tapped: backbone layers, ascending.
+
+    main_proj: `[D, 3 D]`; main_norm: float32 `[D]`; stages: layers behind those of the backbone;
+    markov_w1: bfloat16 `[V, r]`; markov_w2: `[V, r]`; confidence: float32 `[D + r]`.
+    """
+
+    block: int
+    noise: int
+    tapped: tuple[int, ...]
+    main_proj: MatrixOperand
+    main_norm: Tensor
+    stages: tuple[Layer, ...]
+    before_head: Connection
+    markov_w1: Tensor
+    markov_w2: MatrixOperand
+    confidence: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """All of it. embed: bfloat16 `[V, D]`. memory: see `DeviceWeights`."""
+    """All of it. embed: bfloat16 `[V, D]`. memory: see `DeviceWeights`. draft: where draft layers
+    are loaded.
+    """
 
     config: ModelConfig
     embed: Tensor
@@ -159,6 +183,7 @@ class Model:
     before_head: Connection
     head: MatrixOperand
     memory: ExpertMemory | None = None
+    draft: DSpark | None = None
 
     def different_layers(self) -> Model:
         """With the first layer of every kind alone: they launch each kernel that all launch."""
@@ -187,10 +212,12 @@ def nbytes(*groups: Any) -> int:
     return sum(one.nbytes for group in groups for one in parts(group, Tensor))
 
 
-def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> Model:
-    """The operands of all layers, or of some, and of the head.
+def read_model(
+    weights: DeviceWeights, layers: Iterable[int] | None = None, *, drafts: bool = False
+) -> Model:
+    """The operands of all layers, or of some, and of the head. drafts: of DSpark's as well.
 
-    Raises RuntimeRefusal naming a tensor whose format no kernel reads.
+    Raises RuntimeRefusal naming a tensor whose format no kernel reads, and as `dspark.settings`.
     """
     read = _Reader(weights)
     which = range(weights.config.num_hidden_layers) if layers is None else layers
@@ -201,6 +228,7 @@ def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> M
         read.connection("hc_head", "norm.weight"),
         read.matrix("head"),
         weights.memory,
+        read.dspark() if drafts else None,
     )
 
 
@@ -208,8 +236,25 @@ def read_model(weights: DeviceWeights, layers: Iterable[int] | None = None) -> M
 class _Reader:
     weights: DeviceWeights
 
+    def dspark(self) -> DSpark:
+        c = self.weights.config
+        block, _, noise, tapped = settings(c)
+        last = f"mtp.{c.num_draft_layers - 1}"
+        return DSpark(
+            block,
+            noise,
+            tapped,
+            self.matrix("mtp.0.main_proj"),
+            self.parameter("mtp.0.main_norm.weight"),
+            tuple(self.layer(c.num_hidden_layers + stage) for stage in range(c.num_draft_layers)),
+            self.connection(f"{last}.hc_head", f"{last}.norm.weight"),
+            self.plain(f"{last}.markov_head.markov_w1.weight", torch.bfloat16),
+            self.matrix(f"{last}.markov_head.markov_w2"),
+            self.parameter(f"{last}.confidence_head.proj.weight").flatten(),
+        )
+
     def layer(self, index: int) -> Layer:
-        own = f"layers.{index}."
+        own = f"{self.weights.config.block_name(index)}."
         return Layer(
             index,
             self.connection(f"{own}hc_attn", f"{own}attn_norm.weight"),

@@ -15,6 +15,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,17 +23,7 @@ from dsv4.formats.model.config import AttentionKind, ModelConfig
 from dsv4.kernels.core.signature import Kernel
 from dsv4.kernels.ops.attention import contract as attention
 from dsv4.kernels.ops.attention.reference import Shape
-from dsv4.kernels.ops.experts import contract as experts
-from dsv4.kernels.ops.experts import fetch_contract
-from dsv4.kernels.ops.gemv import contract as gemv
-from dsv4.kernels.ops.gemv.contract import Weight
 from dsv4.kernels.ops.hyper_connections import contract as mhc
-from dsv4.kernels.ops.indexer import contract as indexer
-from dsv4.kernels.ops.kv_cache import contract as append
-from dsv4.kernels.ops.kv_cache import q_rope_contract
-from dsv4.kernels.ops.prefill.swiglu_contract import swiglu
-from dsv4.kernels.ops.router import contract as router
-from dsv4.kernels.ops.sampling import contract as sampling
 from dsv4.kernels.reference.sampling import Parameters
 from dsv4.runtime.gpu.activations import (
     Activations,
@@ -53,11 +44,36 @@ from dsv4.runtime.gpu.operands import (
     MatrixOperand,
     Model,
 )
-from dsv4.runtime.gpu.program import Launch
+from dsv4.runtime.gpu.plan_kernels import (
+    append_of,
+    attention_of,
+    choice_of,
+    experts_of,
+    fetch_of,
+    gemv_of,
+    index_scores_of,
+    mhc_of,
+    q_rope_of,
+    routed_of,
+    router_of,
+    sampling_of,
+    swiglu_of,
+)
+from dsv4.runtime.gpu.program import Between, Launch
 from dsv4.runtime.positions import RopeTable, RopeTables
 
 Product = tuple[MatrixOperand, Tensor]
 """A matrix, and where its product with x goes."""
+
+
+class Observer(Protocol):
+    """What draft layers keep of the tokens of a pass (`draft_plan.Observed`)."""
+
+    def layer(self, run: Pass, index: int, streams: Tensor) -> None:
+        """Layer `index` has left `streams` `[T, 4, D]`, which later launches write over."""
+
+    def end(self, run: Pass, caches: Sequence[LayerCaches]) -> None:
+        """All layers have been seen."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +81,9 @@ class Pass(abc.ABC):
     """Some tokens on their way through the layers.
 
     tokens, a: of as many rows as there are tokens. capacity: tokens that the caches hold. memory:
-    see `DeviceWeights`.
+    see `DeviceWeights`. between: has a function called between the launches before it and those
+    after it: of the host, or in a step one that only launches something, which a graph records.
+    observer: where draft layers are loaded.
     """
 
     config: ModelConfig
@@ -75,6 +93,8 @@ class Pass(abc.ABC):
     tables: RopeTables
     capacity: int
     memory: ExpertMemory | None
+    between: Between
+    observer: Observer | None
 
     @property
     def rows(self) -> int:
@@ -85,6 +105,11 @@ class Pass(abc.ABC):
     def tuned_rows(self) -> int:
         """What kernels are chosen for."""
         return self.rows
+
+    @property
+    def block_end(self) -> Tensor | None:
+        """The position up to which rows see, int32 `[T]`, where that is not each row's own."""
+        return None
 
     @abc.abstractmethod
     def multiply(self, x: Tensor, products: Sequence[Product]) -> None:
@@ -113,7 +138,7 @@ class StepPass(Pass):
         for index, (matrix, y) in enumerate(products):
             given |= matrix.arguments(str(index)) | {f"y{index}": y}
         x = x.view(self.rows, weights[0].groups, weights[0].k)
-        self.launch(_gemv(weights, dtype_name(products[0][1])), x=x, **given)
+        self.launch(gemv_of(weights, dtype_name(products[0][1])), x=x, **given)
 
     def parts_scratch(self, splits: int) -> dict[str, Tensor]:
         """See `Pass`."""
@@ -135,10 +160,10 @@ class StepPass(Pass):
             for name, matrix in (("1", own.shared.w1), ("2", own.shared.w2), ("3", own.shared.w3)):
                 found = matrix.arguments()
                 shared |= {f"shared_{part}{name}": tensor for part, tensor in found.items()}
-            self._launch_experts(_experts(self.config), own, x, self.a.u, shared)
+            self._launch_experts(experts_of(self.config), own, x, self.a.u, shared)
             return (self.a.u,)
         s = self.scratch.first(self.rows)
-        self._launch_experts(_routed(self.config), own, x, s.routed, {})
+        self._launch_experts(routed_of(self.config), own, x, s.routed, {})
         self.multiply(x, [(own.shared.w1, s.gate), (own.shared.w3, s.up)])
         self.launch(swiglu_of(self.config), gate=s.gate, up=s.up, h=s.shared_h)
         self.multiply(s.shared_h, [(own.shared.w2, s.shared)])
@@ -162,16 +187,24 @@ class StepPass(Pass):
         )
 
     def _fetch(self, memory: ExpertMemory, layer: int) -> None:
-        kernel = _fetch(memory.records.shape[1], self.config.n_routed_experts)
+        kernel = fetch_of(memory.records.shape[1], self.config.n_routed_experts)
         given = memory.arguments()
         self.launch(kernel, topk_idx=self.a.topk_idx, layer=layer, **given)
 
 
 def step(run: StepPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
     """A step: `run.tokens` -> logits float32 `[T, V]` of all of them."""
+    return head(run, model.head, body(run, model, caches))
+
+
+def body(run: Pass, model: Model, caches: Sequence[LayerCaches]) -> Tensor:
+    """All but the head, of a step or a chunk: -> x bfloat16 `[T, D]` for it."""
     streams, u = layers(run, model, caches)
-    _, x = connect(run, "last", model.before_head, streams, u)
-    return head(run, model.head, x)
+    streams, x = connect(run, "last", model.before_head, streams, u)
+    if run.observer is not None:
+        run.observer.layer(run, model.layers[-1].index, streams.streams)
+        run.observer.end(run, caches)
+    return x
 
 
 def layers(
@@ -183,9 +216,11 @@ def layers(
     """
     streams, x = embed(run, model)
     u: tuple[Tensor, ...] = ()
-    for layer in model.layers:
+    for number, layer in enumerate(model.layers):
         if u:
             streams, x = connect(run, "middle", layer.before_attention, streams, u)
+            if run.observer is not None:
+                run.observer.layer(run, model.layers[number - 1].index, streams.streams)
         u = (attend(run, layer.attention, caches[layer.index], x),)
         streams, x = connect(run, "middle", layer.before_experts, streams, u)
         route(run, layer, x)
@@ -197,7 +232,7 @@ def embed(run: Pass, model: Model) -> tuple[Streams, Tensor]:
     """The tokens' embeddings in every stream; -> the streams, and x of the first sublayer."""
     sources = {"ids": run.tokens.ids, "embed": model.embed}
     return _mix(
-        run, _mhc(run.config, "first", mhc.PLAIN), model.layers[0].before_attention, 0, sources
+        run, mhc_of(run.config, "first", mhc.PLAIN), model.layers[0].before_attention, 0, sources
     )
 
 
@@ -212,7 +247,7 @@ def connect(
     sources = {"streams": old.streams, "post": old.post, "comb": old.comb}
     sources |= dict(zip(output.names, u, strict=True))
     new = 1 - run.a.streams.index(old)
-    return _mix(run, _mhc(run.config, place, output), own, new, sources)
+    return _mix(run, mhc_of(run.config, place, output), own, new, sources)
 
 
 def _mix(
@@ -246,7 +281,7 @@ def attend(run: Pass, own: Attention, cache: LayerCaches, x: Tensor) -> Tensor:
     qr = append_tokens(run, own, cache, table)
     run.multiply(qr, _products_of_qr(a, own))
     run.launch(
-        _q_rope(run.config),
+        q_rope_of(run.config),
         position=tokens.position,
         cos=table.cos,
         sin=table.sin,
@@ -293,7 +328,7 @@ def append_tokens(run: Pass, own: Attention, cache: LayerCaches, table: RopeTabl
             pooled |= _norm_arguments(compressor, prefix) | target.arguments(prefix)
             pooled |= {f"{prefix}_kv": projected.kv, f"{prefix}_gate": projected.gate}
     run.launch(
-        _append(run.config, own.kind),
+        append_of(run.config, own.kind),
         position=run.tokens.position,
         slot=run.tokens.slot,
         cos=table.cos,
@@ -319,7 +354,7 @@ def choose_blocks(run: Pass, cache: LayerCaches, table: RopeTable) -> Tensor:
     a, tokens, keys = run.a, run.tokens, cache.keys
     assert keys is not None
     run.launch(
-        _index_scores(run.config),
+        index_scores_of(run.config),
         position=tokens.position,
         slot=tokens.slot,
         cos=table.cos,
@@ -332,7 +367,7 @@ def choose_blocks(run: Pass, cache: LayerCaches, table: RopeTable) -> Tensor:
     )
     parts = {"part_scores": a.part_scores, "part_blocks": a.part_blocks}
     every = {"position": tokens.position, "scores": a.scores, **parts, "blocks": a.blocks}
-    for kernel in _choice(run.config, choice_entries(run.config, run.capacity)):
+    for kernel in choice_of(run.config, choice_entries(run.config, run.capacity)):
         run.launch(kernel, **{leaf.name: every[leaf.name] for leaf in kernel.leaves()})
     return a.blocks
 
@@ -344,6 +379,10 @@ def attend_rows(
     a, position = run.a, run.tokens.position
     ratio = own.compressor.ape.shape[0] if own.compressor else 0
     shape = _attention_shape(run.config, own.kind, ratio)
+    turned = {}
+    if run.block_end is not None:  # all rows see the window before the first of them, and all rows
+        shape = shape._replace(window=shape.window + run.rows)
+        position, turned = run.block_end, {"turn": position}
     reads = {"q": a.q, "window_kv": cache.window_kv, "window_scales": cache.window_scales}
     reads |= {"position": position, "slot": run.tokens.slot, **blocks}
     if cache.entries is not None:
@@ -351,13 +390,13 @@ def attend_rows(
         reads["compressed_scales"] = cache.entries.scales
     end = {"sinks": own.sinks, "cos": table.cos, "sin": table.sin, "o": a.o}
     tuning = attention.tuned(shape, run.tuned_rows)
-    whole, *join = _attention(shape, tuple(tuning.items()))
+    whole, *join = attention_of(shape, tuple(tuning.items()), bool(turned))
     if not join:
         run.launch(whole, **reads, **end)
         return a.o
     parts = run.parts_scratch(attention.parts(shape, tuning["most_splits"]))
     run.launch(whole, **reads, **parts)
-    run.launch(join[0], **parts, position=position, **end)
+    run.launch(join[0], **parts, position=position, **turned, **end)
     return a.o
 
 
@@ -368,7 +407,7 @@ def route(run: Pass, layer: Layer, x: Tensor) -> None:
     if gate.tid2eid is not None:
         choice = {"ids": run.tokens.ids, "tid2eid": gate.tid2eid}
     run.launch(
-        _router(run.config, gate.tid2eid is not None, gate.matrix.weight.kind),
+        router_of(run.config, gate.tid2eid is not None, gate.matrix.weight.kind),
         x=x,
         **gate.matrix.arguments(),
         **choice,
@@ -387,7 +426,7 @@ def head(run: StepPass, matrix: MatrixOperand, x: Tensor) -> Tensor:
 
 def draw(run: StepPass, logits: Tensor, parameters: Parameters, to: Tokens) -> None:
     """Draw the next token of each row of logits into `to.ids`, and move `to.position` on."""
-    kernel = _sampling(run.config.vocab_size)
+    kernel = sampling_of(run.config.vocab_size)
     given = parameters._asdict()
     run.launch(kernel, logits=logits, **given, position=to.position, token=to.ids)
 
@@ -413,72 +452,3 @@ def _attention_shape(config: ModelConfig, kind: AttentionKind, ratio: int) -> Sh
 def dtype_name(tensor: Tensor) -> str:
     """As kernels' configurations write it: "float32" or "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-# Kernels are made once: a plan of many layers is then put together quickly.
-
-
-@functools.cache
-def _gemv(weights: tuple[Weight, ...], out: str) -> Kernel:
-    return gemv.gemv(weights, out)
-
-
-@functools.cache
-def _mhc(config: ModelConfig, place: str, output: mhc.Output) -> Kernel:
-    return mhc.mhc(mhc.Shape.of(config), place, output)
-
-
-@functools.cache
-def _append(config: ModelConfig, kind: AttentionKind) -> Kernel:
-    return append.append(append.Layer.of(config, kind))
-
-
-@functools.cache
-def _q_rope(config: ModelConfig) -> Kernel:
-    return q_rope_contract.q_rope(config)
-
-
-@functools.cache
-def _index_scores(config: ModelConfig) -> Kernel:
-    return indexer.index_scores(config)
-
-
-@functools.cache
-def _choice(config: ModelConfig, entries: int) -> tuple[Kernel, ...]:
-    return tuple(launch.kernel for launch in indexer.choice(config, entries))
-
-
-@functools.cache
-def _attention(shape: Shape, tuning: tuple[tuple[str, int | bool], ...]) -> tuple[Kernel, ...]:
-    return attention.attention(shape, 1, dict(tuning))
-
-
-@functools.cache
-def _router(config: ModelConfig, hashed: bool, kind: str) -> Kernel:
-    return router.router(router.Shape.of(config, hashed, kind))
-
-
-@functools.cache
-def _experts(config: ModelConfig) -> Kernel:
-    return experts.experts(experts.Shape.of(config, shared=True), "bfloat16")
-
-
-@functools.cache
-def _fetch(record_nbytes: int, experts: int) -> Kernel:
-    return fetch_contract.fetch(record_nbytes, experts)
-
-
-@functools.cache
-def _routed(config: ModelConfig) -> Kernel:
-    return experts.experts(experts.Shape.of(config), "float32")
-
-
-@functools.cache
-def swiglu_of(config: ModelConfig) -> Kernel:
-    """The gate of a shared expert that has launches of its own."""
-    return swiglu(config)
-
-
-@functools.cache
-def _sampling(vocab: int) -> Kernel:
-    return sampling.sampling(vocab)

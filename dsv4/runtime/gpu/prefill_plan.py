@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from dsv4.kernels.ops.prefill import experts_contract, gemm_contract
 from dsv4.runtime.gpu.activations import ChunkScratch, shaped
 from dsv4.runtime.gpu.caches import LayerCaches
 from dsv4.runtime.gpu.operands import Layer, MatrixOperand, Model
-from dsv4.runtime.gpu.plan import Pass, Product, connect, dtype_name, layers, swiglu_of
+from dsv4.runtime.gpu.plan import Pass, Product, body, dtype_name
+from dsv4.runtime.gpu.plan_kernels import swiglu_of
 
 MOST_ROWS = 2048  # of a chunk: experts are then read once for 48 tokens each
 LEAST_ROWS = 32  # below, steps of a few rows take less time
@@ -36,13 +37,9 @@ def chunk_rows(capacity: int) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChunkPass(Pass):
-    """Any number of tokens; what each of them gives is the same bytes, whatever their number.
-
-    between: has a function of the host called between the launches before it and those after it.
-    """
+    """Any number of tokens; what each of them gives is the same bytes, whatever their number."""
 
     scratch: ChunkScratch
-    between: Callable[[Callable[[], None]], None]
 
     @property
     def tuned_rows(self) -> int:
@@ -107,9 +104,7 @@ def chunk(run: ChunkPass, model: Model, caches: Sequence[LayerCaches]) -> Tensor
     """A chunk: `run.tokens` -> x bfloat16 `[T, D]` for the head, which is not part of it."""
     if run.memory is not None and run.memory.prompt_copies:
         run.between(run.memory.prompt_copies.begin)
-    streams, u = layers(run, model, caches)
-    _, x = connect(run, "last", model.before_head, streams, u)
-    return x
+    return body(run, model, caches)
 
 
 @functools.cache

@@ -22,6 +22,10 @@ class Launch(Protocol):
         """given: every argument of the kernel, by its name. Raises TypeError as `arguments`."""
 
 
+Between = Callable[[Callable[[], object]], None]
+"""How a plan has a function called between launches: at once, or in its turn."""
+
+
 def arguments(kernel: Kernel, given: Mapping[str, Tensor | int]) -> list[Any]:
     """The kernel's arguments in its order and its tuples.
 
@@ -122,7 +126,7 @@ class Program:
 
     def __init__(self, functions: Functions, graphs: bool = True) -> None:
         self.calls: list[
-            Call | Callable[[], None]
+            Call | Callable[[], object]
         ] = []  # they keep the tensors: a graph knows only addresses
         self._functions = functions
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -135,8 +139,10 @@ class Program:
         """Put down a call. See `Launch`; raises KernelError for a kernel that is missing."""
         self.calls.append(Call(kernel, self._functions.of(kernel), arguments(kernel, given)))
 
-    def between(self, function: Callable[[], None]) -> None:
-        """Put down a function of the host: for programs that are launched, not recorded."""
+    def between(self, function: Callable[[], object]) -> None:
+        """Put down a function: of the host, for programs that are launched, not recorded; or one
+        that only launches something on fixed tensors, which a graph records.
+        """
         self.calls.append(function)
 
     def launch(self) -> None:

@@ -6,7 +6,7 @@ loaded. Every launch is checked as if it happened.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from dsv4.kernels.ops.experts.contract import Shape
 from dsv4.kernels.ops.experts.fetch_contract import fetch
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.ops.xxh3.contract import xxh3
-from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu import draft_plan, plan, prefill_plan
 from dsv4.runtime.gpu.activations import CAPACITIES, first
+from dsv4.runtime.gpu.draft_plan import block_pass, propose
 from dsv4.runtime.gpu.engine import META, Buffers
 from dsv4.runtime.gpu.operands import Model, read_model
 from dsv4.runtime.gpu.plan import StepPass
@@ -39,13 +40,16 @@ def refuse_sizes(store: Nodes) -> None:
         raise RuntimeRefusal(f"no GPU runs {store.root.name}: {few(refused)}")
 
 
-def outlined_model(store: Nodes) -> Model:
+def outlined_model(store: Nodes, *, drafts: bool = False) -> Model:
     """The operands of a store without their bytes: of the first layer of every kind, in which
-    something is of another kind, format or shape.
+    something is of another kind, format or shape. drafts: and of its DSpark layers.
 
-    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads.
+    Raises as `refuse_sizes`, and RuntimeRefusal naming a tensor in a format that no kernel reads,
+    or draft layers of sizes that none takes.
     """
     refuse_sizes(store)
+    if drafts:
+        draft_plan.require(store.config)
     kinds: dict[int, list[object]] = {
         layer: [store.config.compress_ratio(layer), store.config.is_hash_layer(layer), not layer]
         for layer in range(store.config.num_hidden_layers)
@@ -58,7 +62,7 @@ def outlined_model(store: Nodes) -> Model:
     found: dict[tuple[object, ...], int] = {}
     for layer, kind in kinds.items():
         found.setdefault(tuple(kind), layer)
-    return read_model(Loaded(OutlinedWeights(store)), found.values())
+    return read_model(Loaded(OutlinedWeights(store)), found.values(), drafts=drafts)
 
 
 def all_kernels(model: Model) -> Iterator[Kernel]:
@@ -72,6 +76,7 @@ def all_kernels(model: Model) -> Iterator[Kernel]:
             yield from step_kernels(model, rows, capacity)
         for rows in SIZES:
             yield from chunk_kernels(model, rows, capacity)
+        yield from proposal_kernels(model, capacity)
 
 
 def fetch_kernel(config: ModelConfig) -> Kernel:
@@ -102,12 +107,29 @@ def draw_kernel(model: Model) -> Kernel:
     return rehearsal.kernels[0]
 
 
+def proposal_kernels(model: Model, capacity: int) -> list[Kernel]:
+    """What a proposal launches with caches for `capacity`, in order; none without draft layers."""
+    if model.draft is None:
+        return []
+    rehearsal = Rehearsal(model, model.draft.block, capacity, 0)
+    assert rehearsal.own.draft is not None
+    own = rehearsal.own.draft.proposal
+    propose(block_pass(rehearsal.step_pass(), own), model, rehearsal.own.caches, own)
+    return rehearsal.kernels
+
+
+def _nothing(function: Callable[[], object]) -> None:
+    """Nothing is computed."""
+
+
 class Rehearsal:
     """A pass of `rows` tokens, and the kernels that it launched."""
 
     def __init__(self, model: Model, rows: int, capacity: int, chunk: int) -> None:
         self.config, self.rows, self.capacity = model.config, rows, capacity
-        self.own = Buffers.allocate(model.config, 1, capacity, chunk, META)
+        self.draft = model.draft
+        drafts = 0 if model.draft is None else len(model.draft.stages)
+        self.own = Buffers.allocate(model.config, 1, capacity, chunk, META, drafts=drafts)
         self.kernels: list[Kernel] = []
 
     def note(self, kernel: Kernel, **given: Tensor | int) -> None:
@@ -125,6 +147,8 @@ class Rehearsal:
             self._tables(),
             self.capacity,
             None,
+            _nothing,
+            self.own.observer(self.draft, self.rows),
             self.own.step,
             ctas=1,
         )
@@ -140,8 +164,9 @@ class Rehearsal:
             self._tables(),
             self.capacity,
             None,
+            _nothing,
+            self.own.observer(self.draft, self.rows),
             self.own.chunk.first(self.rows),
-            lambda function: None,
         )
 
     def _tables(self) -> RopeTables:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.ops.gemv.contract import MAX_ROWS
 from dsv4.kernels.reference.sampling import Parameters
+from dsv4.runtime.draft import Draft
 from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Tokens, first
 from dsv4.runtime.gpu.plan import StepPass
@@ -35,6 +36,8 @@ class GpuSession(SequenceBase):
         self.engine, self.slot, self.model = engine, slot, engine.model
         super().__init__(engine.model.config, engine.capacity, engine.model.device)
         self.slack = engine.most_rows
+        if (draft := engine.model.operands.draft) is not None:
+            self.most_drafts = draft.block
         memory = engine.model.operands.memory
         self.experts_on_host = memory is not None and memory.placement.cold > 0
         # What is drawn, where a step of as many tokens reads it.
@@ -102,6 +105,9 @@ class GpuSession(SequenceBase):
             self._decode_program(rows).replay()
             self._position += rows
         return tokens.ids
+
+    def _propose(self, token: int, count: int) -> Draft:
+        return self.engine.propose(token, count, self._position, self.slot)
 
     def _clear(self) -> None:
         for cache in self.engine.buffers.caches:

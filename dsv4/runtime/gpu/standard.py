@@ -23,8 +23,10 @@ STANDARD = make_recipe("standard")
 
 
 def standard_model(config: ModelConfig) -> Model:
-    """The operands of a model of recipe `standard`: shapes and formats."""
-    return read_model(StandardWeights(config))
+    """The operands of a model of recipe `standard`: shapes and formats. With DSpark's draft layers
+    where the configuration has them.
+    """
+    return read_model(StandardWeights(config), drafts=config.dspark_block_size is not None)
 
 
 class StandardWeights:
@@ -32,7 +34,9 @@ class StandardWeights:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._parameters = {one.name: one for one in parameters(config, DraftKind.NONE, 0)}
+        draft = DraftKind.NONE if config.dspark_block_size is None else DraftKind.DSPARK
+        stages = config.num_draft_layers if draft is not DraftKind.NONE else 0
+        self._parameters = {one.name: one for one in parameters(config, draft, stages)}
 
     def tensor(self, name: str) -> Tensor:
         """Tables are int64, what is plain bfloat16."""

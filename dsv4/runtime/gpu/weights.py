@@ -116,8 +116,9 @@ class Loaded:
     def layer_records(self, layer: int) -> LayerRecords:
         """See `DeviceWeights`. Raises RuntimeRefusal for experts that no kernel reads."""
         own, c = self.memory, self.config
+        at = c.block_name(layer).replace(".", "/")
         scales = (
-            self.weights.array(f"layers/{layer}/ffn/experts/{name}/global_scale").tensor()
+            self.weights.array(f"{at}/ffn/experts/{name}/global_scale").tensor()
             for name in ("w13", "w2")
         )
         if own is not None:

@@ -39,6 +39,11 @@ class Placement:
         """All on the GPU."""
         return cls(np.ones((layers, experts), bool), 0)
 
+    def with_resident(self, layers: int) -> Placement:
+        """With so many layers more, behind the others, all on the GPU."""
+        more = np.ones((layers, self.hot.shape[1]), bool)
+        return Placement(np.concatenate((self.hot, more)), self.spare)
+
     @property
     def records(self) -> int:
         """On the GPU."""

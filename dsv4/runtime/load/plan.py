@@ -145,10 +145,12 @@ def plan_load(
     for path in sorted(store.hierarchy.arrays, key=natural_key):
         if (part := part_of(store, path)) is None or part not in parts:
             continue
-        if records and part is Part.EXPERTS and not path.endswith("/global_scale"):
+        group = path.rpartition("/")[0]
+        stacked = group in store.contents.stacks
+        if records and stacked and not path.endswith("/global_scale"):
             continue
         spec = store.hierarchy.arrays[path]
-        spans = tuple(_spans(spec, _ranges(spec, path.rpartition("/")[0], store, share), at))
+        spans = tuple(_spans(spec, _ranges(spec, group, store, share), at))
         arrays[path] = placed = Placed(spec, at, spans)
         at += -(-placed.nbytes // ALIGNMENT) * ALIGNMENT
     if not arrays:

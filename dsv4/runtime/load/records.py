@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.errors import OutOfSpaceError, RuntimeRefusal
+from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.matrix_views import Nodes, StoredWeights
 from dsv4.formats.store.reader import PackedStore
@@ -138,12 +139,14 @@ class LoadedRecords:
         return self.arena.address if self.arena is not None else 0
 
 
-def record_of(store: Nodes | StoredWeights) -> Record:
-    """Of a store's experts. Raises RuntimeRefusal for experts that no kernel reads."""
+def record_of(store: Nodes | StoredWeights, *, drafts: int = 0) -> Record:
+    """Of a store's experts, with those of so many draft layers. Raises RuntimeRefusal for experts
+    that no kernel reads.
+    """
     config = store.config
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers + drafts):
         for name, slabs, interleave in (("w13", 1, 8), ("w2", 8, 0)):
-            path = f"layers/{layer}/ffn/experts/{name}"
+            path = f"{_at(config, layer)}/{name}"
             group = store.contents.stacks.get(path)
             if group is None or group.format != "nvfp4":
                 found = "absent" if group is None else group.format
@@ -166,13 +169,15 @@ def record_of(store: Nodes | StoredWeights) -> Record:
 def plan_records(
     store: PackedStore, which: np.ndarray[tuple[int, int], np.dtype[np.bool_]], records: int
 ) -> RecordPlan:
-    """The experts `which` (bool `[L, E]`), one after another; `records`: that there is room for."""
+    """The experts `which` (bool `[L, E]`, draft layers last), one after another; `records`: that
+    there is room for.
+    """
     record = record_of(store)
     pieces: list[Span] = []
     arrays = store.hierarchy.arrays
     at = 0
     for layer in range(which.shape[0]):
-        own = [arrays[f"layers/{layer}/ffn/experts/{member}"] for member, _ in MEMBERS]
+        own = [arrays[f"{_at(store.config, layer)}/{member}"] for member, _ in MEMBERS]
         files = [spec.files() for spec in own]
         for expert in which[layer].nonzero()[0].tolist():
             for (_, part), spec, found in zip(MEMBERS, own, files, strict=True):
@@ -181,6 +186,11 @@ def plan_records(
                     raise RuntimeRefusal(f"{spec.path} is not laid out as kernels read it")
                 at += pieces[-1].nbytes
     return RecordPlan(tuple(pieces), records * record.nbytes)
+
+
+def _at(config: ModelConfig, layer: int) -> str:
+    """Where the experts of a layer are, those of draft layers behind the backbone's."""
+    return f"{config.block_name(layer).replace('.', '/')}/ffn/experts"
 
 
 def _span(spec: ArraySpec, files: tuple[FileSpec, ...], expert: int, at: int) -> Span:

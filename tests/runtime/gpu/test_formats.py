@@ -20,6 +20,7 @@ from dsv4.kernels.reference.linear import dequantize_rows
 from dsv4.kernels.reference.moe import routed_experts
 from dsv4.runtime.cuda_driver import Driver
 from dsv4.runtime.gpu import rehearsal
+from dsv4.runtime.gpu.engine import at_once
 from dsv4.runtime.gpu.expert_memory import ExpertMemory
 from dsv4.runtime.gpu.operands import Layer, parts, read_model
 from dsv4.runtime.gpu.rehearsal import all_kernels, outlined_model
@@ -57,7 +58,7 @@ def _mixed(weights: Other, own: Layer, x: Tensor, choice: Tensor, share: Tensor)
     engine = HostModel(weights, Emulator(SMALL), CPU).engine(64, chunk=0)
     rows = len(x)
     tokens = engine._place(torch.arange(rows), 0, 0)
-    run = engine.step_pass(engine.model.functions.launch, tokens)
+    run = engine.step_pass(engine.model.functions.launch, at_once, tokens)
     run.a.topk_idx.copy_(choice)
     run.a.topk_weights.copy_(share)
     return sum((part.double() for part in run.mix_experts(own, x)), torch.zeros(()))

@@ -62,10 +62,16 @@ def test_a_session_that_does_not_fit_is_refused_before_it_is_allocated(
 
 
 def _only_sizes(
-    config: ModelConfig, slots: int, capacity: int, rows: int, device: torch.device
+    config: ModelConfig,
+    slots: int,
+    capacity: int,
+    rows: int,
+    device: torch.device,
+    *,
+    drafts: int,
 ) -> tuple[LayerCaches, ...]:
     assert device.type == "meta"
-    return allocate_caches(config, slots, capacity, rows, device)
+    return allocate_caches(config, slots, capacity, rows, device, drafts=drafts)
 
 
 def test_a_context_longer_than_the_model_or_the_session_is_refused(model: HostModel) -> None:

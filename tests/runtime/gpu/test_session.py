@@ -15,7 +15,7 @@ from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.releases import FLASH
 from dsv4.kernels.reference.numerics import Numerics
-from dsv4.runtime.gpu import plan, prefill_plan
+from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Streams
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.operands import Connection
@@ -207,7 +207,6 @@ def test_a_launch_that_reads_another_tensor_of_its_kind_is_noticed(
         return right(run, place, own, old, u)
 
     monkeypatch.setattr(plan, "connect", wrong)
-    monkeypatch.setattr(prefill_plan, "connect", wrong)
     found, wanted = session_of(weights, chunk=chunk).forward(IDS), reference(weights, IDS)
     error = (found - wanted).square().mean(1).sqrt() / wanted.std()
     assert float(error.median()) > 0.03

@@ -73,15 +73,31 @@ class Join:
         sin: cute.Tensor,
         o: cute.Tensor,
     ) -> None:
+        self._join(sums, statistics, position, None, sinks, cos, sin, o)
+
+    @cute.jit
+    def _join(
+        self,
+        sums: cute.Tensor,
+        statistics: cute.Tensor,
+        position: cute.Tensor,
+        turn: Any,
+        sinks: cute.Tensor,
+        cos: cute.Tensor,
+        sin: cute.Tensor,
+        o: cute.Tensor,
+    ) -> None:
+        """turn: positions of the angles; None where they are those that tell what is seen."""
         group, token, _ = cute.arch.block_idx()
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
         if cutlass.const_expr(self.pdl):
             cute.arch.griddepcontrol_launch_dependents()
         # Older than the kernel that this one waits for: read before it ends.
         place = position[token]
+        turned = place if cutlass.const_expr(turn is None) else turn[token]
         item = group * self.warps + warp
         head, column = item // 4, item % 4 * QUARTER + lane * 4
-        angles = [self.output.angle(cos, sin, place, column + 2 * i) for i in range(2)]
+        angles = [self.output.angle(cos, sin, turned, column + 2 * i) for i in range(2)]
         sink = sinks[head] * LOG2_E
         blocks, seen = self.rows.count(place)
         share = self.rows.share(blocks, seen)
@@ -119,6 +135,44 @@ class Join:
         factor = arithmetic.exp2(pair[0] - top) if exists else Float32(0.0)
         total = cute.arch.warp_reduction_sum(pair[1] * factor)
         return factor * cute.arch.rcp_approx(total + arithmetic.exp2(sink - top))
+
+
+class TurnedJoin(Join):
+    """The same, rotated back by the angles of `turn`: int32 `[T]`, positions of their own."""
+
+    @cute.jit
+    def __call__(
+        self,
+        sums: cute.Tensor,
+        statistics: cute.Tensor,
+        position: cute.Tensor,
+        turn: cute.Tensor,
+        sinks: cute.Tensor,
+        cos: cute.Tensor,
+        sin: cute.Tensor,
+        o: cute.Tensor,
+        stream: cuda.CUstream,
+    ) -> None:
+        self.turned_kernel(sums, statistics, position, turn, sinks, cos, sin, o).launch(
+            grid=[self.heads * (HEAD_DIM // QUARTER) // self.warps, o.shape[0], 1],
+            block=[32 * self.warps, 1, 1],
+            stream=stream,
+            use_pdl=self.pdl,
+        )
+
+    @cute.kernel
+    def turned_kernel(
+        self,
+        sums: cute.Tensor,
+        statistics: cute.Tensor,
+        position: cute.Tensor,
+        turn: cute.Tensor,
+        sinks: cute.Tensor,
+        cos: cute.Tensor,
+        sin: cute.Tensor,
+        o: cute.Tensor,
+    ) -> None:
+        self._join(sums, statistics, position, turn, sinks, cos, sin, o)
 
 
 class Output:

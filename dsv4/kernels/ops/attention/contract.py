@@ -35,7 +35,7 @@ CONTEXTS = {"8k": 8 << 10, "128k": 128 << 10, "1M": 1 << 20}
 
 
 def attention(
-    shape: Shape, rows: int, tuning: Mapping[str, int | bool] | None = None
+    shape: Shape, rows: int, tuning: Mapping[str, int | bool] | None = None, turned: bool = False
 ) -> tuple[Kernel, ...]:
     """The kernels, in order, for one kind of layer and about that many tokens.
 
@@ -49,6 +49,9 @@ def attention(
     slot int32 `[T]`; sinks float32 `[H]`; cos, sin float32 `[positions, 32]`; o bfloat16
     `[T, H, 512]`. Scratch: sums float32 `[T, splits, H, 512]`, statistics `[T, splits, H, 2]`.
     Scales are at most 2^7, rows at most 57344: a normed row times its weight is far below.
+
+    turned: outputs are rotated back by angles of positions of their own, turn int32 `[T]`, so that
+    tokens of several positions see the same rows. Raises ValueError where nothing joins parts.
     """
     cut = {**tuned(shape, rows), **(tuning or {})}
     number, wide = torch.int32, torch.float32
@@ -83,11 +86,14 @@ def attention(
         ),
     )
     if splits == 1:
+        if turned:
+            raise ValueError(f"{shape}: one part, whose positions are those of its angles")
         return (first,)
+    turn = (Argument("turn", number, ("rows",), align=4),) if turned else ()
     config = {**common, "warps": cut["warps"], "pdl": cut["pdl"]}
-    join = (*scratch("in"), position, *end)
-    last = kernel("attention_join", f"{SOURCES}.combine:Join", config, join)
-    return first, last
+    join = (*scratch("in"), position, *turn, *end)
+    made = "TurnedJoin" if turned else "Join"
+    return first, kernel("attention_join", f"{SOURCES}.combine:{made}", config, join)
 
 
 def _common(shape: Shape, splits: int) -> dict[str, int | bool | str]:
@@ -179,6 +185,17 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
                 plans[f"listed {listed}"] = Plan((30000, 0, 9), (1, 0, 2), listed=listed)
         for name, plan in plans.items():
             yield case(config, shape, f"{kind} {name}", model, plan)
+    yield from _blocks(config, model)
+
+
+def _blocks(config: ModelConfig, model: str) -> Iterator[Case]:
+    """Of a draft: tokens that see the window before the first of them, and each other."""
+    c, count = config, config.dspark_block_size or 5
+    own = c.num_attention_heads, c.head_dim, c.qk_rope_head_dim, c.sliding_window + count
+    for name, first in {"at the start": 1, "window filling": 126, "": 8000}.items():
+        turns = tuple(range(first, first + count))
+        plan = Plan((turns[-1],) * count, (1,) * count, turns=turns)
+        yield case(config, Shape("none", *own), f"draft block {name}".strip(), model, plan)
 
 
 def case(
@@ -196,7 +213,7 @@ def case(
     if shape.mode != "none":
         caches += ["compressed_kv", "compressed_scales"]
 
-    kernels = attention(shape, count, tuning)
+    kernels = attention(shape, count, tuning, turned=bool(plan.turns))
 
     def inputs(rng: torch.Generator) -> Buffers:
         buffers = make(config, shape, plan, rng)

@@ -36,7 +36,8 @@ class Plan(NamedTuple):
     listed: how `blocks` is padded: "visible" as many as there are, "none", "one", "scattered"
     (padding between them). looks: "one" row for most heads, or "equal" scores for all.
     extreme: scales of one slice from 2^-107 to 2^7, in dimensions where queries are 0.
-    sinks: "plain", or "far" for +50 and -1e30 by turns.
+    sinks: "plain", or "far" for +50 and -1e30 by turns. turns: positions of angles, where they are
+    others.
     """
 
     positions: tuple[int, ...]
@@ -45,6 +46,7 @@ class Plan(NamedTuple):
     looks: str = "one"
     extreme: bool = False
     sinks: str = "plain"
+    turns: tuple[int, ...] = ()
 
 
 def make(config: ModelConfig, shape: Shape, plan: Plan, rng: torch.Generator) -> Buffers:
@@ -64,6 +66,9 @@ def make(config: ModelConfig, shape: Shape, plan: Plan, rng: torch.Generator) ->
     theta, yarn = (
         (config.compress_rope_theta, config.yarn) if shape.ratio else (config.rope_theta, None)
     )
+    if plan.turns:
+        places = torch.tensor(plan.turns, dtype=torch.int32, device=device)
+        buffers["turn"] = places
     table = rope_table(inverse_frequencies(shape.rotary, theta, yarn).to(device), places)
     for name, rows in zip(("cos", "sin"), table, strict=True):
         whole = torch.full((max(plan.positions) + 1, shape.rotary // 2), torch.nan, device=device)

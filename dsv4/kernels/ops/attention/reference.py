@@ -106,7 +106,7 @@ def expected(shape: Shape, buffers: Buffers) -> Expected:
         share = ROUNDOFF + 2.0**-21 * (32 * size + 4)
         share = share + 2.0**-22 * (len(rows) / 8 + 32)
         bounds.append((weights @ rows.abs() * share)[None])
-    places = buffers["position"].to(torch.int64)
+    places = buffers["turn" if "turn" in buffers else "position"].to(torch.int64)
     cos, sin = (buffers[name][places].to(WIDE)[:, None] for name in ("cos", "sin"))
     value = _turned_back(torch.cat(values), cos, sin, -1)
     # 2^-20 for the rotation's own error.

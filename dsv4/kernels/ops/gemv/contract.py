@@ -147,7 +147,15 @@ def weights_of(config: ModelConfig) -> dict[str, list[Weight]]:
     hca = Weight("bf16", c.head_dim, hidden)
     low = [Weight("fp8", c.q_lora_rank, hidden), Weight("fp8", c.head_dim, hidden)]
     wq_b = Weight("fp8", heads, c.q_lora_rank)
-    return {
+    draft = {}
+    if c.dspark_block_size is not None:
+        taps, markov = len(c.dspark_target_layer_ids or ()), c.dspark_markov_rank or 0
+        draft = {
+            "draft main_proj": [Weight("fp8", hidden, taps * hidden)],
+            "draft wkv": [Weight("fp8", c.head_dim, hidden)] * c.num_draft_layers,
+            "draft markov_w2": [Weight("bf16", c.vocab_size, markov)],
+        }
+    return draft | {
         "lm_head": [Weight("nvfp4", c.vocab_size, hidden)],
         "wq_a wkv": low,
         "wq_a wkv HCA": [*low, hca, hca],

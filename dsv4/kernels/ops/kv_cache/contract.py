@@ -173,6 +173,8 @@ def checks(config: ModelConfig, model: str) -> Iterator[Case]:
         "prefill": [Run(0, 0, 512)],
         "prefill on": [Run(1, 251, 517)],
     }
+    wide = dataclasses.replace(Layer.of(config, AttentionKind.SLIDING), latent=config.hidden_size)
+    yield case(wide, "norm of a draft's context", model, [Run(0, -1)] * 6)
     scales = {"": 1.0, " zeros": 0.0, " tiny": 1e-7, " huge": 1e6}
     for kind in AttentionKind:
         layer = Layer.of(config, kind)

@@ -83,7 +83,7 @@ def weights_of(config: ModelConfig) -> dict[str, Weight]:
         weight
         for launch, weights in gemv.weights_of(config).items()
         for weight in weights
-        if launch != "lm_head"
+        if launch not in ("lm_head", "draft markov_w2")
     }
     hidden, inter = config.hidden_size, config.moe_intermediate_size
     found |= {Weight("nvfp4", inter, hidden), Weight("nvfp4", hidden, inter, slabs=8)}
