@@ -35,7 +35,7 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 # target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
 # not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
 # Draft layers on the CPU and their rounds took 1,200 of the book, parts left out of a pull 100,
-# what fit says of DSpark on a GPU 50.
+# what fit says of DSpark on a GPU 50, biases 20.
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
@@ -47,8 +47,8 @@ MOST_LINES = {
     "kernels": (15_900, ("kernels", "kernels/core", "kernels/device", "kernels/ops/**")),
     # The target is 31,000; `bench serve` took 60 for a bare step and the next turn, drafts 1,200,
     # the export 1,000, `dsv4 info` 270, push and pull 1,700, DSpark on a GPU 900, a fourth of it to
-    # measure it.
-    "the wheel": (61_000, ("**",)),
+    # measure it, drafts in the server 400, its description 180.
+    "the wheel": (61_600, ("**",)),
 }
 SLIVERS = {
     "dsv4.kernels.device.grid_barrier": "one protocol, beside the other barriers of the device",

@@ -405,7 +405,8 @@ def bench_serve(
 
     packed = dsv4.open(store)
     room = room_for(prompt_tokens, answer_tokens)
-    wanted = Wanted(device, slots, room, queue=1024, count=False)  # its prompts are meaningless
+    # Its prompts are meaningless: no counts, and no drafts from what they happen to repeat.
+    wanted = Wanted(device, slots, room, queue=1024, count=False, draft="off")
     engine = make_engine(packed, wanted, lambda phase: None)
     try:
         lines, again = measure(

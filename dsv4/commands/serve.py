@@ -11,7 +11,7 @@ import click
 
 import dsv4
 from dsv4.commands.console import err, notice, say_absent
-from dsv4.commands.options import Size, experts_option, routes_option
+from dsv4.commands.options import Size, draft_option, experts_option, routes_option
 from dsv4.formats.store_place import refuse_no_store
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ EFFORTS = ("none", "low", "high", "max")
 )
 @experts_option
 @routes_option
+@draft_option
 @click.option(
     "--effort",
     type=click.Choice(EFFORTS),
@@ -201,6 +202,7 @@ def serve(directory: Path, **options: Any) -> None:
         options["reproducible"],
         options["experts"],
         options["routes"],
+        draft=options["draft"],
     )
     server = Server(model, limits=limits, access=access, page=not options["no_page"])
     bound = bind(options["host"], options["port"])

@@ -21,6 +21,7 @@ from dsv4.serve.face import Face
 from dsv4.serve.gate import Gate
 from dsv4.serve.messages import Messages
 from dsv4.serve.metrics import CONTENT_TYPE
+from dsv4.serve.openapi import description
 from dsv4.serve.page import page
 from dsv4.serve.record import LOG, Record
 from dsv4.serve.refusal import Refusal, refusal_of
@@ -67,6 +68,7 @@ def make_app(server: Server) -> Starlette:
         Route("/health", _health, methods=["GET"]),
         Route("/ready", _ready, methods=["GET"]),
         Route("/metrics", _metrics, methods=["GET"]),
+        Route("/openapi.json", _openapi, methods=["GET"]),
         Route("/v1", _probe, methods=["GET"]),
         Route("/v1/models", _models, methods=["GET"]),
         Route("/v1/models/{name:path}", _one_model, methods=["GET"]),
@@ -112,6 +114,11 @@ async def _ready(request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     return Response(_server(request).metrics.page(), headers={"content-type": CONTENT_TYPE})
+
+
+async def _openapi(request: Request) -> Response:
+    model = _server(request).model
+    return JSONResponse(description(model.names[0], model.vocab))
 
 
 async def _probe(request: Request) -> Response:

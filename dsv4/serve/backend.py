@@ -9,11 +9,13 @@ it, and not on how a prompt was cut, as long as no cut is below `least_chunk`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from dsv4.runtime.text.drafting import Proposer
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.jobs import TokenLogprob
 
@@ -33,8 +35,16 @@ class Draw:
 class Drawn(Protocol):
     """Tokens that are being drawn."""
 
-    def read(self) -> list[tuple[int, TokenLogprob | None]]:
-        """Wait for them: one for each row, INVALID_TOKEN where logits were not finite."""
+    def read(self) -> list[list[tuple[int, TokenLogprob | None]]]:
+        """Wait for them: for each slot one, INVALID_TOKEN where logits were not finite; before it
+        as many as drafts of the slot were right. What was appended beyond is forgotten.
+        """
+
+
+def right_drafts(drafts: Sequence[int], drawn: Sequence[int]) -> int:
+    """How many drafts, from the first one on, are what was drawn in their places."""
+    pairs = zip(drafts, drawn, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 class Backend(Protocol):
@@ -43,7 +53,8 @@ class Backend(Protocol):
     chunk: most tokens of a prompt that are read at once; least_chunk: fewer are read by steps,
     whose bytes differ. slack: how many tokens behind the last one written a slot may go on.
     block: tokens of a block; block_bytes, state_bytes: see `runtime.snapshots`. layout: names
-    them: what is saved under one is not for another.
+    them: what is saved under one is not for another. most_drafts: what draft layers propose at
+    once, 0 where there are none. experts_on_host: whether a step brings experts over the bus.
     """
 
     slots: int
@@ -57,6 +68,8 @@ class Backend(Protocol):
     block_bytes: int
     state_bytes: int
     layout: bytes
+    most_drafts: int
+    experts_on_host: bool
 
     def reset(self, slot: int) -> None:
         """Empty it."""
@@ -83,14 +96,21 @@ class Backend(Protocol):
     def begin(self, slot: int, sampler: Sampler) -> None:
         """The prompt is read: `sampler` draws from now on."""
 
-    def forward(self, slots: Sequence[int]) -> None:
-        """Append to each slot, at most `most_rows`, the token that was drawn for it last."""
+    def forward(self, slots: Sequence[int], drafts: Sequence[Sequence[int]] = ()) -> None:
+        """Append to each slot the token that was drawn for it last, and its drafts behind it, if
+        there are any; `most_rows` in all. With drafts, the draws are read before anything else.
+        """
 
     def draw(self, draws: Sequence[Draw | None]) -> Drawn:
-        """A token of each row of the last `forward`, or the only one of `read`. None: not wanted.
+        """A token of each slot of the last `forward`, or the only one of `read`, and those after
+        drafts that are right. None: not wanted. A slot with drafts is drawn by its seed alone:
+        no mask, no logprobs, nothing that `Sampler.host_reason` names.
 
         Raises nothing for a row whose logits are not finite.
         """
+
+    def proposer(self, slot: int) -> Proposer:
+        """Of its draft layers, for the sequence there. Where there are any."""
 
     def save_state(self, slot: int, position: int, cells: Sequence[Tensor]) -> None:
         """The state at `position` into `cells`, one after another."""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from dsv4.formats.model.config import ModelConfig
+from dsv4.kernels.core.sizes import STEP_ROWS
 from dsv4.runtime.session import STEP_TOKENS, Session, capacity_of
 from dsv4.runtime.snapshots import block_tokens, cpu_memory
+from dsv4.runtime.text.drafting import DraftLayers
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve import logprobs
 from dsv4.serve.backend import Draw
@@ -38,8 +40,9 @@ class CpuBackend:
     Raises RuntimeRefusal for a length that the model cannot have.
     """
 
-    most_rows = 8
+    most_rows = STEP_ROWS
     least_chunk = 1
+    experts_on_host = False
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class CpuBackend:
         self.block = block_tokens(config) if block is None else block
         self.sessions = [model.session(self.capacity) for _ in range(slots)]
         self.slack = self.sessions[0].slack
+        self.most_drafts = self.sessions[0].most_drafts
         self.memory = [
             cpu_memory(config, one.caches, self.block, one.context) for one in self.sessions
         ]
@@ -64,6 +68,7 @@ class CpuBackend:
         self.layout = f"{model!r} {self.block} {self.block_bytes} {self.state_bytes}".encode()
         self._next = [0] * slots
         self._rows: list[int] = []
+        self._drafts: list[Sequence[int]] = []  # of each of them
         self._logits = torch.empty((0, self.vocab))
 
     def reset(self, slot: int) -> None:
@@ -97,33 +102,31 @@ class CpuBackend:
                 logits(found)
             if reached is not None and last in marks:
                 reached(last)
-        self._rows, self._logits = [slot], found[-1:]
+        self._rows, self._drafts, self._logits = [slot], [()], found[-1:]
 
     def begin(self, slot: int, sampler: Sampler) -> None:
         """See `Backend`."""
 
-    def forward(self, slots: Sequence[int]) -> None:
+    def forward(self, slots: Sequence[int], drafts: Sequence[Sequence[int]] = ()) -> None:
         """See `Backend`."""
-        rows = [
-            self.sessions[slot].forward(torch.tensor([self._next[slot]]), "last") for slot in slots
-        ]
-        self._rows, self._logits = list(slots), torch.cat(rows)
+        self._rows, self._drafts = list(slots), list(drafts) or [()] * len(slots)
+        self._logits = torch.cat(
+            [
+                self.sessions[slot].forward(torch.tensor([self._next[slot], *some]))
+                for slot, some in zip(slots, self._drafts, strict=True)
+            ]
+        )
 
     def draw(self, draws: Sequence[Draw | None]) -> Done:
         """See `Backend`."""
-        found: list[tuple[int, TokenLogprob | None]] = []
-        for slot, row, draw in zip(self._rows, self._logits, draws, strict=True):
-            if draw is None:
-                found.append((0, None))
-                continue
-            masked = row if draw.mask is None else logprobs.without(row, draw.mask)
-            token = int(draw.sampler(masked[None]))
-            told = None
-            if draw.logprobs is not None and token >= 0:
-                (told,) = logprobs.of_rows(row[None], [token], draw.logprobs)
-            self._next[slot] = max(token, 0)
-            found.append((token, told))
-        return Done(found)
+        parts = torch.split(self._logits, [1 + len(some) for some in self._drafts])
+        return Done(
+            [self._draw(*one) for one in zip(self._rows, parts, self._drafts, draws, strict=True)]
+        )
+
+    def proposer(self, slot: int) -> DraftLayers:
+        """See `Backend`."""
+        return DraftLayers(self.sessions[slot])
 
     def save_state(self, slot: int, position: int, cells: Sequence[Tensor]) -> None:
         """See `Backend`."""
@@ -159,13 +162,34 @@ class CpuBackend:
     def synchronize(self) -> None:
         """See `Backend`."""
 
+    def _draw(
+        self, slot: int, rows: Tensor, drafts: Sequence[int], draw: Draw | None
+    ) -> list[tuple[int, TokenLogprob | None]]:
+        """Row by row, as long as the draft behind a row is what was drawn of it."""
+        if draw is None:
+            return [(0, None)]
+        found: list[tuple[int, TokenLogprob | None]] = []
+        for row, draft in zip(rows, (*drafts, None), strict=True):
+            masked = row if draw.mask is None else logprobs.without(row, draw.mask)
+            token = int(draw.sampler(masked[None]))
+            told = None
+            if draw.logprobs is not None and token >= 0:
+                (told,) = logprobs.of_rows(row[None], [token], draw.logprobs)
+            found.append((token, told))
+            if token != draft:
+                break
+        session, wrong = self.sessions[slot], len(rows) - len(found)
+        session.rewind(session.position - wrong)
+        self._next[slot] = max(token, 0)
+        return found
+
 
 class Done:
     """Tokens that are there."""
 
-    def __init__(self, found: list[tuple[int, TokenLogprob | None]]) -> None:
+    def __init__(self, found: list[list[tuple[int, TokenLogprob | None]]]) -> None:
         self._found = found
 
-    def read(self) -> list[tuple[int, TokenLogprob | None]]:
+    def read(self) -> list[list[tuple[int, TokenLogprob | None]]]:
         """See `Drawn`."""
         return self._found

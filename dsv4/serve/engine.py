@@ -5,21 +5,21 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.model import Model
+from dsv4.runtime.text.drafting import Wish
 from dsv4.serve.backend import Backend
 from dsv4.serve.cpu_backend import CpuBackend
 from dsv4.serve.gpu_backend import GpuBackend
-from dsv4.serve.jobs import Event, Job, Ticket
+from dsv4.serve.jobs import Deliver, Event, Job, Stats, Ticket
 from dsv4.serve.prefix_cache import PrefixCache
 from dsv4.serve.prefix_files import PrefixFiles
 from dsv4.serve.remembering import MemoryOptions, Remembering
 from dsv4.serve.run import Run, checked
 from dsv4.serve.scheduler import Scheduler, Sharing
-from dsv4.serve.stats import Stats
 
 QUEUE_PER_SLOT = 4
 PREFIX_BYTES = 4 << 30
@@ -29,12 +29,13 @@ PREFIX_BYTES = 4 << 30
 class Options:
     """queue: jobs that may wait for a slot, by default four for each. prefix_bytes: of host memory
     for beginnings of prompts, 0 for none. root: names the model's weights, so that nothing of
-    another model is used.
+    another model is used. draft: tokens that are guessed ahead: as it pays, never, or so many.
     """
 
     queue: int | None = None
     prefix_bytes: int = PREFIX_BYTES
     root: bytes = b""
+    draft: Wish = "auto"
     sharing: Sharing = dataclasses.field(default_factory=Sharing)
     memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
 
@@ -75,7 +76,7 @@ class ServeEngine:
         if own.prefix_bytes > 0:
             cache = PrefixCache(backend, own.prefix_bytes, own.root, files)
         remembering = Remembering(backend, cache, own.memory)
-        self._scheduler = Scheduler(backend, remembering, own.sharing, clock)
+        self._scheduler = Scheduler(backend, remembering, own.sharing, clock, own.draft)
         queue = QUEUE_PER_SLOT * backend.slots if own.queue is None else own.queue
         self._most_jobs = backend.slots + queue
         self._changed = threading.Condition()
@@ -101,35 +102,27 @@ class ServeEngine:
         """Why it has ended, if it failed."""
         return self._failure
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, job: Job, deliver: Deliver) -> Ticket:
         """See `jobs.Engine`."""
-        checked(job, self.backend.capacity, self.backend.vocab)
+        return self.submit_all([(job, deliver)])[0]
 
-        def told(event: Event) -> None:
-            if event.finish is not None:
-                with self._changed:
-                    self._unfinished -= 1
-            deliver(event)
-
-        run = Run(job, told, self.backend.capacity, self._wake)
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> Sequence[Ticket]:
+        """See `jobs.Engine`."""
+        runs = [self._run(job, deliver) for job, deliver in jobs]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeRefusal(self._failure)
             if self._closing:
                 raise RuntimeRefusal("the engine takes no more jobs: it is being closed")
-            if self._unfinished >= self._most_jobs:
-                waiting = self._unfinished - self.backend.slots
-                raise QueueFull(
-                    f"{waiting} jobs wait for one of {self.backend.slots} slots, which is as many "
-                    "as may wait; try again later"
-                )
-            self._unfinished += 1
-            self._arrived.append(run)
+            if self._unfinished + len(runs) > self._most_jobs:
+                raise QueueFull(self._full(len(runs)))
+            self._unfinished += len(runs)
+            self._arrived += runs
             self._changed.notify()
-        return run
+        return runs
 
     def stats(self) -> Stats:
-        """Now."""
+        """See `jobs.Engine`."""
         found = self._scheduler.stats()
         return dataclasses.replace(found, waiting=found.waiting + len(self._arrived))
 
@@ -151,6 +144,30 @@ class ServeEngine:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
+
+    def _run(self, job: Job, deliver: Deliver) -> Run:
+        """A checked job that is counted until it has ended."""
+        checked(job, self.backend.capacity, self.backend.vocab)
+
+        def told(event: Event) -> None:
+            if event.finish is not None:
+                with self._changed:
+                    self._unfinished -= 1
+            deliver(event)
+
+        return Run(job, told, self.backend.capacity, self._wake)
+
+    def _full(self, more: int) -> str:
+        slots, waiting = self.backend.slots, max(self._unfinished - self.backend.slots, 0)
+        if more == 1:
+            return (
+                f"{waiting} jobs wait for one of {slots} slots, which is as many as may wait; "
+                "try again later"
+            )
+        return (
+            f"{self._unfinished} jobs run or wait, and {more} more at once are too many: "
+            f"{self._most_jobs} may; try again later"
+        )
 
     def _work(self) -> None:
         try:

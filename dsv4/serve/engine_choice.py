@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import dsv4
 from dsv4.formats.checkpoint import PackedCheckpoint
-from dsv4.formats.errors import RuntimeRefusal
+from dsv4.formats.errors import DraftRefusal, RuntimeRefusal
 from dsv4.formats.store.text_files import stored_text_files
+from dsv4.runtime.text.drafting import Wish
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.engine import PREFIX_BYTES, Options, ServeEngine, backend_of
 from dsv4.serve.prefix_files import PrefixFiles
@@ -19,6 +21,8 @@ from dsv4.serve.remembering import MemoryOptions
 from dsv4.serve.scheduler import Sharing
 
 if TYPE_CHECKING:
+    from dsv4.runtime.gpu.model import GpuModel
+    from dsv4.runtime.model import Model
     from dsv4.runtime.startup_clock import Mark
 
 CACHE_BYTES = 32 << 30
@@ -33,6 +37,7 @@ class Wanted:
     of prompts. cache_dir: where they outlive the process, in at most `cache_bytes`. reproducible:
     whether a prompt gives the same bytes however much of it was known. experts, routes: for
     `dsv4.load`; count: whether what tokens chose is added to that file when the engine is closed.
+    draft: tokens that are guessed ahead: as it pays, never, or so many.
     """
 
     device: str
@@ -47,6 +52,7 @@ class Wanted:
     experts: Literal["auto", "resident"] | int = "auto"
     routes: Path | None = None
     count: bool = True
+    draft: Wish = "auto"
 
 
 def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEngine:
@@ -55,16 +61,7 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEn
     """
     files = None if wanted.cache_dir is None else _files(wanted.cache_dir, wanted.cache_bytes)
     try:
-        model = dsv4.load(
-            packed,
-            device=wanted.device,
-            experts=wanted.experts,
-            routes=wanted.routes,
-            max_seq_len=wanted.max_seq_len,
-            slots=wanted.slots,
-            drafts=False,
-            mark=mark,
-        )
+        model = _load(packed, wanted, mark)
         backend = backend_of(model, wanted.slots, wanted.max_seq_len)
     except BaseException:
         if files is not None:
@@ -74,6 +71,7 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEn
         queue=wanted.queue,
         prefix_bytes=wanted.prefix_bytes,
         root=bytes.fromhex(packed.store.manifest["root"]),
+        draft=wanted.draft,
         sharing=Sharing(max_pause=wanted.max_pause),
         memory=MemoryOptions(wanted.reproducible, turn_id=_turn_id(packed), log=_log),
     )
@@ -83,6 +81,27 @@ def make_engine(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> ServeEn
             model.write_routes(wanted.routes)
 
     return ServeEngine(backend, options, files, ended=ended)
+
+
+def _load(packed: PackedCheckpoint, wanted: Wanted, mark: Mark) -> Model | GpuModel:
+    """With draft layers on the CPU; the GPU's sequences are drafted for by prompt lookup."""
+    load = functools.partial(
+        dsv4.load,
+        packed,
+        device=wanted.device,
+        experts=wanted.experts,
+        routes=wanted.routes,
+        max_seq_len=wanted.max_seq_len,
+        slots=wanted.slots,
+        mark=mark,
+    )
+    try:
+        return load(drafts=wanted.device == "cpu" and wanted.draft not in ("off", 0))
+    except DraftRefusal as error:
+        if wanted.draft != "auto":
+            raise
+        LOG.warning(json.dumps({"event": "draft", "note": str(error)}))
+        return load(drafts=False)
 
 
 def _files(place: Path, limit: int) -> PrefixFiles:

@@ -1,4 +1,4 @@
-"""The scheduler's backend over an engine of the GPU: a row of a step for each sequence.
+"""The scheduler's backend over an engine of the GPU: rows of a step for each sequence.
 
 Nothing here waits for the device but what needs its numbers: tokens that are read, draws that its
 kernel does not know, and `synchronize`.
@@ -6,6 +6,7 @@ kernel does not know, and `synchronize`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,9 +18,10 @@ from dsv4.runtime.gpu.batch import Batch
 from dsv4.runtime.gpu.engine import Engine
 from dsv4.runtime.gpu.prefill_plan import LEAST_ROWS
 from dsv4.runtime.snapshots import block_tokens, gpu_memory
+from dsv4.runtime.text.drafting import Proposer
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve import logprobs
-from dsv4.serve.backend import Draw
+from dsv4.serve.backend import Draw, right_drafts
 from dsv4.serve.jobs import TokenLogprob
 
 _BLOCKS_AT_ONCE = 64  # of a device's memory while they are copied
@@ -32,6 +34,7 @@ class GpuBackend:
 
     most_rows = MAX_ROWS
     least_chunk = LEAST_ROWS
+    most_drafts = 0
 
     def __init__(self, engine: Engine, *, block: int | None = None) -> None:
         if engine.chunk < 2 * LEAST_ROWS:
@@ -51,9 +54,12 @@ class GpuBackend:
         sizes = f"{self.block} {self.block_bytes} {self.state_bytes}"
         self.layout = f"{engine.model!r} {sizes}".encode()
         self._device = engine.model.device
+        memory = engine.model.operands.memory
+        self.experts_on_host = memory is not None and memory.placement.cold > 0
         self._positions = [0] * self.slots
         self._state = torch.empty(self.state_bytes, dtype=torch.uint8, device=self._device)
-        self._rows: list[int] = []  # whose logits are there
+        self._rows: list[int] = []  # slots whose logits are there
+        self._drafts: list[Sequence[int]] = []  # of each of them
 
     def reset(self, slot: int) -> None:
         """See `Backend`."""
@@ -80,7 +86,7 @@ class GpuBackend:
         read = self._read_chunk if len(ids) >= LEAST_ROWS else self._read_steps
         read(slot, tokens, logits)
         self._positions[slot] += len(ids)
-        self._rows = [slot]
+        self._rows, self._drafts = [slot], [()]
         if reached is not None:
             for mark in marks:
                 reached(mark)
@@ -90,20 +96,25 @@ class GpuBackend:
         self.batch.begin(slot, self._positions[slot], sampler)
 
     @torch.no_grad()
-    def forward(self, slots: Sequence[int]) -> None:
+    def forward(self, slots: Sequence[int], drafts: Sequence[Sequence[int]] = ()) -> None:
         """See `Backend`."""
-        self.batch.forward(slots)
-        self._rows = list(slots)
-        for slot in slots:
-            self._positions[slot] += 1
+        if drafts:
+            self.batch.forward(slots, drafts)
+        else:
+            self.batch.forward(slots)
+        self._rows, self._drafts = list(slots), list(drafts) or [()] * len(slots)
+        for slot, some in zip(slots, self._drafts, strict=True):
+            self._positions[slot] += 1 + len(some)
 
     @torch.no_grad()
     def draw(self, draws: Sequence[Draw | None]) -> OnDevice:
         """See `Backend`. What the kernel does not know is drawn here, which waits for the step."""
-        every = self.engine.buffers.step.logits[: len(draws)]
+        sizes = [1 + len(some) for some in self._drafts]
+        starts = [0, *itertools.accumulate(sizes)]
+        every = self.engine.buffers.step.logits[: starts.pop()]
         raw: dict[int, Tensor] = {}
         likeliest: dict[int, logprobs.Likeliest] = {}
-        for row, draw in enumerate(draws):
+        for row, draw in zip(starts, draws, strict=True):
             if draw is None:
                 continue
             if draw.logprobs is not None:
@@ -111,17 +122,22 @@ class GpuBackend:
                 likeliest[row] = logprobs.Likeliest.of(raw[row], draw.logprobs)
             if draw.mask is not None:
                 every[row] = logprobs.without(every[row], draw.mask)
-        tokens = self.batch.draw(self._rows)
-        for row, draw in enumerate(draws):
+        slots = [slot for slot, size in zip(self._rows, sizes, strict=True) for _ in range(size)]
+        tokens = self.batch.draw(slots)
+        for row, draw in zip(starts, draws, strict=True):
             if draw is None:
                 continue
             if draw.sampler.host_reason() is None:
                 draw.sampler.drawn += 1
             else:
                 tokens[row : row + 1] = draw.sampler(every[row : row + 1].cpu())
-        found = OnDevice(tokens, likeliest, raw)
+        found = OnDevice(tokens, likeliest, raw, self._drafts, self._settle(draws, starts))
         tokens.clamp_(min=0)  # one that is not a token may be appended before that is known
         return found
+
+    def proposer(self, slot: int) -> Proposer:
+        """See `Backend`."""
+        raise NotImplementedError  # where `most_drafts` is not 0
 
     def save_state(self, slot: int, position: int, cells: Sequence[Tensor]) -> None:
         """See `Backend`."""
@@ -164,6 +180,24 @@ class GpuBackend:
         if self._cuda:
             torch.cuda.synchronize(self._device)
 
+    def _settle(
+        self, draws: Sequence[Draw | None], starts: Sequence[int]
+    ) -> Callable[[list[int]], None] | None:
+        """What is to be told how many drafts of each slot are right, if there are drafts."""
+        slots, drafts = self._rows, self._drafts
+        if not any(drafts):
+            return None
+
+        def settle(right: list[int]) -> None:
+            rows = zip(slots, drafts, draws, right, strict=True)
+            for slot, some, draw, count in rows:
+                self._positions[slot] -= len(some) - count
+                if draw is not None:
+                    draw.sampler.drawn += count
+            self.batch.keep([row + count for row, count in zip(starts, right, strict=True)])
+
+        return settle
+
     @property
     def _cuda(self) -> bool:
         return self._device.type == "cuda"
@@ -192,15 +226,22 @@ class GpuBackend:
 
 
 class OnDevice:
-    """Tokens that the device draws, on their way to the host."""
+    """Tokens that the device draws, on their way to the host. likeliest, raw: by row. drafts: of
+    each slot; settle: is told how many of them are right, once that is known.
+    """
 
     def __init__(
-        self, tokens: Tensor, likeliest: dict[int, logprobs.Likeliest], raw: dict[int, Tensor]
+        self,
+        tokens: Tensor,
+        likeliest: dict[int, logprobs.Likeliest],
+        raw: dict[int, Tensor],
+        drafts: Sequence[Sequence[int]],
+        settle: Callable[[list[int]], None] | None,
     ) -> None:
         cuda = tokens.device.type == "cuda"
         self._host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=cuda)
         self._host.copy_(tokens, non_blocking=True)
-        self._likeliest = likeliest
+        self._likeliest, self._drafts, self._settle = likeliest, drafts, settle
         self._logits = {
             row: logits.gather(0, tokens[row : row + 1].clamp(min=0).long()).double()
             for row, logits in raw.items()
@@ -209,14 +250,19 @@ class OnDevice:
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> list[tuple[int, TokenLogprob | None]]:
+    def read(self) -> list[list[tuple[int, TokenLogprob | None]]]:
         """See `Drawn`."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[tuple[int, TokenLogprob | None]] = []
-        for row, token in enumerate(self._host.tolist()):
-            told = None
+        tokens, row = self._host.tolist(), 0
+        found: list[list[tuple[int, TokenLogprob | None]]] = []
+        for drafts in self._drafts:
+            token, told = tokens[row], None
             if row in self._likeliest and token >= 0:
                 told = self._likeliest[row].told(token, float(self._logits[row]))
-            found.append((token, told))
+            right = right_drafts(drafts, tokens[row:])
+            found.append([(token, told), *((one, None) for one in tokens[row + 1 :][:right])])
+            row += 1 + len(drafts)
+        if self._settle is not None:
+            self._settle([len(some) - 1 for some in found])
         return found

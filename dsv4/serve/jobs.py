@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dsv4.runtime.text.drafting import MOST_DRAFTS
 from dsv4.runtime.text.sampling import Sampler
 
 
@@ -22,6 +23,41 @@ class Finish(enum.Enum):
     LENGTH = "length"  # max_new_tokens, or no room in the slot
     CANCELLED = "cancelled"  # `Ticket.cancel`
     FAILED = "failed"  # `Event.error` says what happened
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Now: slots in all; running: jobs that have a slot, of which `reading` read their prompt;
+    waiting: jobs without one; kept: slots that hold an ended sequence; remembered_bytes: host
+    memory that beginnings of sequences take, in `remembered_blocks`.
+
+    Since the start: tokens of prompts, of which cached_tokens were not computed; tokens that were
+    told; jobs by how they ended; steps, and their rows; seconds that jobs waited for their first
+    chunk, from there to their first token, and from there to their end, summed over jobs; drafts:
+    how often a sequence had some in a step, how many, and how many of these were right, in all and
+    by their place.
+    """
+
+    slots: int = 0
+    running: int = 0
+    reading: int = 0
+    waiting: int = 0
+    kept: int = 0
+    remembered_blocks: int = 0
+    remembered_bytes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[Finish, int] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    rows: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    drafted: int = 0
+    draft_tokens: int = 0
+    right_drafts: int = 0
+    right_at: tuple[int, ...] = (0,) * MOST_DRAFTS
 
 
 class Constraint(Protocol):
@@ -84,6 +120,9 @@ class Event:
     error: str | None = None
 
 
+Deliver = Callable[[Event], None]
+
+
 class Ticket(Protocol):
     """A job that was taken."""
 
@@ -106,12 +145,18 @@ class Engine(Protocol):
     def most_jobs(self) -> int:
         """Jobs that it holds at once, those that wait included."""
 
-    def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+    def stats(self) -> Stats:
+        """What it has done and does, now."""
+
+    def submit(self, job: Job, deliver: Deliver) -> Ticket:
         """Take a job. `deliver` is called on the engine's thread and must return at once.
 
         Raises RuntimeRefusal for a job that can never run (ids, room), and QueueFull when too many
         wait.
         """
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Deliver]]) -> Sequence[Ticket]:
+        """Take all of them, or raise what `submit` does and take none."""
 
     def close(self, *, finish: bool) -> None:
         """Take no more jobs. finish: run those that were taken to their end, or cancel them."""

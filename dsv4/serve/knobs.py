@@ -1,7 +1,7 @@
 """The fields of a request that say how an answer is drawn, each honoured or refused by name.
 
 A neutral value of a field that is not honoured passes: clients send dozens of them. What a field
-may be stands in `_NUMBERS`; what is known and not honoured in `NEUTRAL`.
+may be stands in `NUMBERS`; what is known and not honoured in `NEUTRAL`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 300
 BAN = -100  # OpenAI: "values like -100 ... should result in a ban of the relevant token"
-_SEEDS = 1 << 63
+SEEDS = 1 << 63
 
-_NUMBERS: dict[str, tuple[float, float]] = {
-    "temperature": (0, 2),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0, 100),
+NUMBERS: dict[str, tuple[float, float, bool]] = {
+    "temperature": (0, 2, False),
+    "top_p": (0, 1, True),
+    "min_p": (0, 1, False),
+    "presence_penalty": (-2, 2, False),
+    "frequency_penalty": (-2, 2, False),
+    "repetition_penalty": (0, 100, True),
 }
-_ABOVE = ("top_p", "repetition_penalty")  # the least value itself is refused
+"""Fields -> least and greatest value, and whether the least itself is refused."""
 
-KNOBS = (*_NUMBERS, "top_k", "n", "best_of", "seed", "logit_bias", "ignore_eos", "min_tokens")
+KNOBS = (*NUMBERS, "top_k", "n", "best_of", "seed", "logit_bias", "ignore_eos", "min_tokens")
 """Fields that `read_knobs` reads."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -74,7 +74,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class Knobs:
     """How an answer is drawn; None where the request said nothing.
 
-    banned: ids that are never drawn. logprobs: how many of the likeliest are told, None for none.
+    banned: ids that are never drawn. bias: what is added to the logits of ids. logprobs: how
+    many of the likeliest are told, None for none.
     """
 
     temperature: float | None = None
@@ -88,6 +89,7 @@ class Knobs:
     n: int = 1
     logprobs: int | None = None
     banned: frozenset[int] = frozenset()
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     ignore_eos: bool = False
     min_tokens: int = 0
 
@@ -96,7 +98,7 @@ class Knobs:
 
         allowed: ids below it are text. Choices of a seed follow one another.
         """
-        seed = None if self.seed is None else (self.seed + index) % _SEEDS
+        seed = None if self.seed is None else (self.seed + index) % SEEDS
         return Sampler.from_settings(
             settings,
             temperature=self.temperature,
@@ -107,6 +109,7 @@ class Knobs:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             seed=seed,
+            bias=self.bias,
             allowed=allowed,
         )
 
@@ -117,18 +120,20 @@ def read_knobs(body: Mapping[str, Any], vocab: int, *, logprobs: int | None = No
     Raises Refusal 400 with the field's name for a value that cannot be, or is not honoured.
     """
     refuse_unsupported(body)
-    values: dict[str, Any] = {name: number(body, name, *_NUMBERS[name]) for name in _NUMBERS}
+    values: dict[str, Any] = {name: number(body, name, *NUMBERS[name]) for name in NUMBERS}
     top_k = integer(body, "top_k", -1, vocab)
+    biases = _biases(body.get("logit_bias"), vocab)
     n = integer(body, "n", 1, MAX_CHOICES) or 1
     if (best := body.get("best_of")) is not None and best != n:
         raise unsupported("best_of", f"best_of is {best!r}, expected n, which is {n}, or nothing")
     return Knobs(
         **values,
         top_k=None if top_k is None else max(top_k, 0),
-        seed=integer(body, "seed", 0, _SEEDS - 1),
+        seed=integer(body, "seed", 0, SEEDS - 1),
         n=n,
         logprobs=logprobs,
-        banned=_banned(body.get("logit_bias"), vocab),
+        banned=frozenset(token for token, value in biases.items() if value == BAN),
+        bias={token: value for token, value in biases.items() if value not in (0, BAN)},
         ignore_eos=bool(flag(body, "ignore_eos")),
         min_tokens=integer(body, "min_tokens", 0, 1 << 20) or 0,
     )
@@ -142,12 +147,13 @@ def refuse_unsupported(body: Mapping[str, Any]) -> None:
             raise unsupported(name, f"{name} is not supported by this server; leave it out")
 
 
-def number(body: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
-    """A finite number of `body`, None where there is none."""
+def number(
+    body: Mapping[str, Any], name: str, low: float, high: float, above: bool
+) -> float | None:
+    """A finite number of `body`, None where there is none. above: `low` itself is refused."""
     value = body.get(name)
     if value is None:
         return None
-    above = name in _ABOVE
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -191,30 +197,27 @@ def read_stops(value: Any, name: str = "stop") -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _banned(value: Any, vocab: int) -> frozenset[int]:
-    if not value:
-        return frozenset()
+def _biases(value: Any, vocab: int) -> dict[int, float]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise invalid(
             "logit_bias", f"logit_bias is not an object of at most {MAX_BIASES} token ids"
         )
-    banned = set()
+    found: dict[int, float] = {}
     for key, bias in value.items():
         if not (len(key) <= 9 and key.isascii() and key.isdecimal() and int(key) < vocab):
             raise invalid(
                 "logit_bias", f"logit_bias has {key[:20]!r}, expected token ids below {vocab}"
             )
-        if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise invalid("logit_bias", f"logit_bias of {key} is {_shown(bias)}, not a number")
-        if bias == BAN:
-            banned.add(int(key))
-        elif bias != 0:
-            raise unsupported(
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not BAN <= bias <= -BAN:
+            raise invalid(
                 "logit_bias",
-                f"logit_bias of {key} is {bias}, expected {BAN}, which bans the token, or 0; "
-                "this server has no other biases",
+                f"logit_bias of {key} is {_shown(bias)}, expected a number from {BAN}, which bans "
+                f"the token, to {-BAN}",
             )
-    return frozenset(banned)
+        found[int(key)] = float(bias)
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -1,13 +1,14 @@
 """What a server measures, for Prometheus.
 
 The names and buckets are vLLM's where they mean the same, so that boards work. A job is measured by
-its `Meter`: from being taken to its last event.
+its `Meter`: from being taken to its last event. What the engine counts itself is asked of it when a
+page is made.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -17,8 +18,10 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from dsv4.serve.jobs import Event, Finish, Job
+from dsv4.serve.jobs import Event, Finish, Job, Stats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LATENCIES = (
@@ -87,6 +90,10 @@ class Metrics:
             registry=self.registry,
         )
 
+    def watch(self, stats: Callable[[], Stats]) -> None:
+        """There is an engine, and this is what it has done. Called once."""
+        self.registry.register(_EngineFigures(stats, self._labels))
+
     def success(self, reason: str) -> None:
         """One more job ended for `reason`."""
         self._success.labels(**self._labels, finished_reason=reason).inc()
@@ -114,6 +121,49 @@ class Metrics:
             name, about, tuple(self._labels), buckets=tuple(buckets), registry=self.registry
         )
         return made.labels(**self._labels)
+
+
+class _EngineFigures(Collector):
+    """What an engine counts itself."""
+
+    def __init__(self, stats: Callable[[], Stats], labels: dict[str, str]) -> None:
+        self._stats, self._names, self._values = stats, tuple(labels), tuple(labels.values())
+
+    def collect(self) -> Iterator[Metric]:
+        """Its figures now."""
+        stats = self._stats()
+        for name, about, field in _GAUGES:
+            gauge = GaugeMetricFamily(name, about, labels=self._names)
+            gauge.add_metric(self._values, getattr(stats, field))
+            yield gauge
+        for name, about, field in _COUNTERS:
+            counter = CounterMetricFamily(name, about, labels=self._names)
+            counter.add_metric(self._values, getattr(stats, field))
+            yield counter
+        places = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that were right, by their place",
+            labels=(*self._names, "position"),
+        )
+        for place, count in enumerate(stats.right_at):
+            places.add_metric((*self._values, str(place)), count)
+        yield places
+
+
+_GAUGES = (
+    ("dsv4:slots", "Sequences that the engine holds at most", "slots"),
+    ("dsv4:slots_kept", "Slots that keep an ended sequence", "kept"),
+    ("dsv4:prompts_being_read", "Sequences whose prompt is being read", "reading"),
+    ("dsv4:remembered_blocks", "Blocks of tokens that are remembered", "remembered_blocks"),
+    ("dsv4:remembered_bytes", "Host memory that they take", "remembered_bytes"),
+)
+_COUNTERS = (
+    ("dsv4:steps", "Steps of sequences that answer", "steps"),
+    ("dsv4:step_rows", "Rows of these", "rows"),
+    ("vllm:spec_decode_num_drafts", "Steps of a sequence that had drafts", "drafted"),
+    ("vllm:spec_decode_num_draft_tokens", "Drafts", "draft_tokens"),
+    ("vllm:spec_decode_num_accepted_tokens", "Drafts that were right", "right_drafts"),
+)
 
 
 class Meter:

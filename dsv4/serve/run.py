@@ -7,10 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.serve.jobs import Event, Finish, Job, TokenLogprob
+from dsv4.serve.jobs import Deliver, Event, Finish, Job, TokenLogprob
 from dsv4.serve.prefix_cache import Keys, Node, common
-
-Deliver = Callable[[Event], None]
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,7 +76,8 @@ class Slot:
 class Run:
     """A job that was taken. `cancel` may be called from any thread; all else is the engine's.
 
-    limit: most tokens of the answer. launched: draws that were begun; told: tokens that were told.
+    limit: most tokens of the answer. launched: tokens that were drawn, or are being; told: that
+    were told. drafts: how many its last step had.
     start: tokens of the slot that it goes on from. cached: tokens that were not computed;
     kept: those that a state was considered for. shared,
     behind: what it has in common with a sequence before it, which it waits for while that pays.
@@ -89,7 +88,7 @@ class Run:
         self.ids = list(job.ids)
         self.limit = min(job.max_new_tokens, capacity - len(self.ids))
         self.launched = self.told = self.start = self.cached = self.kept = self.shared = 0
-        self.overtaken = self.turn = 0
+        self.overtaken = self.turn = self.drafts = 0
         self.slot: Slot | None = None
         self.begun = self.ended = False
         self.behind: Run | None = None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from dsv4.formats.errors import Dsv4Error, QueueFull
-from dsv4.serve.jobs import Engine, Event, Finish, Job, Ticket
+from dsv4.serve.jobs import Engine, Event, Finish, Job
 from dsv4.serve.metrics import Meter, Metrics
 from dsv4.serve.record import Record
 from dsv4.serve.refusal import Refusal
@@ -38,18 +38,14 @@ class Runs:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._record, self._seconds = record, seconds
         self._ends = None if seconds is None else self._loop.time() + seconds
-        self._tickets: list[Ticket] = []
-        self._meters: list[Meter] = []
-        self.open: set[int] = set()
+        told = [(job, self._deliver(index)) for index, job in enumerate(jobs)]
         try:
-            for index, job in enumerate(jobs):
-                self._tickets.append(engine.submit(job, self._deliver(index)))
-                self._meters.append(Meter(metrics, job))
-                self.open.add(index)
+            self._tickets = engine.submit_all(told)
         except Dsv4Error as error:
             metrics.rejected("queue_full" if isinstance(error, QueueFull) else "refused")
-            self.cancel()
             raise
+        self._meters = [Meter(metrics, job) for job in jobs]
+        self.open = set(range(len(jobs)))
         record.prompt_tokens += sum(len(job.ids) for job in jobs)
         record.meters += self._meters
 

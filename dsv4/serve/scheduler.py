@@ -2,7 +2,9 @@
 
 `turn` does one thing: a chunk of one prompt, or a round, in which every sequence that answers gets
 a token. A round launches the next step before it reads the tokens of the last one: a sequence that
-turns out to have ended has wasted a row. Not for concurrent use; `engine.ServeEngine` is.
+turns out to have ended has wasted a row. A round with drafts has to know the last tokens, and what
+came of its drafts before anything else: it reads both. Not for concurrent use;
+`engine.ServeEngine` is.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from dsv4.runtime.text.drafting import Wish
 from dsv4.serve import logprobs
 from dsv4.serve.backend import Backend, Draw, Drawn
-from dsv4.serve.jobs import Finish, TokenLogprob
+from dsv4.serve.drafts import Drafting
+from dsv4.serve.jobs import Finish, Stats, TokenLogprob
 from dsv4.serve.order import Pace, chunk_end, groups, next_prompt
 from dsv4.serve.prefix_cache import common
 from dsv4.serve.remembering import Remembering
 from dsv4.serve.run import Run, Slot
-from dsv4.serve.stats import Stats
 
 NOT_FINITE = (
     "the model's logits hold NaN or infinity, expected finite numbers; `dsv4 validate` tells "
@@ -41,7 +44,7 @@ class Sharing:
 
 
 class Scheduler:
-    """clock: seconds, of which only differences matter."""
+    """clock: seconds, of which only differences matter. draft: tokens that are guessed ahead."""
 
     def __init__(
         self,
@@ -49,8 +52,10 @@ class Scheduler:
         remembering: Remembering,
         sharing: Sharing | None = None,
         clock: Callable[[], float] = time.monotonic,
+        draft: Wish = "off",
     ) -> None:
         self.backend, self.remembering, self.clock = backend, remembering, clock
+        self.drafting = Drafting(backend, draft)
         self.sharing = sharing or Sharing()
         self.slots = [Slot(number) for number in range(backend.slots)]
         self.waiting: deque[Run] = deque()
@@ -61,6 +66,7 @@ class Scheduler:
         self._pace = Pace(backend.chunk, min(least, backend.chunk))
         self._turns = 0
         self._rounds = 0  # since the last chunk
+        self._steady = 0  # sequences of the last turn's step, which the next one waits for
         self._round_seconds = 0.0
         self._answers_until = 0.0
         self._sums = Stats(slots=backend.slots, finished=dict.fromkeys(Finish, 0))
@@ -146,7 +152,7 @@ class Scheduler:
 
     def _read(self, run: Run) -> None:
         """A chunk of its prompt; with the last one, the first token of its answer."""
-        answering = bool(self.running)
+        answering, self._steady = bool(self.running), 0
         self._hear()
         start = self.clock()
         slot = run.held
@@ -205,13 +211,49 @@ class Scheduler:
             return self._end(run, Finish.LENGTH)
         run.job.sampler.begin(run.ids)
         self.backend.begin(run.held.number, run.job.sampler)
+        self.drafting.begin(run)
         self._draw([run])
         return None
 
     def _round(self) -> None:
-        """A token of everybody who answers."""
-        start = self.clock()
-        ready = [run for run in self.running if run.goes_on]
+        """A token of everybody who answers, or more with drafts."""
+        start, drafting = self.clock(), self.drafting
+        ready, share = self._ready(), None
+        if drafting.room(len(ready)) and (drafting.layers or drafting.share(ready)):
+            self._hear()
+            start, ready = self.clock(), self._ready()
+            share = drafting.share(ready)
+        right = 0
+        if share is not None and share.tried:
+            right = self._together(ready, share.drafts)
+        else:
+            share = None
+            self._plain(ready)
+        seconds = self.clock() - start
+        if share is not None or self._steady == len(ready):
+            drafting.ran(len(ready), share, right, seconds)
+        self._steady = len(ready) if share is None else 0
+        self._rounds += 1
+        self._round_seconds = seconds
+
+    def _ready(self) -> list[Run]:
+        return [run for run in self.running if run.goes_on]
+
+    def _together(self, group: list[Run], drafts: list[list[int]]) -> int:
+        """A step with drafts, and what was drawn in it; -> how many drafts are right."""
+        self.backend.forward([run.held.number for run in group], drafts)
+        for run, some in zip(group, drafts, strict=True):
+            run.drafts = len(some)
+            cold = self.backend.least_chunk == 1
+            run.held.went_to(run.held.position + 1 + run.drafts, cold=cold)
+        self._count(steps=1, rows=len(group) + sum(map(len, drafts)))
+        before = self._sums.right_drafts
+        self._draw(group)
+        self._hear()
+        return self._sums.right_drafts - before
+
+    def _plain(self, ready: list[Run]) -> None:
+        """A token each, which is read when the next step has begun."""
         for part in groups(len(ready), self.backend.most_rows):
             group = [run for run in ready[part] if not run.ended]
             if not group:
@@ -222,10 +264,10 @@ class Scheduler:
             self._count(steps=1, rows=len(group))
             self._hear()
             self._draw(group)
+            for run in group:
+                self.drafting.judge(run, 0)
         if not ready:
             self._hear()
-        self._rounds += 1
-        self._round_seconds = self.clock() - start
 
     def _draw(self, group: list[Run]) -> None:
         """Begin the draws of those of the last step that have not ended meanwhile."""
@@ -255,19 +297,41 @@ class Scheduler:
         """Read the tokens that were being drawn, and tell them."""
         drawn, self._drawn = self._drawn, []
         for wanted, tokens in drawn:
-            for run, (token, told) in zip(wanted, tokens.read(), strict=True):
+            for run, found in zip(wanted, tokens.read(), strict=True):
                 if run is not None and not run.ended:
-                    self._took(run, token, told)
+                    self._took(run, found)
 
-    def _took(self, run: Run, token: int, told: TokenLogprob | None) -> None:
+    def _took(self, run: Run, found: list[tuple[int, TokenLogprob | None]]) -> None:
+        """A token that was drawn, behind drafts that were right."""
         if run.answered == 0.0:
             run.answered = self.clock()
             self._count(prefill_seconds=run.answered - run.began)
+        slot, right = run.held, len(found) - 1
+        if run.drafts:
+            slot.go_back(slot.position - (run.drafts - right))
+            self._judge(run, right)
+        slot.tokens += [token for token, _ in found if token >= 0]
+        if found[-1][0] < 0:
+            slot.empty()  # what such a sequence holds is not to be gone on from
+        else:
+            self.remembering.took(run)
+        for token, told in found:
+            if run.ended or run.cancelled:
+                return
+            self._took_one(run, token, told)
+
+    def _judge(self, run: Run, right: int) -> None:
+        """So many of the drafts of its last step are right."""
+        self.drafting.judge(run, right)
+        run.launched += right
+        at = tuple(count + (place < right) for place, count in enumerate(self._sums.right_at))
+        self._sums = dataclasses.replace(self._sums, right_at=at)
+        self._count(drafted=1, draft_tokens=run.drafts, right_drafts=right)
+        run.drafts = 0
+
+    def _took_one(self, run: Run, token: int, told: TokenLogprob | None) -> None:
         if token < 0:
-            run.held.empty()  # what such a sequence holds is not to be gone on from
             return self._end(run, Finish.FAILED, NOT_FINITE)
-        run.held.tokens.append(token)
-        self.remembering.took(run)
         if token in run.job.stop_ids:
             return self._end(run, Finish.STOP)
         constraint = run.job.constraint

@@ -87,6 +87,7 @@ class Server:
     def ready(self, engine: Engine) -> None:
         """From now on requests are answered."""
         self._engine = engine
+        self.metrics.watch(engine.stats)
         if self.stage is Stage.LOADING:
             self.stage = Stage.READY
 

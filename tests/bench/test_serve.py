@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import dsv4
 from dsv4.bench.serve import bare_step, measure
 from dsv4.cli import cli
 from dsv4.serve.engine_choice import Wanted, make_engine
-from dsv4.serve.jobs import Engine, Event, Job, Ticket
+from dsv4.serve.jobs import Engine, Event, Job, Stats, Ticket
 
 PROMPT, ANSWER = 40, 6
 
@@ -43,6 +43,14 @@ class MixedUp:
     def max_seq_len(self) -> int:
         """The engine's."""
         return self._engine.max_seq_len
+
+    def stats(self) -> Stats:
+        """The engine's."""
+        return self._engine.stats()
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Callable[[Event], None]]]) -> list[Ticket]:
+        """One after another."""
+        return [self.submit(*one) for one in jobs]
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
         """The engine's, but for the tokens."""

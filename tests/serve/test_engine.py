@@ -259,6 +259,24 @@ def test_more_than_may_wait_are_refused(engine: ServeEngine) -> None:
     assert ask(engine, job(IDS[:20])).wait().finish is Finish.LENGTH
 
 
+def test_several_are_taken_together_or_not_at_all(engine: ServeEngine) -> None:
+    """Two slots and one who waits: of four none runs, of three all; nor where one can never run."""
+    heard = [Heard() for _ in range(4)]
+    good = [(job(IDS[:20], 400), one) for one in heard]
+    with pytest.raises(QueueFull, match="0 jobs run or wait, and 4 more at once are too many: 3"):
+        engine.submit_all(good)
+    with pytest.raises(RuntimeRefusal, match="the prompt is empty"):
+        engine.submit_all([*good[:2], (job([]), heard[2])])
+    assert engine.stats().running == engine.stats().waiting == 0
+    tickets = engine.submit_all(good[:3])
+    with pytest.raises(QueueFull, match="3 jobs run or wait, and 2 more"):
+        engine.submit_all(good[:2])
+    for ticket in tickets:
+        ticket.cancel()
+    assert [one.wait().finish for one in heard[:3]] == [Finish.CANCELLED] * 3
+    assert heard[3].events == []
+
+
 @pytest.mark.parametrize(
     ("ids", "count", "message"),
     [

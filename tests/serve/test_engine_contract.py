@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import dsv4
-from dsv4.formats.errors import QueueFull, RuntimeRefusal
+from dsv4.formats.errors import DraftRefusal, QueueFull, RuntimeRefusal
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.model import Model
+from dsv4.runtime.text.drafting import Wish
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.engine_choice import Wanted, make_engine
 from dsv4.serve.jobs import Engine, Event, Finish, Job, TokenLogprob
@@ -64,6 +65,41 @@ def test_counts_of_experts_are_written_once_when_it_is_closed(
     wanted = dataclasses.replace(wanted, count=False)
     make_engine(dsv4.open(native_store), wanted, lambda phase: None).close(finish=True)
     assert written == [file]
+
+
+def test_draft_layers_are_loaded_where_they_are_used(
+    native_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By `auto` only if they can be used."""
+    asked: list[bool] = []
+    right = dsv4.load
+
+    def load(*given: Any, drafts: bool, **named: Any) -> Model | GpuModel:
+        asked.append(drafts)
+        if drafts and damaged:
+            raise DraftRefusal("the draft layers cannot be used: they are damaged")
+        return right(*given, drafts=drafts, **named)
+
+    monkeypatch.setattr(dsv4, "load", load)
+    wishes: tuple[tuple[Wish, bool, list[bool]], ...] = (
+        ("off", True, [False]),
+        (0, True, [False]),
+        (2, False, [True]),
+        ("auto", True, [True, False]),
+    )
+    damaged = True
+    for draft, damages, loads in wishes:
+        damaged = damages
+        asked.clear()
+        wanted = Wanted("cpu", max_seq_len=ROOM, draft=draft, count=False)
+        made = make_engine(dsv4.open(native_store), wanted, lambda phase: None)
+        assert tokens(run(made, Job(PROMPT, Sampler(), 2)))
+        made.close(finish=True)
+        assert asked == loads
+    assert "they are damaged" in caplog.text
+    with pytest.raises(DraftRefusal):
+        wanted = Wanted("cpu", max_seq_len=ROOM, draft=2, count=False)
+        make_engine(dsv4.open(native_store), wanted, lambda phase: None)
 
 
 def run(engine: Engine, job: Job) -> list[Event]:
@@ -121,6 +157,24 @@ def test_masks_stop_ids_and_seeds(engine: Engine, forward: Callable[[list[int]],
     assert not set(tokens(banned)) & set(free)
     first, second = (tokens(run(engine, Job(PROMPT, Sampler(1.0, seed=8), 6))) for _ in range(2))
     assert first == second
+
+
+def test_a_bias_is_added_to_the_logits(
+    engine: Engine, forward: Callable[[list[int]], Tensor]
+) -> None:
+    """Likelihoods are told without it."""
+    free = tokens(run(engine, Job(PROMPT, Sampler(), 6)))
+    bias = {free[0]: -6.0, free[3]: 0.5, 9: 1.5}
+    events = run(engine, Job(PROMPT, Sampler(bias=bias), 6, logprobs=0))
+    said = tokens(events)
+    logits = forward(PROMPT + said)[len(PROMPT) - 1 : -1]
+    more = torch.zeros(logits.shape[-1])
+    for token, value in bias.items():
+        more[token] = value
+    assert said == (logits + more).argmax(-1).tolist() and said != free
+    raw = logits.double().log_softmax(-1)
+    for event, row in zip([one for one in events if one.tokens], raw, strict=True):
+        assert event.logprobs[0].logprob == pytest.approx(float(row[event.tokens[0]]), abs=1e-4)
 
 
 def test_a_cancelled_job_ends_and_the_next_one_runs(engine: Engine) -> None:

@@ -189,7 +189,10 @@ def test_what_clients_send_in_other_words(served: Live) -> None:
         ("stop", ["x"] * 17),
         ("max_tokens", 0),
         ("top_logprobs", 2),
-        ("logit_bias", {"5": 3}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": -100.5}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", [5]),
         ("logit_bias", {"x": -100}),
         ("best_of", 2),
         ("guided_json", {}),
@@ -207,6 +210,26 @@ def test_what_is_not_honoured_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/chat/completions", body=body, cast_to=object)
     assert caught.value.param == field, caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": ASK, "max_tokens": 5}),
+    ],
+)
+def test_biases_reach_the_draw(served: Live, path: str, body: dict[str, Any]) -> None:
+    """Wherever they are said; -100 is a ban, which nothing outweighs."""
+    bias = {"5": 3, "7": -100, "9": -99.5, "11": 0, "12": 100}
+    assert served.post(path, body | {"logit_bias": bias}).status_code == 200
+    job = served.engine.jobs[-1]
+    assert job.sampler.bias == {5: 3.0, 9: -99.5, 12: 100.0}
+    assert job.constraint is not None
+    mask = job.constraint.mask()
+    assert mask is not None and (~mask).nonzero().flatten().tolist() == [7]
 
 
 def test_neutral_values_pass(served: Live) -> None:

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from dsv4.serve import sse
+from dsv4.serve.jobs import Stats
 from dsv4.serve.server import Access, Limits
 from tests.serve.conftest import Script
 from tests.support.serving import Live, ScriptedEngine, live, served_model
@@ -219,6 +220,30 @@ def test_metrics_by_vllms_names(served: Live) -> None:
     assert gauges(served)["vllm:admission_rejections_total"] == 1
 
 
+def test_metrics_of_the_engine(served: Live) -> None:
+    served.engine.counted = Stats(
+        slots=8,
+        kept=3,
+        remembered_bytes=1 << 20,
+        steps=9,
+        drafted=4,
+        draft_tokens=11,
+        right_drafts=6,
+        right_at=(4, 2, 0, 0, 0, 0, 0),
+    )
+    found = gauges(served)
+    assert found["dsv4:slots"] == 8 and found["dsv4:slots_kept"] == 3
+    assert found["dsv4:remembered_bytes"] == 1 << 20 and found["dsv4:steps_total"] == 9
+    assert found["vllm:spec_decode_num_drafts_total"] == 4
+    assert found["vllm:spec_decode_num_draft_tokens_total"] == 11
+    assert found["vllm:spec_decode_num_accepted_tokens_total"] == 6
+    page = served.client.get(f"{served.url}/metrics").text
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    lines = [line for line in page.splitlines() if line.startswith(name)]
+    assert [line.rpartition(" ")[2] for line in lines[:3]] == ["4.0", "2.0", "0.0"]
+    assert 'position="0"' in lines[0] and 'model_name="tiny"' in lines[0]
+
+
 def test_the_log_has_figures_and_nothing_that_was_said(
     served: Live, script: Script, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,7 +312,7 @@ def test_a_fault_of_the_server_tells_nothing(
     def break_down(*arguments: object) -> None:
         raise ZeroDivisionError("at address 0x7f00")
 
-    monkeypatch.setattr(served.engine, "submit", break_down)
+    monkeypatch.setattr(served.engine, "submit_all", break_down)
     answer = served.post("/v1/chat/completions", CHAT)
     assert answer.status_code == 500 and "0x7f00" not in answer.text
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]

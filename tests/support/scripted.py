@@ -72,6 +72,7 @@ class ScriptedSession(SequenceBase):
 
     slack = 1 << 30
     caches: tuple[()] = ()
+    context: tuple[()] = ()
 
     def __init__(self, model: ScriptedModel, max_seq_len: int | None = None) -> None:
         config = model.config

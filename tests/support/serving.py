@@ -20,7 +20,7 @@ from dsv4.formats.errors import QueueFull, RuntimeRefusal
 from dsv4.formats.model.settings import GenerationSettings
 from dsv4.runtime.text.tokenizer import Text
 from dsv4.serve.app import make_app
-from dsv4.serve.jobs import Event, Finish, Job, TokenLogprob
+from dsv4.serve.jobs import Event, Finish, Job, Stats, TokenLogprob
 from dsv4.serve.model import ServedModel
 from dsv4.serve.server import Server
 
@@ -86,21 +86,30 @@ class ScriptedEngine:
         self.cancels: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.hold = threading.Event()
         self.failure: str | None = None
-        self.running = 0
+        self.running, self.counted = 0, Stats()
         self._lock = threading.Lock()
 
     def submit(self, job: Job, deliver: Callable[[Event], None]) -> Ticket:
+        """As in `Engine`."""
+        return self.submit_all([(job, deliver)])[0]
+
+    def submit_all(self, jobs: Sequence[tuple[Job, Callable[[Event], None]]]) -> list[Ticket]:
         """As in `Engine`; each job on a thread of its own."""
-        with self._lock:
-            if self.running >= self.most:
-                raise QueueFull(f"{self.running} requests wait already; try again later")
-            self.running += 1
-            self.jobs.append(job)
-        if len(job.ids) + job.max_new_tokens > self.max_seq_len:
+        if any(len(job.ids) + job.max_new_tokens > self.max_seq_len for job, _ in jobs):
             raise RuntimeRefusal("the job does not fit")
-        ticket = Ticket(job, deliver)
-        threading.Thread(target=self._run, args=(ticket,), daemon=True).start()
-        return ticket
+        with self._lock:
+            if self.running + len(jobs) > self.most:
+                raise QueueFull(f"{self.running} requests wait already; try again later")
+            self.running += len(jobs)
+            self.jobs += [job for job, _ in jobs]
+        tickets = [Ticket(job, deliver) for job, deliver in jobs]
+        for ticket in tickets:
+            threading.Thread(target=self._run, args=(ticket,), daemon=True).start()
+        return tickets
+
+    def stats(self) -> Stats:
+        """Nothing is counted but who runs, and what a test says."""
+        return dataclasses.replace(self.counted, running=self.running)
 
     def close(self, *, finish: bool) -> None:
         """Nothing to end."""

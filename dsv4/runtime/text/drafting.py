@@ -224,27 +224,30 @@ class Drafter:
 # What a row beside others costs, of a step, until it has been timed: of Flash on an H200 1.0 ms of
 # 4.5 for the second, and less for those behind it.
 ROW_COST = 0.2
+UNTRIED = 0.5  # a draft of such a chance is run where none was timed, whatever it may cost
 TRIES, PAUSE = 2, 64  # rounds until it is judged; tokens until it is tried again
 WARM = 2  # steps of a size that are not timed: a GPU loads code in the first and records the second
 _NEW = 0.25  # weight of what is new in a mean
 
 
 class Auto:
-    """How many drafts a round is to have, by what the last ones gave.
+    """How many drafts a round is to have, by what the last ones gave. sequences: that go on in it;
+    drafts are those of all of them.
 
     Times are measured, so that one rule serves a GPU, a CPU and experts behind a bus. Few drafts at
     first; two more when all were right, one less when not, unless they say how likely they are.
     Where rounds give fewer tokens than plain steps would in their time, none for a while.
     """
 
-    def __init__(self, most: int) -> None:
-        self._limit = most
+    def __init__(self, most: int, sequences: int = 1) -> None:
+        self._limit, self._sequences = most, sequences
+        self._untimed = ROW_COST / (1 + ROW_COST * (sequences - 1))  # of a row, of their step
         self._seconds: dict[int, float] = {}  # of a step, by its kind
         self._seen: Counter[int] = Counter()
         self._pause = 0
         self._sure = False  # whether proposals say how likely they are, which decides then
         self._length, self._rounds = min(TRIES, most), 0
-        self._tokens = self._cost = 1.0  # of a round: tokens, and time in plain steps
+        self._tokens = self._cost = 1.0  # of a round: tokens each, time in plain steps
 
     @property
     def most(self) -> int:
@@ -254,13 +257,19 @@ class Auto:
     def worth(self, confidence: Sequence[float]) -> int:
         """How many drafts to run: as long as one's chance to be reached and right is worth its row.
 
-        A row's worth is the tokens that its time would give otherwise. Looks at a draft and those
-        before it only.
+        Looks at a draft and those before it only.
         """
-        self._sure = True
-        least = self._row_cost() * self._tokens / self._cost
+        least = self.least()
         chances = itertools.accumulate(confidence, operator.mul)
         return len(list(itertools.takewhile(lambda chance: chance >= least, chances)))
+
+    def least(self) -> float:
+        """The chance at which a draft is worth its row: the tokens that its time would give
+        otherwise. Who asks cuts by it from then on.
+        """
+        self._sure = True
+        found = self._row_cost() * self._sequences * self._tokens / self._cost
+        return found if max(self._seconds) > 1 else min(found, UNTRIED)
 
     def ran(self, proposed: int, accepted: int, seconds: float, *, tried: bool) -> None:
         """A step is over. tried: whether there was a proposal, run or not."""
@@ -271,11 +280,11 @@ class Auto:
             return
         if not tried:
             return
-        cost = 1 + ROW_COST * proposed
+        cost = 1 + self._untimed * proposed
         if kind in self._seconds:
             cost = self._seconds[kind] / self._seconds[1]
         self._cost += _NEW * (cost - self._cost)
-        self._tokens += _NEW * (1 + accepted - self._tokens)
+        self._tokens += _NEW * (1 + accepted / self._sequences - self._tokens)
         more = self._limit if self._sure else 2 if accepted == proposed else -1
         self._length = min(max(self._length + more, 1), self._limit)
         self._rounds += 1
@@ -292,7 +301,9 @@ class Auto:
 
     def _row_cost(self) -> float:
         most = max(self._seconds)
-        return (self._seconds[most] / self._seconds[1] - 1) / (most - 1) if most > 1 else ROW_COST
+        if most == 1:
+            return self._untimed
+        return (self._seconds[most] / self._seconds[1] - 1) / (most - 1)
 
 
 class DraftingSession(ProposingSession, Protocol):

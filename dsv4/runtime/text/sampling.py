@@ -1,7 +1,7 @@
 """One token id from one row of logits: greedy, or by temperature, top-k, top-p and min-p.
 
 The draw itself is `dsv4.kernels.reference.sampling`; the GPU's kernel draws the same tokens. What
-that kernel does not know (penalties, min-p, top-p of what top-k leaves) is done to the logits
+that kernel does not know (biases, penalties, min-p, top-p of what top-k leaves) is done to logits
 beforehand, by `dsv4.runtime.text.warping`; on a GPU such tokens are drawn on the host. No
 generator has a state: a draw is a function of logits, parameters, seed and a counter of draws. The
 global random state is neither read nor written.
@@ -10,7 +10,7 @@ global random state is neither read nor written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.model.settings import GenerationSettings
 from dsv4.kernels.reference.sampling import INVALID_TOKEN, MAX_VOCAB, Parameters, sample
-from dsv4.runtime.text.warping import Context, Penalties, keep
+from dsv4.runtime.text.warping import Context, Penalties, biased, keep
 
 __all__ = ["INVALID_TOKEN", "Sampler"]
 
@@ -32,13 +32,14 @@ class Sampler:
     smallest set of most likely ids whose probabilities reach `top_p` (Holtzman et al. 2020),
     equal logits in id order, of what `top_k` leaves: that many at most, None all. `min_p` keeps
     ids at least so many times as likely as the likeliest. Penalties: `runtime.warping`; they look
-    at what `begin` and `took` were told. `allowed` restricts the draw to ids below it: rows of the
+    at what `begin` and `took` were told. `bias` is added to the logits of its ids before all else
+    (OpenAI's `logit_bias`). `allowed` restricts the draw to ids below it: rows of the
     head beyond the tokenizer's range are padding. `seed` None takes one from the system. `drawn`
     counts the tokens drawn so far. Temperature and `top_p` are used as float32.
 
     Raises RuntimeRefusal for a temperature that is negative or not finite, a `top_p` outside
     (0, 1], a `min_p` outside [0, 1], a seed outside [0, 2^63), a `top_k` or an `allowed` below 1,
-    a repetition penalty that is not above 0, and penalties that are not finite.
+    a repetition penalty that is not above 0, and penalties or a bias that are not finite.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Sampler:
         repetition_penalty: float = 1.0,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
+        bias: Mapping[int, float] | None = None,
         allowed: int | None = None,
     ) -> None:
         if not (0 <= temperature <= torch.finfo(torch.float32).max):
@@ -73,6 +75,9 @@ class Sampler:
         for name, value in (("presence", presence_penalty), ("frequency", frequency_penalty)):
             if not math.isfinite(value):
                 raise RuntimeRefusal(f"{name}_penalty is {value}, expected a finite number")
+        for token, value in (bias or {}).items():
+            if token < 0 or not math.isfinite(value):
+                raise RuntimeRefusal(f"the bias of token {token} is {value}, expected a number")
         if allowed is not None and allowed < 1:
             raise RuntimeRefusal(f"allowed is {allowed}, expected at least one token id")
         self.temperature = temperature
@@ -81,6 +86,7 @@ class Sampler:
         self.top_k = top_k
         self.min_p = min_p
         self.penalties = Penalties(repetition_penalty, presence_penalty, frequency_penalty)
+        self.bias = dict(bias or {})
         self.allowed = allowed
         self.drawn = 0
         self._context = Context()
@@ -98,6 +104,7 @@ class Sampler:
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         seed: int | None = None,
+        bias: Mapping[int, float] | None = None,
         allowed: int | None = None,
     ) -> Sampler:
         """Draws as the checkpoint asks, but for what is given here; `top_k` 0 is all tokens.
@@ -121,6 +128,7 @@ class Sampler:
             repetition_penalty=chosen(repetition_penalty, settings.repetition_penalty),
             presence_penalty=chosen(presence_penalty, settings.presence_penalty),
             frequency_penalty=chosen(frequency_penalty, settings.frequency_penalty),
+            bias=bias,
             allowed=allowed,
         )
 
@@ -138,6 +146,8 @@ class Sampler:
             found.append("top-k together with top-p")
         if not self.penalties.neutral:
             found.append("a penalty on tokens that were there before")
+        if self.bias:
+            found.append("a bias of tokens")
         if not found:
             return None
         return f"{' and '.join(found)}: each token is drawn on the host, which takes longer"
@@ -168,6 +178,8 @@ class Sampler:
         rows = logits.reshape(-1, logits.shape[-1])
         parameters = self.parameters(len(rows), logits.device)
         self.drawn += len(rows)
+        if self.bias:
+            rows = biased(rows, self.bias)
         if not self.penalties.neutral:
             rows = self._context.penalised(rows, self.penalties)
         if self._warps:

@@ -1,7 +1,7 @@
-"""Logits made ready for a draw: penalties, and the tokens that top-k, top-p and min-p leave.
+"""Logits made ready for a draw: biases, penalties, the tokens that top-k, top-p and min-p leave.
 
-In the order of transformers' `generate`: repetition penalty, then temperature, top-k, top-p of what
-top-k leaves, min-p of what is left. Probabilities are the integer weights of
+In the order of transformers' `generate`: bias, repetition penalty, then temperature, top-k, top-p
+of what top-k leaves, min-p of what is left. Probabilities are the integer weights of
 `dsv4.kernels.reference.sampling`, and equal logits rank by id, so that the k-th of equals is
 decided where transformers keeps them all.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ class Context:
             result = result.index_add(1, ids, -loss.float().expand(len(result), -1))
         limit = torch.finfo(torch.float32).max
         return result.clamp(-limit, limit).where(logits.isfinite(), logits.float())
+
+
+def biased(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """float32 `[T, V]` -> the same in new memory, with `bias` added to the logits of its ids; those
+    beyond the vocabulary have none.
+    """
+    found = {token: value for token, value in bias.items() if token < logits.shape[-1]}
+    more = torch.tensor(list(found.values()), dtype=torch.float32, device=logits.device)
+    return logits.float().index_add(-1, _ids(list(found), logits), more.expand(len(logits), -1))
 
 
 def keep(logits: Tensor, parameters: Parameters, min_p: float) -> Tensor:

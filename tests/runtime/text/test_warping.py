@@ -1,4 +1,4 @@
-"""Penalties, top-k, top-p and min-p against transformers' processors, in transformers' order."""
+"""Biases, penalties, top-k, top-p and min-p against transformers' processors, in their order."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -23,7 +24,7 @@ from dsv4.formats.model.releases import FLASH
 from dsv4.formats.model.settings import GenerationSettings
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import INVALID_TOKEN, Sampler
-from dsv4.runtime.text.warping import Context, Penalties, keep
+from dsv4.runtime.text.warping import Context, Penalties, biased, keep
 from tests.runtime.text.test_sampling import draw_many, total_variation, variation_bound
 from tests.runtime.text.text_fixtures import FakeSession
 
@@ -144,6 +145,33 @@ def test_the_repetition_penalty_is_transformers_to_the_bit(penalty: float) -> No
     assert torch.equal(found, expected) and not torch.equal(found, logits)
 
 
+BIAS = {3: 2.5, 8: -4.0, 9: 0.25, 40: 100.0, 41: -99.5}
+
+
+def test_a_bias_is_transformers_to_the_bit() -> None:
+    logits = random_logits(4)
+    logits[0, 3], logits[1, 8] = -math.inf, 0.0
+    theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in BIAS.items()])
+    expected = theirs(torch.zeros((4, 1), dtype=torch.int64), logits.clone())
+    found = biased(logits, BIAS | {VOCAB + 2: 50.0})
+    assert torch.equal(found, expected) and not torch.equal(found, logits)
+    greedy = Sampler(bias=BIAS)(logits)
+    assert torch.equal(greedy, expected.argmax(-1)) and greedy.tolist() == [40] * 4
+
+
+def test_draws_follow_the_bias_before_all_else() -> None:
+    """Then the penalty, as in transformers: it divides or multiplies what the bias made."""
+    logits, bias = random_logits(5, rows=1)[0], {3: 2.5, 7: -4.0, 9: 3.25}
+    more = torch.zeros(VOCAB).index_add(0, torch.tensor(list(bias)), torch.tensor([2.5, -4, 3.25]))
+    how = {"repetition_penalty": 1.5, "top_p": 0.9}
+    expected = warped((logits + more)[None], torch.tensor([[3, 7]]), how)[0].softmax(-1)
+    sampler = Sampler(1.0, 0.9, seed=2, repetition_penalty=1.5, bias=bias)
+    sampler.begin([3, 7])
+    draws = draw_many(sampler, logits)
+    assert set(draws.tolist()) == set(expected.nonzero().flatten().tolist())
+    assert total_variation(draws, expected) < variation_bound(VOCAB, len(draws))
+
+
 def test_the_answer_counts_for_the_other_penalties_and_the_prompt_does_not() -> None:
     """OpenAI's formula: a logit loses frequency * count + presence * (count > 0)."""
     logits, context = random_logits(2), Context([1, 2])
@@ -238,3 +266,4 @@ def test_the_reason_to_draw_on_the_host_names_what_the_kernel_lacks() -> None:
     assert "top-k together with top-p" in str(Sampler(1.0, 0.9, top_k=4).host_reason())
     assert "min-p" in str(Sampler(1.0, min_p=0.1).host_reason())
     assert "penalty" in str(Sampler(repetition_penalty=1.1).host_reason())
+    assert "a bias of tokens" in str(Sampler(bias={4: 0.5}).host_reason())
