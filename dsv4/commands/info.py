@@ -45,7 +45,7 @@ def info(
     values: bool,
     as_json: bool,
 ) -> None:
-    """Say what DIR is: model, recipe, losses, sizes, root, and what it needs to run.
+    """Say what DIR is: model, recipe, size, and what it takes.
 
     Of a packed store from its metadata; of a checkpoint, a directory or a hub id, from headers
     alone, as --recipe would pack it.

@@ -39,7 +39,7 @@ repo_argument = click.argument("repo", metavar="ORG/NAME")
 @click.option("--replace-card", is_flag=True, help="Also if the README.md there is not dsv4's.")
 @json_option
 def push(directory: Path, repo: str, as_json: bool, **how: Any) -> None:
-    """Publish a packed store on the hub; continues what was interrupted.
+    """Publish a packed store on the hub; can be continued.
 
     Every byte of DIR is compared with its checksums first, and a damaged store is refused. Files
     that are there already are not sent again. A model card says what the store was made from, what
@@ -115,7 +115,7 @@ def pull(
     streams: int,
     as_json: bool,
 ) -> None:
-    """Fetch a packed store from the hub; continues what was interrupted.
+    """Fetch a packed store from the hub; can be continued.
 
     Every chunk is compared with the manifest as it arrives, the manifest with its root, and the
     root with --root, before anything of it is in DIR under its name.

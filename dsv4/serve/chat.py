@@ -115,9 +115,10 @@ class Chat(Face):
         if most is not None and not logprobs:
             raise invalid("top_logprobs", "top_logprobs needs logprobs: true")
         knobs = read_knobs(body, model.vocab, logprobs=(most or 0) if logprobs else None)
-        if "max_completion_tokens" in body:
-            body["max_tokens"] = body.pop("max_completion_tokens")
         max_tokens = integer(body, "max_tokens", 1, MAX_TOKENS)
+        if "max_completion_tokens" in body:
+            max_tokens = integer(body, "max_completion_tokens", 1, MAX_TOKENS)
+            body["max_tokens"] = body.pop("max_completion_tokens")
         if stops := list(read_stops(body.get("stop"))):
             body["stop"] = stops
         else:

@@ -95,7 +95,9 @@ class Messages(Face):
 
     def count(self, body: Body, model: ServedModel) -> Read:
         """The same for `/v1/messages/count_tokens`, where nothing is answered."""
-        body = without_nulls(body) | {"max_tokens": 1, "stream": False}
+        body = without_nulls(body)
+        flag(body, "stream")
+        body |= {"max_tokens": 1, "stream": False}
         return self._read(body, model, self.id_prefix)
 
     def refusal_body(self, refusal: Refusal) -> Body:

@@ -19,6 +19,7 @@ from dsv4.serve.knobs import (
     NUMBERS,
     SEEDS,
 )
+from dsv4.serve.messages import ASKED_TOKENS
 
 Schema = dict[str, Any]
 
@@ -100,7 +101,7 @@ def _requests(vocab: int) -> dict[str, tuple[str, list[str], Schema]]:
         "/v1/messages": (
             "A turn, in Anthropic's messages",
             ["messages", "max_tokens"],
-            {"messages": _MESSAGES, "max_tokens": {"type": "integer"} | _integer(1, MAX_TOKENS)},
+            {"messages": _MESSAGES, "max_tokens": {"type": "integer"} | _integer(1, ASKED_TOKENS)},
         ),
         "/v1/messages/count_tokens": (
             "Tokens of such a request",
