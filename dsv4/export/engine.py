@@ -1,8 +1,8 @@
 """Runs an export: files of tensors one by one, then what stands beside them, config.json last.
 
 A file of tensors is the unit of resuming: it is written under a temporary name, synced, renamed and
-recorded in `export.jsonl` with its BLAKE3. Without config.json the directory is not a checkpoint,
-so whatever happens before, the same command goes on.
+recorded in `export.jsonl` with its BLAKE3, which a run that goes on compares. Without config.json
+the directory is not a checkpoint, so whatever happens before, the same command goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor
 
 from dsv4.convert.counter import Event, Progress
@@ -47,6 +48,7 @@ from dsv4.formats.version import TOOL
 
 JOURNAL = "export.jsonl"
 MAX_WORKERS = 4  # more wait for the disk
+_PIECE = 4 << 20  # of a file that is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,14 +222,19 @@ class _Directory:
         return self._journal.notes
 
     def has(self, shard: Shard) -> bool:
-        """Whether a file is there, with the size that it has to have."""
-        record = self.records.get(shard.name)
-        try:
-            return record is not None and (
-                (self.out / shard.name).lstat().st_size == record.nbytes == shard.nbytes
-            )
-        except FileNotFoundError:
-            return False
+        """Whether a file is there with the bytes that were written, by its whole BLAKE3."""
+        record, path = self.records.get(shard.name), self.out / shard.name
+        with storage_errors(path, "comparing it with its checksum"):
+            try:
+                if record is None or not path.lstat().st_size == record.nbytes == shard.nbytes:
+                    return False
+                digest = blake3()
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE):
+                        digest.update(piece)
+                return digest.hexdigest() == record.blake3
+            except FileNotFoundError:
+                return False
 
     def write(self, shard: Shard, parts: Iterator[Tensor | bytes], apart: list[str]) -> None:
         """Write a file of tensors and record it; `apart` is known once `parts` are at their end."""

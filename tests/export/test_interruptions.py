@@ -100,6 +100,20 @@ def test_what_was_finished_is_not_written_again(
     assert all(path.stat().st_mtime_ns == when for path, when in there.items())
 
 
+def test_a_finished_file_that_was_altered_is_written_again(
+    subject: Subject, reference: Reference, tmp_path: Path
+) -> None:
+    fault = Fault("replace", 3, KILL)
+    assert export(subject, reference.store, tmp_path / "out", "--workers", "1", fault=fault).killed
+    victim = min((tmp_path / "out").glob("*.safetensors"))
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    done = export(subject, reference.store, tmp_path / "out", "--json")
+    assert done.code == 0 and json.loads(done.stdout)["resumed_files"] == 1
+    assert tree(tmp_path / "out") == reference.tree
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
 def test_a_full_disk_ends_with_code_3_and_goes_on(
     subject: Subject, reference: Reference, tmp_path: Path, call: str
