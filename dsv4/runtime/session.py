@@ -121,6 +121,9 @@ class SequenceBase(abc.ABC):
             raise RuntimeRefusal(
                 "nothing can be proposed: the model has no draft layers, or was loaded without them"
             )
+        for name, value in (("token", token), ("count", count)):
+            if type(value) is not int:
+                raise RuntimeRefusal(f"{name} is {value!r}, expected a whole number (int)")
         if not 1 <= count <= self.most_drafts:
             raise RuntimeRefusal(
                 f"{count} proposals were asked for, expected 1 to {self.most_drafts}, which the "
@@ -132,7 +135,7 @@ class SequenceBase(abc.ABC):
                 "nothing can be proposed before the first token: feed the prompt first"
             )
         check_room(1 + count, self._position, self.max_seq_len)
-        check_ids(torch.tensor([token]), self._position, self.max_seq_len, self._config.vocab_size)
+        check_token(token, self._config.vocab_size)
         with torch.no_grad():
             return self._propose(token, count)
 
@@ -349,7 +352,13 @@ def check_ids(ids: object, position: int, max_seq_len: int, vocab: int) -> None:
     check_room(ids.shape[0], position, max_seq_len)
     strange = ids[(ids < 0) | (ids >= vocab)]
     if strange.shape[0]:
-        raise RuntimeRefusal(f"token id {int(strange[0])} is not in the vocabulary of {vocab} ids")
+        check_token(int(strange[0]), vocab)
+
+
+def check_token(token: int, vocab: int) -> None:
+    """Raise RuntimeRefusal unless `token` is in the vocabulary."""
+    if not 0 <= token < vocab:
+        raise RuntimeRefusal(f"token id {token} is not in the vocabulary of {vocab} ids")
 
 
 def check_room(count: int, position: int, max_seq_len: int) -> None:

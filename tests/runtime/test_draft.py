@@ -8,6 +8,7 @@ import functools
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,6 +251,17 @@ def test_without_draft_layers() -> None:
     assert session.most_drafts == 0
     with pytest.raises(RuntimeRefusal, match="no draft layers, or was loaded without them"):
         session.propose(5, 1)
+
+
+@pytest.mark.parametrize("strange", ["a", None, torch.tensor([5, 6]), 2.0, True, 1.5], ids=repr)
+def test_what_is_no_whole_number_is_named(strange: Any) -> None:
+    session = fed(DraftKind.MTP, 10)
+    with pytest.raises(RuntimeRefusal, match=r"token is .*, expected a whole number"):
+        session.propose(strange, 1)
+    with pytest.raises(RuntimeRefusal, match=r"count is .*, expected a whole number"):
+        session.propose(5, strange)
+    with pytest.raises(RuntimeRefusal, match=f"token id {1 << 70} is not in the vocabulary"):
+        session.propose(1 << 70, 1)
 
 
 @both
