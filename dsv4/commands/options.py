@@ -28,7 +28,7 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes meant; refuses what is no size."""
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?(?:i?B)?)", str(value))
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?(?:i?B)?)", str(value))
         if match is None or match[2] not in _UNITS:
             self.fail(f"{value!r} is not a size, expected for instance 2GiB or 900MB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
@@ -50,7 +50,7 @@ class DraftLength(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The word or the number meant; refuses all else, and more than a step has room for."""
         text = str(value)
-        wish = int(text) if re.fullmatch(r"\d{1,9}", text) else text
+        wish = int(text) if text in map(str, range(STEP_ROWS)) else text
         if wish not in ("auto", "off", *range(STEP_ROWS)):
             self.fail(
                 f"{text!r} is not auto, off or 0 to {STEP_ROWS - 1}: a step has {STEP_ROWS} rows, "
@@ -85,7 +85,7 @@ class Device(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The device meant; refuses what is not one, without asking torch."""
-        if re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(value)) is None:
+        if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", str(value)) is None:
             self.fail(f"{value!r} is not one of cuda, cuda:1 (and so on), cpu", param, ctx)
         return str(value)
 
@@ -181,7 +181,7 @@ def _words(
 def numbers(text: str, least: int = 1, most: int | None = None) -> list[int]:
     """A list separated by commas. Raises BadParameter for anything but numbers of this range."""
     words = text.split(",")
-    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+    if not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
         raise click.BadParameter(f"{text!r}, expected numbers such as 1,8")
     found = [int(word) for word in words]
     for number in found:
@@ -285,7 +285,8 @@ draft_option = click.option(
     show_default=True,
     metavar="auto|off|N",
     help="Guess tokens ahead and check them in one step: as long as that is faster, never, or N a "
-    "step (0 to 7). The text is the same.",
+    "step (0 to 7, and no more than draft layers propose). By the store's draft layers, else by "
+    "what followed the last words before (prompt lookup). The text is the same.",
 )
 routes_option = click.option(
     "--routes",

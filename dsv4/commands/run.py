@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from dsv4.formats.checkpoint import PackedCheckpoint
     from dsv4.runtime.gpu.model import GpuModel
     from dsv4.runtime.model import Model
+    from dsv4.runtime.session import SequenceBase
     from dsv4.runtime.startup_clock import Timeline
+    from dsv4.runtime.text.drafting import Drafter
+    from dsv4.runtime.text.drafting import Wish as Draft
     from dsv4.runtime.text.generate import Timings
     from dsv4.runtime.text.pieces import Part
     from dsv4.runtime.text.request import Request
@@ -132,7 +135,6 @@ def _prepared(
 
 def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline: Timeline) -> None:
     from dsv4.commands.chat_terminal import Writer, say
-    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.oneshot import answer
 
     ids, limit = request.ids or [], request.max_new_tokens or 1
@@ -155,7 +157,7 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
         stop_ids=request.stop_ids,
         thinking=request.template.thinking,
         stop=request.stop,
-        drafter=drafter(session, wish.draft),
+        drafter=_drafter(session, wish.draft),
     )
     if wish.as_json:
         print_json(result.to_dict() | {"start": timeline.phases})
@@ -174,6 +176,14 @@ def _answer_once(model: Model | GpuModel, request: Request, wish: Wish, timeline
         raise KeyboardInterrupt
 
 
+def _drafter(session: SequenceBase, wish: Draft) -> Drafter | None:
+    from dsv4.runtime.text.drafting import drafter, remark
+
+    if (sentence := remark(session, wish)) is not None:
+        notice(sentence)
+    return drafter(session, wish)
+
+
 def _summary(timings: Timings) -> str:
     line = (
         f"{timings.prompt_tokens} prompt tokens, {timings.generated_tokens} generated, first after "
@@ -186,7 +196,6 @@ def _summary(timings: Timings) -> str:
 def _chat(packed: PackedCheckpoint, model: Model | GpuModel, request: Request, wish: Wish) -> None:
     from dsv4.commands.chat_terminal import open_screen
     from dsv4.runtime.text.chat import Chat
-    from dsv4.runtime.text.drafting import drafter
     from dsv4.runtime.text.repl import interactive
 
     session = model.session(max_seq_len=request.max_seq_len)
@@ -198,7 +207,7 @@ def _chat(packed: PackedCheckpoint, model: Model | GpuModel, request: Request, w
         eos_token_ids=request.stop_ids,
         max_new_tokens=request.max_new_tokens,
         stop=request.stop,
-        drafter=drafter(session, wish.draft),
+        drafter=_drafter(session, wish.draft),
     )
     screen = open_screen(quiet=wish.quiet)
     # From here on Ctrl-C ends an answer, whatever is imported for it, and not the program.

@@ -73,6 +73,8 @@ def torchless(tmp_path: Path) -> str:
         (("--prompt", "a", "--device", "tpu"), "'tpu' is not one of"),
         (("--prompt", "a", "--stop", ""), "'--stop': the text is empty"),
         (("--prompt", "a", "--draft", "8"), "'8' is not auto, off or 0 to 7: a step has 8 rows"),
+        (("--prompt", "a", "--draft", "٣"), "'٣' is not auto, off or 0 to 7"),
+        (("--prompt", "a", "--draft", "03"), "'03' is not auto, off or 0 to 7"),
         (("--prompt", "a", "--draft", "on"), "'on' is not auto, off or 0 to 7"),
         (("--prompt", "a", "--tokens", "1"), "--prompt and --tokens exclude each other"),
         (("--tokens", "1", "--system", "a"), "--system and --think need the chat template"),
@@ -182,7 +184,11 @@ def test_drafts_change_what_is_said_of_an_answer_and_not_the_answer(standard_sto
     assert drafts["proposer"] == "draft layers" and len(drafts["proposed"]) <= 3
     assert drafts["rounds"] + drafts["steps"] == drafted["timings"]["decode_steps"]
     assert drafted["timings"]["decode_tokens"] == plain["timings"]["decode_steps"]
-    line = run(standard_store, *ask, "--draft", "3").stderr.decode().splitlines()[-1]
+    shown = run(standard_store, *ask, "--draft", "7").stderr.decode()
+    assert shown.count("7 drafts were asked for; the draft layers propose 3 at most") == 1
+    stderr = run(standard_store, *ask, "--draft", "3").stderr.decode()
+    assert "asked for" not in stderr
+    line = stderr.splitlines()[-1]
     assert ("; drafts by draft layers: " in line) == (drafts["rounds"] > 0)
 
 

@@ -330,6 +330,22 @@ def drafter(session: DraftingSession, wish: Wish) -> Drafter | None:
     return Drafter("prompt lookup", PromptLookup, most, auto=auto)
 
 
+def remark(session: DraftingSession, wish: Wish) -> str | None:
+    """What becomes of a wish for so many drafts that its number does not say: a sentence."""
+    if isinstance(wish, str) or not wish:
+        return None
+    if not session.most_drafts:
+        return (
+            "no draft layers are loaded: drafts come from what followed the last tokens before "
+            "(prompt lookup), and there are none where nothing is repeated"
+        )
+    if wish > session.most_drafts:
+        return (
+            f"{wish} drafts were asked for; the draft layers propose {session.most_drafts} at most"
+        )
+    return None
+
+
 def check_wish(wish: object) -> None:
     """Raise RuntimeRefusal for anything but auto, off, and numbers of drafts that a step has."""
     if wish in ("auto", "off"):

@@ -25,6 +25,7 @@ from dsv4.runtime.text.drafting import (
     PromptLookup,
     Proposal,
     drafter,
+    remark,
 )
 from tests.support.guesses import Guesses
 
@@ -257,6 +258,14 @@ def test_a_session_is_drafted_for_by_its_own_layers_where_it_has_some() -> None:
     assert none is not None and none.drafts.proposer == "prompt lookup"
     assert none.propose([1, 2, 8, 9, 1, 2], 100) == [8, 9, 1, 2]
     assert SequenceBase.most_drafts == 0
+
+
+def test_what_a_number_of_drafts_does_not_say_is_said() -> None:
+    layers, none = LayeredSession(most_drafts=5), LayeredSession(most_drafts=0)
+    assert remark(layers, 7) == "7 drafts were asked for; the draft layers propose 5 at most"
+    assert "(prompt lookup)" in str(remark(none, 4))
+    assert all(remark(layers, wish) is None for wish in ("auto", "off", 0, 5))
+    assert all(remark(none, wish) is None for wish in ("auto", "off", 0))
 
 
 def test_experts_behind_a_bus_are_drafted_for_only_if_asked() -> None:
