@@ -265,6 +265,11 @@ class _Directory:
 
     def _refuse(self) -> None:
         names = {path.name for path in self.out.iterdir()}
+        if JOURNAL not in names and CONFIG_FILE in names:
+            raise ConflictError(
+                f"{self.out}: it holds a checkpoint already, as a finished export leaves one; use "
+                "it as it is, remove it to export again, or choose an empty directory"
+            )
         if JOURNAL not in names and (others := sorted(names - {LOCK})):
             raise ConflictError(
                 f"{self.out}: it is not empty ({others[0]}) and holds no unfinished export; choose "

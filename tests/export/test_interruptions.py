@@ -168,6 +168,15 @@ def test_refusals(reference: Reference, tmp_path: Path) -> None:
         dsv4.export(store, tmp_path / "out", bf16=("*.attn.*",))
 
 
+def test_a_finished_export_is_called_one(
+    subject: Subject, reference: Reference, tmp_path: Path
+) -> None:
+    for code, sentence in ((0, ""), (2, "holds a checkpoint already, as a finished export")):
+        done = export(subject, reference.store, tmp_path / "out")
+        assert done.code == code and sentence in done.stderr.replace("\n", " ")
+    assert tree(tmp_path / "out") == reference.tree
+
+
 def test_another_export_is_not_continued(
     subject: Subject, reference: Reference, tmp_path: Path
 ) -> None:
