@@ -48,6 +48,13 @@ from dsv4.formats.version import TOOL
 
 JOURNAL = "export.jsonl"
 MAX_WORKERS = 4  # more wait for the disk
+_OPTIONS = {  # what an export is begun with, as a user says it
+    "tool": "the program",
+    "root": "the store of root",
+    "experts": "--experts",
+    "bf16": "--bf16",
+    "shard_bytes": "--shard-size",
+}
 _PIECE = 4 << 20  # of a file that is compared
 
 
@@ -121,7 +128,7 @@ def export(
             f"{absent.sentence(checkpoint.store.root)}; only a whole store is exported"
         )
     if shard_bytes < 1:
-        raise ConfigError(f"the size of a file is {shard_bytes} bytes, expected at least 1")
+        raise ConfigError(f"--shard-size is {shard_bytes} bytes, expected at least 1")
     out = _checked_out(checkpoint.store.root, out)
     plan = make_plan(checkpoint, experts=experts, bf16=bf16, shard_bytes=shard_bytes)
     assets = {name: _asset(checkpoint, name) for name in checkpoint.store.assets}
@@ -179,6 +186,21 @@ def _config(packed: PackedCheckpoint, assets: dict[str, bytes]) -> dict[str, Any
     return config
 
 
+def _begun(error: OtherConversionError) -> str:
+    """What was begun where another export is to be written."""
+    begun, now = error.begun, error.now
+    if begun.keys() != now.keys():
+        return "what another command of dsv4 began"
+    differences = []
+    for key in sorted(key for key in now if begun[key] != now[key]):
+        then, here = (
+            (", ".join(map(str, value)) or "nothing") if isinstance(value, list) else value
+            for value in (begun[key], now[key])
+        )
+        differences.append(f"{_OPTIONS[key]} {then}, now it is {here}")
+    return f"an unfinished export, begun with {'; '.join(differences)}"
+
+
 class _Directory:
     """The directory that is written: locked, with a journal of finished files of tensors."""
 
@@ -194,11 +216,10 @@ class _Directory:
                 for partial in out.glob(f"*{PARTIAL_SUFFIX}"):
                     partial.unlink()
         except OtherConversionError as error:
-            keys = sorted(k for k in error.now if error.begun.get(k) != error.now[k])
             self._lock.release()
             raise ConflictError(
-                f"{out}: it holds an unfinished export that differs in {', '.join(keys)}; repeat "
-                "that one, remove the directory, or choose another one"
+                f"{out}: it holds {_begun(error)}; repeat that one, remove the directory, or "
+                "choose another one"
             ) from None
         except BaseException:
             self._lock.release()

@@ -182,8 +182,13 @@ def test_another_export_is_not_continued(
 ) -> None:
     fault = Fault("replace", 2, KILL)
     assert export(subject, reference.store, tmp_path / "out", fault=fault).killed
-    with pytest.raises(ConflictError, match="unfinished export that differs in experts, shard_byt"):
+    begun = "--experts nvfp4, now it is source; --shard-size 2097152, now it is 4294967296; repeat"
+    with pytest.raises(ConflictError, match=f"an unfinished export, begun with {begun} that one"):
         dsv4.export(reference.store, tmp_path / "out", experts="source")
+    with pytest.raises(ConflictError, match=r"--bf16 nothing, now it is head\.weight"):
+        dsv4.export(reference.store, tmp_path / "out", bf16=("head.weight",), shard_bytes=2 << 20)
+    with pytest.raises(ConfigError, match="--shard-size is 0 bytes, expected at least 1"):
+        dsv4.export(reference.store, tmp_path / "out", shard_bytes=0)
     with pytest.raises(ConflictError, match="holds no conversion"):
         StoreWriter(tmp_path / "out", {})
 
