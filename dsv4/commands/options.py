@@ -18,7 +18,7 @@ from dsv4.kernels.names import ARCHITECTURES, OPERATIONS
 STDOUT = Path("-")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}iB": size for unit, size in _UNITS.items() if unit}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Size(click.ParamType[int]):
@@ -28,9 +28,9 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The bytes meant; refuses what is no size."""
-        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?(?:i?B)?)", str(value))
+        match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kKMGT]?(?:i?B)?)", str(value))
         if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is not a size, expected for instance 2GiB or 900MB", param, ctx)
+            self.fail(f"{value!r} is not a size, expected such as 2GiB or 500kB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -29,6 +29,7 @@ from dsv4.cli import EPILOG, ORDER, cli
 from dsv4.commands import progress as progress_module
 from dsv4.commands.exit_codes import __doc__ as ENDINGS
 from dsv4.commands.exit_codes import endings
+from dsv4.commands.options import Size
 from dsv4.commands.progress import Bar, Lines, Stand
 from dsv4.commands.tables import report_tables
 from dsv4.convert import engine as converting
@@ -259,6 +260,11 @@ def test_numbers_are_whole_at_eighty_columns() -> None:
     assert "…" not in "".join(text)
 
 
+def test_sizes_are_taken_as_they_are_printed() -> None:
+    for text, nbytes in (("500kB", 500_000), ("900MB", 900_000_000), ("2 GiB", 2 << 30)):
+        assert Size().convert(text, None, None) == nbytes
+
+
 # Refusals
 
 
@@ -268,6 +274,8 @@ def test_numbers_are_whole_at_eighty_columns() -> None:
         (["convert", "--hf", "nosuch", "--out", "o"], "'nosuch' is neither a directory nor a hub"),
         (["convert", "--hf", "/nosuch", "--out", "o"], "there is no directory /nosuch"),
         (["convert", "--hf", "a/b", "--out", "o", "--memory", "2x"], "'2x' is not a size"),
+        (["convert", "--hf", "a/b", "--out", "o", "--memory", "2k"], "'2k' is not a size"),
+        (["convert", "--hf", "a/b", "--out", "o", "--memory", "٣GB"], "'٣GB' is not a size"),
         (["convert", "--hf", "a/b", "--out", "o", "--recipe", "best"], "is not one of 'native'"),
         (["convert", "--hf", ".", "--out", "o", "--revision", "v1"], "has no meaning for the"),
         (["convert", "--hf", "a/b", "--out", ""], "the directory's name is empty"),
