@@ -368,6 +368,10 @@ def inspect(
 
     if every and tensor is not None:
         raise click.UsageError("TENSOR and --list exclude each other")
+    if every and other is not None:
+        raise click.UsageError("--list and --diff exclude each other")
+    if tensor == "":
+        raise click.UsageError("the name of TENSOR is empty; leave it out to see the whole store")
     document, table, same = inspection(directory, "*" if every else tensor, other)
     if as_json:
         print_json(document)

@@ -112,8 +112,17 @@ def test_another_byte_is_found_by_expert(tiny_source: Path, tmp_path: Path) -> N
     assert diff(b, a)[0].what == diff(a, b)[0].what
 
 
-def test_a_tensor_and_another_store_exclude_each_other(standard_store: Path) -> None:
-    args = ["inspect", str(standard_store), "norm.weight", "--diff", str(standard_store)]
-    done = CliRunner().invoke(cli, args)
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("norm.weight", "--diff", "."), "TENSOR and --diff exclude each other"),
+        (("--list", "--diff", "."), "--list and --diff exclude each other"),
+        (("",), "the name of TENSOR is empty"),
+    ],
+)
+def test_what_excludes_each_other(
+    standard_store: Path, more: tuple[str, ...], sentence: str
+) -> None:
+    done = CliRunner().invoke(cli, ["inspect", str(standard_store), *more])
     assert done.exit_code == 2
-    assert "exclude each other" in done.output
+    assert sentence in done.output
