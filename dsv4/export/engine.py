@@ -7,6 +7,7 @@ the directory is not a checkpoint, so whatever happens before, the same command 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -205,6 +206,8 @@ class _Directory:
     """The directory that is written: locked, with a journal of finished files of tensors."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        with storage_errors(out, "examining the directory"):
+            self._new = not out.exists()
         create_directory(out)
         self.out = out
         with storage_errors(out, "examining the directory"):
@@ -230,6 +233,12 @@ class _Directory:
 
     def __exit__(self, *error: object) -> None:
         self._journal.close()
+        with contextlib.suppress(OSError):
+            if {path.name for path in self.out.iterdir()} == {JOURNAL, LOCK}:  # nothing was done
+                (self.out / JOURNAL).unlink()
+                self._lock.release(remove=True)
+                if self._new:
+                    self.out.rmdir()
         self._lock.release()
 
     @property

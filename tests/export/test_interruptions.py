@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 import dsv4
 from dsv4.export.engine import JOURNAL
-from dsv4.formats.errors import ConfigError, ConflictError, StoreError
+from dsv4.formats.errors import ConfigError, ConflictError, OutOfSpaceError, StoreError
 from dsv4.formats.model.releases import MODELS
 from dsv4.formats.store.specs import MARKER
 from dsv4.formats.store.writer import StoreWriter
@@ -123,6 +124,18 @@ def test_a_full_disk_ends_with_code_3_and_goes_on(
     assert done.code == 3 and "free some space and run the same command again" in done.stderr
     assert export(subject, reference.store, tmp_path / "out").code == 0
     assert tree(tmp_path / "out") == reference.tree
+
+
+def test_what_cannot_begin_leaves_nothing(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = os.statvfs_result((4096, 4096, *[0] * 8))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(OutOfSpaceError, match="are still to be written"):
+            dsv4.export(reference.store, tmp_path / name)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_damage_is_named_and_nothing_is_taken_for_a_checkpoint(
