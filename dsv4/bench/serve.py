@@ -93,7 +93,8 @@ def measure(
     """A line for each number of clients; `rounds` answers each."""
     prompts = _prompts(vocab, prompt_tokens)
     ask = _asker(engine, answer_tokens, clock)
-    ask(next(prompts))  # programs are put together
+    first = next(prompts)  # programs are put together, those of a short turn too
+    ask([*first, *ask(first).ids, *next(prompts)[:FOLLOWING]])
     lines = []
     for count in clients:
         given = [next(prompts) for _ in range(count * rounds)]

@@ -92,6 +92,7 @@ def test_random_draft_layers_guess_hardly_anything(packed: Path, greedy: Accepta
     assert found.reached[0] < greedy.reached[0] / 5
 
 
+@pytest.mark.long
 def test_a_drafter_that_reads_its_layers_in_the_wrong_order_is_seen(
     packed: Path, greedy: Acceptance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

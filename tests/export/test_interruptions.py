@@ -216,7 +216,8 @@ print(peak_rss() - before)
 """
 
 
-@pytest.mark.parametrize("model", ["flash", pytest.param("pro", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["flash", "pro"])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, model: str) -> None:
     """Real widths; an embedding eight times as tall, more experts: the same peak.
 

@@ -183,7 +183,7 @@ def test_the_last_of_sixteen_choices_of_the_last_token_is_found() -> None:
     assert faults(case(shape, "none", choices), "sm_90a") == []
 
 
-@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("model", ["flash", pytest.param("pro", marks=pytest.mark.long)])
 def test_sixteen_experts_a_token_find_room(model: str) -> None:
     config = dataclasses.replace(FLASH if model == "flash" else PRO, num_experts_per_tok=16)
     shape = dataclasses.replace(Shape.of(config, shared=True), experts=1)

@@ -244,7 +244,7 @@ def bytes_of(session: GpuSession) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("position", [1, 2, 63, 64, 65, 78, 130])
+@pytest.mark.parametrize("position", [1, 64, 65, 130])
 def test_proposing_leaves_no_trace(position: int) -> None:
     session, plain = fed(position), fed(position)
     before, ids = bytes_of(session), session._ids.clone()
@@ -274,7 +274,7 @@ def test_however_the_sequence_was_cut() -> None:
         assert equal(session.propose(3, BLOCK), whole.propose(3, BLOCK))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_after_any_history_of_acceptance(seed: int) -> None:
     """Rows are verified, some are rejected, and drafts are asked for in between."""
     session, chance = quick_model().session(CAPACITY, chunk=0), random.Random(seed)

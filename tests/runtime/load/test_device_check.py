@@ -38,6 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.long
 def test_a_whole_store_is_right(sample: PackedStore, calls: list[int]) -> None:
     report = load_weights(sample, "cpu", settings=SETTINGS).reports[0]
     assert report.verified == "device" and report.spent.verified_bytes == report.nbytes
