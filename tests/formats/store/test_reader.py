@@ -196,7 +196,7 @@ def test_config_assets_manifest(pristine: Path) -> None:
     store = PackedStore.open(pristine)
     assert store.config == packing.config()
     assert {name: path.read_bytes() for name, path in store.assets.items()} == packing.ASSETS
-    assert store.manifest["recipe"] == "standard"
+    assert store.manifest["recipe"] == {"name": "standard", "keep": []}
     assert check_root(store) == store.manifest["root"]
     assert list(damage(store)) == []
 
