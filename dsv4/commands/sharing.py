@@ -151,7 +151,8 @@ def _pulled_table(pulled: Pulled) -> Table:
         {
             "from": f"{pulled.repo} at commit {pulled.commit}",
             "fetched": f"{size(pulled.fetched)} of {size(pulled.nbytes)} in "
-            f"{counted(pulled.files, 'file')}",
+            f"{counted(pulled.files, 'file')}"
+            f"{'; what was there already was not read' if pulled.unread else ''}",
             "left out": ", ".join(pulled.absent) or "nothing",
             "root": f"{pulled.root}, {'as --root says' if pulled.pinned else 'not compared'}",
         },

@@ -99,6 +99,26 @@ def repair(
     return report
 
 
+def rewrite(
+    store: PackedStore, damage: Sequence[FileDamage], write: Callable[[FileDamage, Sink], object]
+) -> list[FileRepair]:
+    """Rebuild damaged files, whose lost bytes `write` puts into a sink; and the documents.
+
+    -> what became of each: one that is not proved by its BLAKE3 is as it was. Raises ConflictError
+    when another process writes there, OutOfSpaceError, and what `write` raises.
+    """
+    lock = DirectoryLock(store.root)
+    try:
+        repairs = [
+            made
+            for found in damage
+            for made in _replace(store, [found], functools.partial(write, found))
+        ]
+        return repairs + _rewrite_documents(store)
+    finally:
+        lock.release(remove=True)
+
+
 def _mend(
     store: PackedStore,
     files: Sequence[FileSpec],

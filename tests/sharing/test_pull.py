@@ -329,6 +329,40 @@ def test_what_is_there_already_is_not_fetched(
         pull(REPO, tmp_path / "out")
 
 
+@pytest.mark.parametrize("leave_out", [(), ("draft",)])
+def test_a_finished_pull_is_made_whole_and_not_said_to_be_read(
+    published: SharingHub, shared_store: Path, tmp_path: Path, leave_out: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    pull(REPO, out, leave_out=leave_out)
+    before = tree(out)
+    short, node = out / SMALL, out / "layers/zarr.json"
+    short.write_bytes(short.read_bytes()[:-1])
+    (out / CODES).unlink()
+    node.unlink()
+    with pytest.raises(StoreError, match="same `dsv4 pull` again fetches a file that is not there"):
+        dsv4.open(out)
+    published.requests.clear()
+    said: list[str] = []
+    done = pull(REPO, out, leave_out=leave_out, notice=said.append)
+    assert tree(out) == before and {r.file for r in published.requests if r.file} >= {SMALL, CODES}
+    assert done.unread and 0 < done.fetched < done.nbytes
+    assert any(f"not read; `dsv4 validate {out}` compares every byte" in one for one in said)
+    published.requests.clear()
+    node.unlink()
+    assert pull(REPO, out, leave_out=leave_out).fetched == 0 == len(asked_for_weights(published))
+    assert tree(out) == before
+
+
+def test_what_is_fetched_again_is_proved(published: SharingHub, tmp_path: Path) -> None:
+    pull(REPO, tmp_path / "out")
+    (tmp_path / "out" / CODES).unlink()
+    published.faults.plant(with_body(flipped), file=CODES)
+    with pytest.raises(SourceError, match=rf"{CODES} arrived with other bytes than the manifest"):
+        pull(REPO, tmp_path / "out")
+    assert not (tmp_path / "out" / CODES).exists()
+
+
 def test_a_directory_of_something_else_is_left_alone(
     published: SharingHub, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
