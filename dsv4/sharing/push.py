@@ -46,10 +46,12 @@ _READ_BYTES = 1 << 20
 class Pushed:
     """What a push did. nbytes: of all files; uploaded: of those that were not there already.
 
+    branch: the one that was named; None: the main one.
     card: "written", "as it was", or "kept", one that somebody else wrote.
     """
 
     repo: str
+    branch: str | None
     commit: str
     root: str
     files: int
@@ -61,6 +63,7 @@ class Pushed:
         """For `--json`."""
         return {
             "repo": self.repo,
+            "revision": self.branch,
             "commit": self.commit,
             "root": self.root,
             "files": self.files,
@@ -147,11 +150,13 @@ class Push:
         hub.refuse_absent(ours if card is None else {**ours, CARD: len(card)})
         total = sum(ours.values())
         root = _root(self._store)
-        return Pushed(hub.repo, hub.head, root, len(ours), total, upload.uploaded, verdict)
+        return Pushed(
+            hub.repo, hub.branch, hub.head, root, len(ours), total, upload.uploaded, verdict
+        )
 
     def _card(self) -> tuple[bytes | None, str]:
         """-> (the card to write, or None, and what becomes of it)."""
-        card = write_card(self._store, self._hub.repo)
+        card = write_card(self._store, self._hub.repo, self._hub.branch)
         if CARD not in self._hub.files:
             return card, "written"
         there = self._hub.read_small(CARD, MAX_CARD_BYTES)

@@ -48,7 +48,7 @@ class Repository:
         if is_offline_mode():
             raise SourceError(f"{repo} cannot be pushed to: HF_HUB_OFFLINE is set; unset it")
         self.repo = repo
-        self._branch = branch
+        self.branch = branch
         self._login = make_login(None)
         if not self._login.has_token:
             raise SourceError(f"a push to {repo} needs a login; {self._login.advice}")
@@ -56,7 +56,7 @@ class Repository:
         self._patience = Waits(repo, on_wait or (lambda sentence: None)).patience(patience)
 
     def __str__(self) -> str:
-        return self.repo if self._branch is None else f"{self.repo}@{printable(self._branch, 100)}"
+        return self.repo if self.branch is None else f"{self.repo}@{printable(self.branch, 100)}"
 
     def open(self, *, create: bool) -> None:
         """List it. Without it or its branch there is nothing to list, if it is to be made.
@@ -69,7 +69,7 @@ class Repository:
                 f"{self.repo} is not there, or {self._login.name} may not see it; check the name, "
                 "or make it with --create"
             )
-        branch = self._branch
+        branch = self.branch
         if there and create and branch is not None:
             there = self._ask(lambda: self._api.revision_exists(self.repo, branch))
         if there:
@@ -80,7 +80,7 @@ class Repository:
         if self.head:
             return
         self._ask(lambda: self._api.create_repo(self.repo, private=private, exist_ok=True))
-        if (branch := self._branch) is not None:
+        if (branch := self.branch) is not None:
             self._ask(lambda: self._api.create_branch(self.repo, branch=branch, exist_ok=True))
         self._list()
 
@@ -98,7 +98,7 @@ class Repository:
                 self.repo,
                 operations,
                 commit_message=message,
-                revision=self._branch,
+                revision=self.branch,
                 parent_commit=self.head,
                 num_threads=THREADS,
             )
@@ -119,7 +119,7 @@ class Repository:
     def _list(self) -> None:
         self._hub = HubRepo(
             self.repo,
-            self._branch,
+            self.branch,
             endpoint=None,
             token=None,
             cache=None,

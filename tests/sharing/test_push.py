@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import dsv4
+from dsv4.commands.sharing import _pushed_table
 from dsv4.formats.errors import ConflictError, NetworkError, SourceError, StoreError
 from dsv4.sharing import push as pushing
 from dsv4.sharing.pull import pull
@@ -273,6 +274,13 @@ def test_a_branch_is_made_if_asked_for(shared_store: Path, hub: SharingHub) -> N
     done = push(shared_store, revision="next", create=True)
     assert hub.branches["next"] == done.commit
     assert "dsv4.complete" in hub.trees[done.commit] and "dsv4.complete" not in hub.head
+    shown = list(_pushed_table(shared_store, done).columns[1].cells)
+    assert f"{REPO}, branch next, now at commit {done.commit}" in shown
+    assert f"dsv4 pull {REPO} DIR --revision next --root {done.root}" in shown
+    card = hub.trees[done.commit]["README.md"].decode()
+    assert f"dsv4 pull {REPO} ./packed --revision next --root {done.root}" in card
+    again = push(shared_store, revision="next")
+    assert (again.branch, again.card) == ("next", "as it was")
 
 
 def test_tokens_are_refused_by_name(
