@@ -80,7 +80,8 @@ def repair(
     begin = time.perf_counter()
     root = Path(packed)
     store, published = _open(root)
-    report = RepairReport(root, published, dry_run=dry_run)
+    absent = store.absent and store.absent.sentence(root)
+    report = RepairReport(root, published, absent=absent, dry_run=dry_run)
     suspects = survey(store, progress)
     if dry_run:
         report.files += _to_rewrite(store, suspects)
