@@ -376,6 +376,18 @@ def test_a_directory_of_something_else_is_left_alone(
         dsv4.convert(tiny_source, tmp_path / "pulled")
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_nothing_is_pulled_into_a_store(
+    published: SharingHub, tmp_path: Path, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    pull(REPO, out) if finished else _begun(published, out)
+    before = tree(out)
+    with pytest.raises(ConflictError, match=f"sub/x is inside the packed store {out}; choose"):
+        pull(REPO, out / "sub/x")
+    assert tree(out) == before and not (out / "sub").exists()
+
+
 def test_an_unfinished_conversion_is_left_alone(published: SharingHub, tmp_path: Path) -> None:
     from dsv4.formats.store.writer import StoreWriter
 

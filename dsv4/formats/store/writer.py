@@ -96,6 +96,7 @@ class StoreWriter:
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.out = Path(out)
+        _refuse_within_a_store(self.out)
         create_directory(self.out)
         with storage_errors(self.out, "examining the directory"):
             _refuse_foreign(self.out)
@@ -425,6 +426,16 @@ def _metadata(
     if descriptions(read_back.groups, read_back.arrays) != nodes or read_back.manifest != sections:
         raise StoreError(f"{out}: zarr-python did not keep the metadata as given")
     return root, documents
+
+
+def _refuse_within_a_store(out: Path) -> None:
+    """Raise ConflictError for a directory below a store: its files would be strangers in it."""
+    for above in out.resolve().parents:
+        unfinished = (above / JOURNAL).exists() and (above / LOCK).exists()
+        if unfinished or (above / MARKER).exists() or (above / PART_MARKER).exists():
+            raise ConflictError(
+                f"{out} is inside the packed store {above}; choose a directory outside it"
+            )
 
 
 def _refuse_foreign(out: Path) -> None:
