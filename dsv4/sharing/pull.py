@@ -26,7 +26,7 @@ from dsv4.formats.store.extents import Sink
 from dsv4.formats.store.integrity import node_faults
 from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.specs import JOURNAL, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.sharing.published import PublishedStore, check_pin
@@ -102,6 +102,8 @@ def pull(
     for sentence in published.notices:
         notice(sentence)
     if root is not None:
+        if not published.root.startswith(root.lower()) and (out / JOURNAL).exists():
+            _writer(published, out, root).close()  # names what was begun, and how to go on with it
         published.refuse_other_root(root)
     else:
         notice(f"the root is the one that {published} names; --root holds it to yours")
@@ -116,7 +118,7 @@ def pull(
         fetched = _fetch_again(published, there, progress)
     else:
         published.refuse_missing_files()
-        with _writer(published, out) as writer:
+        with _writer(published, out, root) as writer:
             fetched = _fetch(published, wanted, writer, streams, progress)
         there = wanted
     files = there.files_under(None)
@@ -228,7 +230,7 @@ def _there(published: PublishedStore, wanted: PackedStore, out: Path) -> PackedS
     return there if there.absent is None or wanted.absent is not None else None
 
 
-def _writer(published: PublishedStore, out: Path) -> StoreWriter:
+def _writer(published: PublishedStore, out: Path, root: str | None) -> StoreWriter:
     """The writer of `out`. Raises ConflictError when something else is unfinished there."""
     origin = {"repo": published.repo, "commit": published.commit, "root": published.root}
     try:
@@ -243,6 +245,8 @@ def _writer(published: PublishedStore, out: Path) -> StoreWriter:
         if begun["root"] == published.root:  # under another name, or at another commit
             return StoreWriter(out, error.begun)
         command = ["dsv4", "pull", begun["repo"], str(out), "--revision", begun["commit"]]
+        if root is not None and begun["root"].startswith(root.lower()):
+            command += ["--root", root]
         raise ConflictError(
             f"{out}: it holds an unfinished pull of the store with root {begun['root']}; it was "
             f"begun from {begun['repo']} at commit {begun['commit']}, now it is {published.repo} "

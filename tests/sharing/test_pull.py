@@ -293,7 +293,7 @@ def test_a_commit_with_the_same_store_goes_on(
 
 
 def test_a_commit_with_another_store_is_named_with_the_command_that_goes_on(
-    published: SharingHub, shared_store: Path, native_store: Path, tmp_path: Path
+    published: SharingHub, shared_store: Path, native_store: Path, tmp_path: Path, root: str
 ) -> None:
     out, old = tmp_path / "out", published.branches["main"]
     _begun(published, out)
@@ -304,6 +304,10 @@ def test_a_commit_with_another_store_is_named_with_the_command_that_goes_on(
         pull(REPO, out)
     (command,) = re.findall("`(dsv4 pull [^`]*)`", str(no.value))
     assert command == f"dsv4 pull {REPO} {out} --revision {old}"
+    with pytest.raises(ConflictError, match=f"`{command} --root {root[:20]}`"):
+        pull(REPO, out, root=root[:20])
+    with pytest.raises(ConflictError, match=f"`{command}`"):  # the new root is not the old one's
+        pull(REPO, out, root=str(dsv4.open(native_store).store.manifest["root"]))
     pull(REPO, out, revision=old)
     assert tree(out) == tree(shared_store)
 
