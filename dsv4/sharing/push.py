@@ -24,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from dsv4.convert.sources.http import Patience
 from dsv4.convert.sources.hub_repo import HubFile
 from dsv4.formats.errors import ConflictError, StoreError
-from dsv4.formats.plain_text import counted
+from dsv4.formats.plain_text import counted, first, printable
 from dsv4.formats.store.damage import repaired_by
 from dsv4.formats.store.integrity import check_root, node_faults
 from dsv4.formats.store.reader import PackedStore
@@ -110,6 +110,12 @@ class Push:
         self._hub.open(create=create)
         for sentence in self._hub.notices:
             notice(sentence)
+        if others := self._hub.strangers:
+            notice(
+                f"{self._hub} also holds {counted(len(others), 'file')} that no store has "
+                f"({printable(first(others), 200)}), which stay there; choose another repository "
+                "if that is not meant"
+            )
         self._notice = notice
         self._other = _other_store(self._store, self._hub)
         if self._other is not None and not replace:

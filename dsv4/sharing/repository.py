@@ -12,6 +12,7 @@ import httpx2
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
+from dsv4.convert.sources.base import CONFIG_FILE
 from dsv4.convert.sources.http import PASSING, Patience, Waits
 from dsv4.convert.sources.hub_client import lost
 from dsv4.convert.sources.hub_login import make_login
@@ -30,9 +31,13 @@ _MOVED_ON = (409, 412)
 
 
 class Repository:
-    """One branch of a repository. files: at `head`, its newest commit; empty without one."""
+    """One branch of a repository. files: at `head`, its newest commit; empty without one.
+
+    strangers: names of other files there, which are none of a store's or of git's.
+    """
 
     files: Mapping[str, HubFile] = MappingProxyType({})
+    strangers: Sequence[str] = ()
     notices: tuple[str, ...] = ()
     head = ""
 
@@ -117,6 +122,12 @@ class Repository:
             )
 
     def _list(self) -> None:
+        names: list[str] = []
+
+        def is_wanted(name: str) -> bool:
+            names.append(name)
+            return is_of_a_store(name)
+
         self._hub = HubRepo(
             self.repo,
             self.branch,
@@ -124,12 +135,17 @@ class Repository:
             token=None,
             cache=None,
             patience=self._patience,
-            wanted=is_of_a_store,
+            wanted=is_wanted,
             most=MOST_FILES,
         )
         self.repo, self.notices = self._hub.repo, self._hub.notices
         self.files = self._hub.files
         self.head = self._hub.commit
+        self.strangers = [
+            name
+            for name in names
+            if name == CONFIG_FILE or not (is_of_a_store(name) or name.startswith(".git"))
+        ]
 
     def _ask(self, question: Callable[[], T]) -> T:
         """The client's answer. Waits in a way that Ctrl-C ends at once: the client's would not."""

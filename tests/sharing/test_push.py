@@ -245,6 +245,18 @@ def test_somebody_else_s_commit_in_between_is_noticed(hub: SharingHub, shared_st
         work.upload()
 
 
+def test_what_else_is_there_is_named_and_kept(hub: SharingHub, shared_store: Path) -> None:
+    said: list[str] = []
+    push(shared_store, notice=said.append)
+    assert said == []
+    others = dict.fromkeys(("config.json", "model.safetensors", "notes.txt"), b"x")
+    hub.commit_tree(hub.head | others)
+    push(shared_store, notice=said.append)
+    (one,) = said
+    assert "also holds 3 files that no store has (config.json, model.safetensors, notes.txt)" in one
+    assert hub.head.items() >= others.items()
+
+
 def test_a_file_that_the_hub_ignores_is_missed(hub: SharingHub, shared_store: Path) -> None:
     def ignore(answer: Answer) -> None:
         said = json.loads(answer.body)
