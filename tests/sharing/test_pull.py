@@ -372,7 +372,9 @@ def test_a_directory_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"x")
-    with pytest.raises(ConflictError, match=r"is not empty \(a\.jpg\)"):
+    with pytest.raises(
+        ConflictError, match=r"is not empty \(a\.jpg\) and holds no conversion or pull"
+    ):
         pull(REPO, tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
     _begun(published, tmp_path / "pulled")

@@ -447,8 +447,8 @@ def _refuse_foreign(out: Path) -> None:
         )
     if not _has_begun(out / JOURNAL) and (others := sorted(names - {LOCK, JOURNAL})):
         raise ConflictError(
-            f"{out}: it is not empty ({others[0]}) and holds no conversion; choose an empty "
-            "directory"
+            f"{out}: it is not empty ({others[0]}) and holds no conversion or pull to go on with; "
+            "choose an empty directory"
         )
 
 
