@@ -111,9 +111,18 @@ class Repository:
         self.head = done.oid
 
     def refuse_absent(self, sizes: Mapping[str, int]) -> None:
-        """List the repository again. Raises SourceError unless every file is there by its size."""
+        """List the repository again. Raises SourceError unless every file is there by its size,
+        ConflictError when somebody else committed meanwhile.
+        """
+        pushed = self.head
         self._list()
         absent = [k for k, n in sizes.items() if k not in self.files or self.files[k].size != n]
+        if absent and self.head != pushed:
+            raise ConflictError(
+                f"{self} took the push as commit {pushed[:12]}, and somebody else changed it to "
+                f"{self.head[:12]} meanwhile ({first(absent)}); see what is there before you push "
+                "again"
+            )
         if absent:
             raise SourceError(
                 f"{self} took the push, and does not list {counted(len(absent), 'file')} of it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dsv4.formats.errors import ConflictError, NetworkError, SourceError, StoreE
 from dsv4.sharing import push as pushing
 from dsv4.sharing.pull import pull
 from dsv4.sharing.push import Push, Pushed
+from dsv4.sharing.repository import Repository
 from dsv4.synthetic.tiny import write_tiny
 from tests.convert.hub.loopback import Answer, says
 from tests.formats.store.packing import tree
@@ -243,6 +244,20 @@ def test_somebody_else_s_commit_in_between_is_noticed(hub: SharingHub, shared_st
     hub.commit_tree(hub.head | {"x.txt": b"x"})
     with pytest.raises(ConflictError, match=r"changed while it was pushed to: A commit has happ"):
         work.upload()
+
+
+def test_somebody_else_s_commit_right_behind_is_named(
+    hub: SharingHub, shared_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Repository.refuse_absent
+
+    def late(self: Repository, sizes: Mapping[str, int]) -> None:
+        hub.commit_tree({k: v for k, v in hub.head.items() if k != "dsv4.complete"})
+        real(self, sizes)
+
+    monkeypatch.setattr(Repository, "refuse_absent", late)
+    with pytest.raises(ConflictError, match=r"somebody else changed it to \w{12} .*dsv4\.complete"):
+        push(shared_store)
 
 
 def test_what_else_is_there_is_named_and_kept(hub: SharingHub, shared_store: Path) -> None:
