@@ -334,6 +334,8 @@ def repair(directory: Path, source: str | None, dry_run: bool, as_json: bool) ->
         report = repairing.repair(
             directory, source, dry_run=dry_run, progress=progress, on_wait=waiting()
         )
+    if report.absent is not None:
+        notice(report.absent)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -21,7 +21,7 @@ from dsv4.commands.options import (
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.formats.plain_text import counted, size
-from dsv4.formats.store_place import MARKER, NODE_DOCUMENT
+from dsv4.formats.store_place import JOURNAL, MARKER, NODE_DOCUMENT
 
 if TYPE_CHECKING:
     from dsv4.convert.plan import Plan
@@ -96,7 +96,7 @@ def fit(
 
 def is_store(place: str) -> bool:
     """Whether a packed store lies there, finished or not."""
-    return any((Path(place) / name).exists() for name in (MARKER, NODE_DOCUMENT))
+    return any((Path(place) / name).exists() for name in (MARKER, NODE_DOCUMENT, JOURNAL))
 
 
 def _store(place: str) -> Nodes:

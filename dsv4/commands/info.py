@@ -17,6 +17,7 @@ from dsv4.commands.tables import facts_table, recipe_text, rounded_text
 from dsv4.convert.sources.open import check_name
 from dsv4.formats.errors import Dsv4Error
 from dsv4.formats.plain_text import counted, size
+from dsv4.formats.store_place import PARTS
 
 if TYPE_CHECKING:
     from dsv4.formats.checkpoint import PackedCheckpoint
@@ -96,6 +97,7 @@ def store_facts(
         "tool": manifest["tool"],
         "format_version": manifest["format_version"],
         "root": manifest["root"],
+        "absent": [] if packed.store.absent is None else list(packed.store.absent.parts),
         **({} if root is None else {"values_root": root}),
     }
 
@@ -221,6 +223,8 @@ def _rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             f"{counted(draft['layers'], 'layer')} ({draft['kind']}), "
             f"{_number(draft['parameters'])} parameters more",
         )
+    if facts.get("absent"):
+        yield "left out", ", ".join(PARTS[part] for part in facts["absent"])
     yield "context", f"{facts['context_tokens']:,} tokens at most"
     if "encodings" in facts:
         found = ((kind, count) for kind, count in facts["encodings"].items() if count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,15 +68,17 @@ def push(directory: Path, repo: str, as_json: bool, **how: Any) -> None:
 
 
 def _pushed_table(directory: Path, pushed: Pushed) -> Table:
+    branch = pushed.branch
+    on, at = (f", branch {branch}", f" --revision {shlex.quote(branch)}") if branch else ("", "")
     return facts_table(
         f"pushed {directory}",
         {
-            "to": f"{pushed.repo}, now at commit {pushed.commit}",
+            "to": f"{pushed.repo}{on}, now at commit {pushed.commit}",
             "sent": f"{size(pushed.uploaded)} of {size(pushed.nbytes)} in "
             f"{counted(pushed.files, 'file')}",
             "card": pushed.card,
             "root": pushed.root,
-            "next": f"dsv4 pull {pushed.repo} DIR --root {pushed.root}",
+            "next": f"dsv4 pull {pushed.repo} DIR{at} --root {pushed.root}",
         },
     )
 
@@ -151,7 +154,8 @@ def _pulled_table(pulled: Pulled) -> Table:
         {
             "from": f"{pulled.repo} at commit {pulled.commit}",
             "fetched": f"{size(pulled.fetched)} of {size(pulled.nbytes)} in "
-            f"{counted(pulled.files, 'file')}",
+            f"{counted(pulled.files, 'file')}"
+            f"{'; what was there already was not read' if pulled.unread else ''}",
             "left out": ", ".join(pulled.absent) or "nothing",
             "root": f"{pulled.root}, {'as --root says' if pulled.pinned else 'not compared'}",
         },

@@ -248,18 +248,19 @@ def repair_tables(report: RepairReport) -> Iterator[RenderableType]:
     count = len(report.files) - failed
     made = size(sum(file.made_bytes for file in report.files))
     rows: dict[str, object] = {}
+    whole = Text("whole, but for what was left out" if report.absent else "whole", GOOD)
     if report.dry_run:
         rows["would rewrite"] = f"{counted(count, 'damaged file')}, {made} of them from the source"
         rows["root"] = report.root
         damaged = f"DAMAGED, {counted(len(report.files), 'file')}; nothing was written"
-        rows["verdict"] = Text("whole", GOOD) if report.ok else Text(damaged, BAD)
+        rows["verdict"] = whole if report.ok else Text(damaged, BAD)
     else:
         rows["repaired"] = f"{count} of {counted(len(report.files), 'damaged file')}"
         rows["rewritten"] = made
         rows["source"] = report.source or "not needed"
         rows["root"] = report.root
         wrong = f"FAILED, {counted(failed, 'file is', 'files are')} not in order"
-        rows["verdict"] = Text("whole", GOOD) if report.ok else Text(wrong, BAD)
+        rows["verdict"] = whole if report.ok else Text(wrong, BAD)
     yield facts_table(f"repair of {report.path}", rows)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,8 +38,11 @@ class _Kind:
     worst: float = 0.0
 
 
-def write_card(store: PackedStore, repo: str) -> bytes:
-    """The card of `store` as `repo` shows it. Raises StoreError for a loss that is no number."""
+def write_card(store: PackedStore, repo: str, branch: str | None = None) -> bytes:
+    """The card of `store` as `repo` shows it, on `branch` if it is not the main one.
+
+    Raises StoreError for a loss that is no number.
+    """
     manifest = store.manifest
     origin, recipe = origin_of(manifest), manifest["recipe"]
     licence = _licence(store)
@@ -58,6 +62,7 @@ def write_card(store: PackedStore, repo: str) -> bytes:
         source += f" at commit `{origin['commit']}`"
     name, keep = _plain(recipe.get("name")), recipe.get("keep") or ()
     keeps = "".join(f" `--keep {_plain(glob)}`" for glob in keep)
+    place = f"{repo} ./packed" + (f" --revision {shlex.quote(_plain(branch))}" if branch else "")
     nbytes = sum(record.nbytes for record in store.records.values())
     text = f"""---
 {head.to_yaml().strip()}
@@ -79,7 +84,7 @@ which kernels read them, every byte under one root.
 ## Get it and run it
 
 ```
-dsv4 pull {repo} ./packed --root {manifest["root"]}
+dsv4 pull {place} --root {manifest["root"]}
 dsv4 run ./packed
 ```
 

@@ -16,15 +16,24 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dsv4.convert.sources.base import bytes_of
 from dsv4.convert.sources.http import Patience
-from dsv4.formats.errors import ConflictError, OtherConversionError
+from dsv4.formats.errors import ConflictError, OtherConversionError, SourceError, StoreError
+from dsv4.formats.store.damage import sizes
+from dsv4.formats.store.extents import Sink
+from dsv4.formats.store.integrity import node_faults
 from dsv4.formats.store.parts import PART_MARKER
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.specs import MARKER, NODE_DOCUMENT
+from dsv4.formats.store.specs import JOURNAL, MARKER, NODE_DOCUMENT
 from dsv4.formats.store.writer import StoreWriter
 from dsv4.formats.store.zarr_metadata import metadata_documents
 from dsv4.sharing.published import PublishedStore, check_pin
-from dsv4.sharing.transfer import STREAMS, Moved, Transfer
+from dsv4.sharing.transfer import AGAIN, STREAMS, Moved, Transfer, cut, pieces
+from dsv4.validate.damage_scan import FileDamage, examine
+from dsv4.validate.made_from import WRONG_SOURCE
+from dsv4.validate.repair import rewrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Pulled:
     """What a pull did. root: proved; pinned: whether it was compared with one given by the user.
 
     absent: parts that were left out. files, nbytes: that are there. fetched: of these bytes, what
-    came over the network now.
+    came over the network now. unread: whether a finished pull was there, whose files were looked at
+    for their sizes alone.
     """
 
     out: Path
@@ -44,6 +54,7 @@ class Pulled:
     files: int
     nbytes: int
     fetched: int
+    unread: bool
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -57,6 +68,7 @@ class Pulled:
             "files": self.files,
             "bytes": self.nbytes,
             "fetched_bytes": self.fetched,
+            "unread": self.unread,
         }
 
 
@@ -90,14 +102,23 @@ def pull(
     for sentence in published.notices:
         notice(sentence)
     if root is not None:
+        if not published.root.startswith(root.lower()) and (out / JOURNAL).exists():
+            _writer(published, out, root).close()  # names what was begun, and how to go on with it
         published.refuse_other_root(root)
     else:
         notice(f"the root is the one that {published} names; --root holds it to yours")
     wanted = published.without(leave_out)
-    fetched = 0
-    if (there := _there(published, wanted, out)) is None:
+    unread = _is_finished(out)
+    if unread:
+        notice(
+            f"{out}: what is there already is not read; `dsv4 validate {shlex.quote(str(out))}` "
+            "compares every byte, and a file that it names is fetched again once it is removed"
+        )
+    if (there := _there(published, wanted, out)) is not None:
+        fetched = _fetch_again(published, there, progress)
+    else:
         published.refuse_missing_files()
-        with _writer(published, out) as writer:
+        with _writer(published, out, root) as writer:
             fetched = _fetch(published, wanted, writer, streams, progress)
         there = wanted
     files = there.files_under(None)
@@ -111,7 +132,48 @@ def pull(
         len(files),
         sum(file.nbytes for file in files),
         fetched,
+        unread,
     )
+
+
+def _fetch_again(
+    published: PublishedStore, there: PackedStore, progress: Callable[[Moved], None] | None
+) -> int:
+    """Fetch files that a finished pull lacks by now, or that have another size; -> bytes."""
+    wrong = {fault.key for fault in sizes(there.root, there.files_under(None))}
+    files = [file for file in there.files_under(None) if file.key in wrong]
+    damage = [found for file in files if (found := examine(there, file)) is not None]
+    if not damage and not any(node_faults(there)):
+        return 0
+    published.refuse_missing_files()
+    total, done = sum(_span(found)[1] - _span(found)[0] for found in damage), 0
+
+    def write(found: FileDamage, sink: Sink) -> None:
+        nonlocal done
+        for part in cut(found.file, *_span(found)):
+            with published.stream(found.file.key, part.begin, part.end) as stream:
+                for begin, end in pieces(part):
+                    piece = torch.empty(end - begin, dtype=torch.uint8)
+                    stream.readinto(bytes_of(piece))
+                    sink.write_at(found.file, begin, [piece])
+                    done += end - begin
+                    if progress is not None:
+                        progress(Moved(found.file.key, done, total, 0))
+
+    for made in rewrite(there, damage, write):
+        if made.failure is not None and WRONG_SOURCE in made.failure:
+            raise SourceError(
+                f"{made.key} arrived with other bytes than the manifest pins; {AGAIN}"
+            )
+        if made.failure is not None:
+            raise StoreError(f"{there.root}: {made.key}: {made.failure}")
+    return done
+
+
+def _span(found: FileDamage) -> tuple[int, int]:
+    """From the first to the last lost byte of a file."""
+    nbytes = found.file.chunk_nbytes
+    return (found.chunks[0] * nbytes, (found.chunks[-1] + 1) * nbytes) if found.chunks else (0, 0)
 
 
 def _fetch(
@@ -148,14 +210,18 @@ def _documents(published: PublishedStore, store: PackedStore) -> dict[str, bytes
     return documents | {NODE_DOCUMENT: published.document}
 
 
+def _is_finished(out: Path) -> bool:
+    return (out / MARKER).exists() or (out / PART_MARKER).exists()
+
+
 def _there(published: PublishedStore, wanted: PackedStore, out: Path) -> PackedStore | None:
-    """The store in `out`, if it is whole or has what is wanted.
+    """The store in `out`, if it is whole or has what is wanted; damaged or not.
 
     Raises ConflictError when it is another one.
     """
-    if not (out / MARKER).exists() and not (out / PART_MARKER).exists():
+    if not _is_finished(out):
         return None
-    there = PackedStore.open(out)
+    there = PackedStore.open(out, check_files=False)
     if there.manifest["root"] != published.root:
         raise ConflictError(
             f"{out}: it holds the store with root {there.manifest['root']}, {published} has root "
@@ -164,7 +230,7 @@ def _there(published: PublishedStore, wanted: PackedStore, out: Path) -> PackedS
     return there if there.absent is None or wanted.absent is not None else None
 
 
-def _writer(published: PublishedStore, out: Path) -> StoreWriter:
+def _writer(published: PublishedStore, out: Path, root: str | None) -> StoreWriter:
     """The writer of `out`. Raises ConflictError when something else is unfinished there."""
     origin = {"repo": published.repo, "commit": published.commit, "root": published.root}
     try:
@@ -179,6 +245,8 @@ def _writer(published: PublishedStore, out: Path) -> StoreWriter:
         if begun["root"] == published.root:  # under another name, or at another commit
             return StoreWriter(out, error.begun)
         command = ["dsv4", "pull", begun["repo"], str(out), "--revision", begun["commit"]]
+        if root is not None and begun["root"].startswith(root.lower()):
+            command += ["--root", root]
         raise ConflictError(
             f"{out}: it holds an unfinished pull of the store with root {begun['root']}; it was "
             f"begun from {begun['repo']} at commit {begun['commit']}, now it is {published.repo} "

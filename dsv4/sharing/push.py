@@ -24,7 +24,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from dsv4.convert.sources.http import Patience
 from dsv4.convert.sources.hub_repo import HubFile
 from dsv4.formats.errors import ConflictError, StoreError
-from dsv4.formats.plain_text import counted
+from dsv4.formats.plain_text import counted, first, printable
 from dsv4.formats.store.damage import repaired_by
 from dsv4.formats.store.integrity import check_root, node_faults
 from dsv4.formats.store.reader import PackedStore
@@ -46,10 +46,12 @@ _READ_BYTES = 1 << 20
 class Pushed:
     """What a push did. nbytes: of all files; uploaded: of those that were not there already.
 
+    branch: the one that was named; None: the main one.
     card: "written", "as it was", or "kept", one that somebody else wrote.
     """
 
     repo: str
+    branch: str | None
     commit: str
     root: str
     files: int
@@ -61,6 +63,7 @@ class Pushed:
         """For `--json`."""
         return {
             "repo": self.repo,
+            "revision": self.branch,
             "commit": self.commit,
             "root": self.root,
             "files": self.files,
@@ -107,6 +110,12 @@ class Push:
         self._hub.open(create=create)
         for sentence in self._hub.notices:
             notice(sentence)
+        if others := self._hub.strangers:
+            notice(
+                f"{self._hub} also holds {counted(len(others), 'file')} that no store has "
+                f"({printable(first(others), 200)}), which stay there; choose another repository "
+                "if that is not meant"
+            )
         self._notice = notice
         self._other = _other_store(self._store, self._hub)
         if self._other is not None and not replace:
@@ -147,11 +156,13 @@ class Push:
         hub.refuse_absent(ours if card is None else {**ours, CARD: len(card)})
         total = sum(ours.values())
         root = _root(self._store)
-        return Pushed(hub.repo, hub.head, root, len(ours), total, upload.uploaded, verdict)
+        return Pushed(
+            hub.repo, hub.branch, hub.head, root, len(ours), total, upload.uploaded, verdict
+        )
 
     def _card(self) -> tuple[bytes | None, str]:
         """-> (the card to write, or None, and what becomes of it)."""
-        card = write_card(self._store, self._hub.repo)
+        card = write_card(self._store, self._hub.repo, self._hub.branch)
         if CARD not in self._hub.files:
             return card, "written"
         there = self._hub.read_small(CARD, MAX_CARD_BYTES)

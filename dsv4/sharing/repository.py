@@ -12,6 +12,7 @@ import httpx2
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
 
+from dsv4.convert.sources.base import CONFIG_FILE
 from dsv4.convert.sources.http import PASSING, Patience, Waits
 from dsv4.convert.sources.hub_client import lost
 from dsv4.convert.sources.hub_login import make_login
@@ -30,9 +31,13 @@ _MOVED_ON = (409, 412)
 
 
 class Repository:
-    """One branch of a repository. files: at `head`, its newest commit; empty without one."""
+    """One branch of a repository. files: at `head`, its newest commit; empty without one.
+
+    strangers: names of other files there, which are none of a store's or of git's.
+    """
 
     files: Mapping[str, HubFile] = MappingProxyType({})
+    strangers: Sequence[str] = ()
     notices: tuple[str, ...] = ()
     head = ""
 
@@ -48,7 +53,7 @@ class Repository:
         if is_offline_mode():
             raise SourceError(f"{repo} cannot be pushed to: HF_HUB_OFFLINE is set; unset it")
         self.repo = repo
-        self._branch = branch
+        self.branch = branch
         self._login = make_login(None)
         if not self._login.has_token:
             raise SourceError(f"a push to {repo} needs a login; {self._login.advice}")
@@ -56,7 +61,7 @@ class Repository:
         self._patience = Waits(repo, on_wait or (lambda sentence: None)).patience(patience)
 
     def __str__(self) -> str:
-        return self.repo if self._branch is None else f"{self.repo}@{printable(self._branch, 100)}"
+        return self.repo if self.branch is None else f"{self.repo}@{printable(self.branch, 100)}"
 
     def open(self, *, create: bool) -> None:
         """List it. Without it or its branch there is nothing to list, if it is to be made.
@@ -69,7 +74,7 @@ class Repository:
                 f"{self.repo} is not there, or {self._login.name} may not see it; check the name, "
                 "or make it with --create"
             )
-        branch = self._branch
+        branch = self.branch
         if there and create and branch is not None:
             there = self._ask(lambda: self._api.revision_exists(self.repo, branch))
         if there:
@@ -80,7 +85,7 @@ class Repository:
         if self.head:
             return
         self._ask(lambda: self._api.create_repo(self.repo, private=private, exist_ok=True))
-        if (branch := self._branch) is not None:
+        if (branch := self.branch) is not None:
             self._ask(lambda: self._api.create_branch(self.repo, branch=branch, exist_ok=True))
         self._list()
 
@@ -98,7 +103,7 @@ class Repository:
                 self.repo,
                 operations,
                 commit_message=message,
-                revision=self._branch,
+                revision=self.branch,
                 parent_commit=self.head,
                 num_threads=THREADS,
             )
@@ -106,9 +111,18 @@ class Repository:
         self.head = done.oid
 
     def refuse_absent(self, sizes: Mapping[str, int]) -> None:
-        """List the repository again. Raises SourceError unless every file is there by its size."""
+        """List the repository again. Raises SourceError unless every file is there by its size,
+        ConflictError when somebody else committed meanwhile.
+        """
+        pushed = self.head
         self._list()
         absent = [k for k, n in sizes.items() if k not in self.files or self.files[k].size != n]
+        if absent and self.head != pushed:
+            raise ConflictError(
+                f"{self} took the push as commit {pushed[:12]}, and somebody else changed it to "
+                f"{self.head[:12]} meanwhile ({first(absent)}); see what is there before you push "
+                "again"
+            )
         if absent:
             raise SourceError(
                 f"{self} took the push, and does not list {counted(len(absent), 'file')} of it "
@@ -117,19 +131,30 @@ class Repository:
             )
 
     def _list(self) -> None:
+        names: list[str] = []
+
+        def is_wanted(name: str) -> bool:
+            names.append(name)
+            return is_of_a_store(name)
+
         self._hub = HubRepo(
             self.repo,
-            self._branch,
+            self.branch,
             endpoint=None,
             token=None,
             cache=None,
             patience=self._patience,
-            wanted=is_of_a_store,
+            wanted=is_wanted,
             most=MOST_FILES,
         )
         self.repo, self.notices = self._hub.repo, self._hub.notices
         self.files = self._hub.files
         self.head = self._hub.commit
+        self.strangers = [
+            name
+            for name in names
+            if name == CONFIG_FILE or not (is_of_a_store(name) or name.startswith(".git"))
+        ]
 
     def _ask(self, question: Callable[[], T]) -> T:
         """The client's answer. Waits in a way that Ctrl-C ends at once: the client's would not."""

@@ -105,7 +105,7 @@ class Transfer:
     def run(self, files: Sequence[FileSpec], streams: int) -> None:
         """Fetch every gap of `files`. Raises what the first failure raised."""
         segments = [
-            part for file in files for gap in self._writer.gaps(file) for part in _cut(file, *gap)
+            part for file in files for gap in self._writer.gaps(file) for part in cut(file, *gap)
         ]
         self._total = sum(file.payload_nbytes for file in files)
         self._resumed = self._total - sum(part.end - part.begin for part in segments)
@@ -154,7 +154,7 @@ class Transfer:
         proof = _Proof(self._published, file, digests)
         buffer = torch.empty(min(PIECE_BYTES, segment.end - segment.begin), dtype=torch.uint8)
         with self._published.stream(file.key, segment.begin, segment.end) as stream:
-            for begin, end in _pieces(segment):
+            for begin, end in pieces(segment):
                 part = buffer[: end - begin]
                 self._check()
                 proof.read(stream, begin, bytes_of(part))
@@ -195,7 +195,7 @@ class _Proof:
         elif self._wrong(begin, view) is not None:
             self._published.read_into(self._file.key, begin, view)
             if (chunk := self._wrong(begin, view)) is not None:
-                raise SourceError(f"{self._sentence(chunk)}, twice; {_AGAIN}")
+                raise SourceError(f"{self._sentence(chunk)}, twice; {AGAIN}")
 
     def _wrong(self, begin: int, view: memoryview) -> int | None:
         """The first of the chunks in `view` that does not match."""
@@ -216,7 +216,7 @@ class _Proof:
         self._long.update(view)
         if within + len(view) == self._file.chunk_nbytes:
             if self._long.intdigest() != int(self._digests[chunk]):
-                raise ChangedSourceError(self._file.key, f"{self._sentence(chunk)}; {_AGAIN}")
+                raise ChangedSourceError(self._file.key, f"{self._sentence(chunk)}; {AGAIN}")
             self._long = None
 
     def _sentence(self, chunk: int) -> str:
@@ -226,10 +226,10 @@ class _Proof:
         )
 
 
-_AGAIN = "run the command again, and tell the repository's owner if that does not help"
+AGAIN = "run the command again, and tell the repository's owner if that does not help"
 
 
-def _cut(file: FileSpec, begin: int, end: int) -> Iterator[Segment]:
+def cut(file: FileSpec, begin: int, end: int) -> Iterator[Segment]:
     """A gap as segments of whole chunks, but for its ends."""
     step = max(SEGMENT_BYTES // file.chunk_nbytes, 1) * file.chunk_nbytes
     inner = range((begin // step + 1) * step, end, step)
@@ -237,7 +237,7 @@ def _cut(file: FileSpec, begin: int, end: int) -> Iterator[Segment]:
         yield Segment(file, one, other)
 
 
-def _pieces(segment: Segment) -> Iterator[tuple[int, int]]:
+def pieces(segment: Segment) -> Iterator[tuple[int, int]]:
     """Whole chunks, as many as a piece holds; or pieces of one chunk that is longer."""
     chunk, begin = segment.file.chunk_nbytes, segment.begin
     step = max(PIECE_BYTES // chunk, 1) * chunk

@@ -80,7 +80,8 @@ def repair(
     begin = time.perf_counter()
     root = Path(packed)
     store, published = _open(root)
-    report = RepairReport(root, published, dry_run=dry_run)
+    absent = store.absent and store.absent.sentence(root)
+    report = RepairReport(root, published, absent=absent, dry_run=dry_run)
     suspects = survey(store, progress)
     if dry_run:
         report.files += _to_rewrite(store, suspects)
@@ -97,6 +98,26 @@ def repair(
     report.files += _strangers(store)
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def rewrite(
+    store: PackedStore, damage: Sequence[FileDamage], write: Callable[[FileDamage, Sink], object]
+) -> list[FileRepair]:
+    """Rebuild damaged files, whose lost bytes `write` puts into a sink; and the documents.
+
+    -> what became of each: one that is not proved by its BLAKE3 is as it was. Raises ConflictError
+    when another process writes there, OutOfSpaceError, and what `write` raises.
+    """
+    lock = DirectoryLock(store.root)
+    try:
+        repairs = [
+            made
+            for found in damage
+            for made in _replace(store, [found], functools.partial(write, found))
+        ]
+        return repairs + _rewrite_documents(store)
+    finally:
+        lock.release(remove=True)
 
 
 def _mend(

@@ -25,12 +25,14 @@ class RepairReport:
     """Every file that was not in order, and what became of it.
 
     root: recomputed from the metadata, and the one that was published. source: what was read, if
-    anything had to be. dry_run: nothing was written, `files` is what a repair would rewrite.
+    anything had to be. absent: which parts a pull left out, and what fetches them. dry_run: nothing
+    was written, `files` is what a repair would rewrite.
     """
 
     path: Path
     root: str
     source: str | None = None
+    absent: str | None = None
     dry_run: bool = False
     files: list[FileRepair] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -49,6 +51,7 @@ class RepairReport:
             "ok": self.ok,
             "root": self.root,
             "source": self.source,
+            "absent": self.absent,
             "dry_run": self.dry_run,
             "files": [dataclasses.asdict(file) for file in self.files],
             "seconds": self.seconds,

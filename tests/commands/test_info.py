@@ -18,6 +18,7 @@ from dsv4.convert.metadata import planned_nodes
 from dsv4.formats.errors import StoreError
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.model.releases import MODELS
+from dsv4.formats.store.writer import StoreWriter
 from dsv4.synthetic.store import make_store, plan_store
 from dsv4.validate.values_root import values_root
 from tests.runtime.test_fit import SMALL
@@ -53,6 +54,12 @@ def test_a_store_and_its_source_say_the_same(tiny_source: Path, standard_store: 
     losses = {name: packed.provenance(name)["loss"]["rel_mse"] for name in store["rounded_tensors"]}
     assert store["worst"]["rel_mse"] == max(losses.values()) == losses[store["worst"]["name"]]
     assert store["disk_bytes"] > source["packed_bytes"] * 0.99
+
+
+def test_a_store_that_is_begun_is_said_to_be_unfinished(tmp_path: Path) -> None:
+    StoreWriter(tmp_path / "out", {"pull": {}}).close()
+    with pytest.raises(StoreError, match="it is unfinished"):
+        raise run("info", tmp_path / "out").exception or AssertionError
 
 
 def test_the_root_of_values_is_asked_for(native_store: Path, tiny_source: Path) -> None:

@@ -75,6 +75,11 @@ def test_commands_say_it(partial: Path, published: SharingHub) -> None:
     said = sentence(published, partial)
     shown = warm_commands.run("inspect", partial, "--json")
     assert shown.returncode == 0 and re.search(said, shown.stderr.decode())
+    told = warm_commands.run("info", partial)
+    assert re.search(rb"left out +the draft layers\n", told.stdout), told.stdout
+    mended = warm_commands.run("repair", partial)
+    assert mended.returncode == 0 and re.search(said, mended.stderr.decode())
+    assert b"whole, but for what was left out" in mended.stdout
     document = json.loads(shown.stdout)
     assert document["absent"] == ["draft"] and not any("mtp" in part for part in document["parts"])
     answer = ("--tokens", "1,2,3", "--max-new-tokens", "2", "--device", "cpu")

@@ -293,7 +293,7 @@ def test_a_commit_with_the_same_store_goes_on(
 
 
 def test_a_commit_with_another_store_is_named_with_the_command_that_goes_on(
-    published: SharingHub, shared_store: Path, native_store: Path, tmp_path: Path
+    published: SharingHub, shared_store: Path, native_store: Path, tmp_path: Path, root: str
 ) -> None:
     out, old = tmp_path / "out", published.branches["main"]
     _begun(published, out)
@@ -304,6 +304,10 @@ def test_a_commit_with_another_store_is_named_with_the_command_that_goes_on(
         pull(REPO, out)
     (command,) = re.findall("`(dsv4 pull [^`]*)`", str(no.value))
     assert command == f"dsv4 pull {REPO} {out} --revision {old}"
+    with pytest.raises(ConflictError, match=f"`{command} --root {root[:20]}`"):
+        pull(REPO, out, root=root[:20])
+    with pytest.raises(ConflictError, match=f"`{command}`"):  # the new root is not the old one's
+        pull(REPO, out, root=str(dsv4.open(native_store).store.manifest["root"]))
     pull(REPO, out, revision=old)
     assert tree(out) == tree(shared_store)
 
@@ -329,17 +333,65 @@ def test_what_is_there_already_is_not_fetched(
         pull(REPO, tmp_path / "out")
 
 
+@pytest.mark.parametrize("leave_out", [(), ("draft",)])
+def test_a_finished_pull_is_made_whole_and_not_said_to_be_read(
+    published: SharingHub, shared_store: Path, tmp_path: Path, leave_out: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    pull(REPO, out, leave_out=leave_out)
+    before = tree(out)
+    short, node = out / SMALL, out / "layers/zarr.json"
+    short.write_bytes(short.read_bytes()[:-1])
+    (out / CODES).unlink()
+    node.unlink()
+    with pytest.raises(StoreError, match="same `dsv4 pull` again fetches a file that is not there"):
+        dsv4.open(out)
+    published.requests.clear()
+    said: list[str] = []
+    done = pull(REPO, out, leave_out=leave_out, notice=said.append)
+    assert tree(out) == before and {r.file for r in published.requests if r.file} >= {SMALL, CODES}
+    assert done.unread and 0 < done.fetched < done.nbytes
+    assert any(f"not read; `dsv4 validate {out}` compares every byte" in one for one in said)
+    published.requests.clear()
+    node.unlink()
+    assert pull(REPO, out, leave_out=leave_out).fetched == 0 == len(asked_for_weights(published))
+    assert tree(out) == before
+
+
+def test_what_is_fetched_again_is_proved(published: SharingHub, tmp_path: Path) -> None:
+    pull(REPO, tmp_path / "out")
+    (tmp_path / "out" / CODES).unlink()
+    published.faults.plant(with_body(flipped), file=CODES)
+    with pytest.raises(SourceError, match=rf"{CODES} arrived with other bytes than the manifest"):
+        pull(REPO, tmp_path / "out")
+    assert not (tmp_path / "out" / CODES).exists()
+
+
 def test_a_directory_of_something_else_is_left_alone(
     published: SharingHub, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"x")
-    with pytest.raises(ConflictError, match=r"is not empty \(a\.jpg\)"):
+    with pytest.raises(
+        ConflictError, match=r"is not empty \(a\.jpg\) and holds no conversion or pull"
+    ):
         pull(REPO, tmp_path / "photos")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
     _begun(published, tmp_path / "pulled")
     with pytest.raises(ConflictError, match="holds what `dsv4 pull` began to fetch"):
         dsv4.convert(tiny_source, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_nothing_is_pulled_into_a_store(
+    published: SharingHub, tmp_path: Path, finished: bool
+) -> None:
+    out = tmp_path / "out"
+    pull(REPO, out) if finished else _begun(published, out)
+    before = tree(out)
+    with pytest.raises(ConflictError, match=f"sub/x is inside the packed store {out}; choose"):
+        pull(REPO, out / "sub/x")
+    assert tree(out) == before and not (out / "sub").exists()
 
 
 def test_an_unfinished_conversion_is_left_alone(published: SharingHub, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 import dsv4
+from dsv4.commands.sharing import _pushed_table
 from dsv4.formats.errors import ConflictError, NetworkError, SourceError, StoreError
 from dsv4.sharing import push as pushing
 from dsv4.sharing.pull import pull
 from dsv4.sharing.push import Push, Pushed
+from dsv4.sharing.repository import Repository
 from dsv4.synthetic.tiny import write_tiny
 from tests.convert.hub.loopback import Answer, says
 from tests.formats.store.packing import tree
@@ -244,6 +246,32 @@ def test_somebody_else_s_commit_in_between_is_noticed(hub: SharingHub, shared_st
         work.upload()
 
 
+def test_somebody_else_s_commit_right_behind_is_named(
+    hub: SharingHub, shared_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Repository.refuse_absent
+
+    def late(self: Repository, sizes: Mapping[str, int]) -> None:
+        hub.commit_tree({k: v for k, v in hub.head.items() if k != "dsv4.complete"})
+        real(self, sizes)
+
+    monkeypatch.setattr(Repository, "refuse_absent", late)
+    with pytest.raises(ConflictError, match=r"somebody else changed it to \w{12} .*dsv4\.complete"):
+        push(shared_store)
+
+
+def test_what_else_is_there_is_named_and_kept(hub: SharingHub, shared_store: Path) -> None:
+    said: list[str] = []
+    push(shared_store, notice=said.append)
+    assert said == []
+    others = dict.fromkeys(("config.json", "model.safetensors", "notes.txt"), b"x")
+    hub.commit_tree(hub.head | others)
+    push(shared_store, notice=said.append)
+    (one,) = said
+    assert "also holds 3 files that no store has (config.json, model.safetensors, notes.txt)" in one
+    assert hub.head.items() >= others.items()
+
+
 def test_a_file_that_the_hub_ignores_is_missed(hub: SharingHub, shared_store: Path) -> None:
     def ignore(answer: Answer) -> None:
         said = json.loads(answer.body)
@@ -273,6 +301,13 @@ def test_a_branch_is_made_if_asked_for(shared_store: Path, hub: SharingHub) -> N
     done = push(shared_store, revision="next", create=True)
     assert hub.branches["next"] == done.commit
     assert "dsv4.complete" in hub.trees[done.commit] and "dsv4.complete" not in hub.head
+    shown = list(_pushed_table(shared_store, done).columns[1].cells)
+    assert f"{REPO}, branch next, now at commit {done.commit}" in shown
+    assert f"dsv4 pull {REPO} DIR --revision next --root {done.root}" in shown
+    card = hub.trees[done.commit]["README.md"].decode()
+    assert f"dsv4 pull {REPO} ./packed --revision next --root {done.root}" in card
+    again = push(shared_store, revision="next")
+    assert (again.branch, again.card) == ("next", "as it was")
 
 
 def test_tokens_are_refused_by_name(

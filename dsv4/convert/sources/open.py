@@ -60,11 +60,15 @@ def check_name(src: str | Path, revision: str | None = None) -> tuple[str, str |
         raise SourceError(_about_file(Path(src)))
     if isinstance(src, Path) or text.startswith((".", "/", "~")):
         raise SourceError(f"there is no directory {text}; give one, or a hub id such as org/name")
-    return hub_name(text, revision)
+    return hub_name(text, revision, or_directory=True)
 
 
-def hub_name(text: str, revision: str | None = None) -> tuple[str, str | None]:
+def hub_name(
+    text: str, revision: str | None = None, *, or_directory: bool = False
+) -> tuple[str, str | None]:
     """What `text` names on a hub: (hub id, revision); an address may name the revision.
+
+    or_directory: whether a directory could have been given as well, so that a refusal says so.
 
     Raises SourceError for what is neither a hub id nor an address of a repository.
     """
@@ -79,6 +83,8 @@ def hub_name(text: str, revision: str | None = None) -> tuple[str, str | None]:
         raise SourceError(
             f"{text:.200} is not a hub id; give {at['repo']} and --revision {at['revision']}"
         )
+    if not or_directory and not _HUB_ID.fullmatch(text):
+        raise SourceError(f"{text!r:.200} is not a hub id; give one such as org/name")
     if text.count("/") > 1:
         raise SourceError(f"there is no directory {text}; give one, or a hub id such as org/name")
     if not _HUB_ID.fullmatch(text):

@@ -24,7 +24,10 @@ LINK_ADVICE = (
 
 def repaired_by(root: Path) -> str:
     """What to do about a damaged file of the store in `root`, as the end of a sentence."""
-    return f"`dsv4 repair {shlex.quote(str(root))} --source SRC` makes it whole from its source"
+    return (
+        f"`dsv4 repair {shlex.quote(str(root))} --source SRC` makes it whole from its source; of a "
+        "pulled store, the same `dsv4 pull` again fetches a file that is not there"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,6 +116,7 @@ def check_manifest(manifest: Any) -> None:
         if not isinstance(manifest[name], dict):
             raise StoreError(f"manifest: {name} is not a JSON object")
     _check_origin(manifest, version)
+    _check_making(manifest)
     if unknown := sorted(set(manifest["layouts"]) - KNOWN_LAYOUTS):
         raise StoreError(
             f"the store uses layouts {unknown}, this dsv4 knows {sorted(KNOWN_LAYOUTS)}; "
@@ -161,6 +162,31 @@ def _check_origin(manifest: Mapping[str, Any], version: int) -> None:
             )
     if version > 2 and found.keys() != {"kind", *_ORIGIN_KEYS[kind]}:
         raise StoreError(f"manifest: origin has members {sorted(found)} of kind {kind}")
+
+
+def _check_making(manifest: Mapping[str, Any]) -> None:
+    """Raise StoreError unless recipe, tool and source have their form and can be shown."""
+    tool, recipe, files = manifest["tool"], manifest["recipe"], manifest["source"].get("files", [])
+    own = recipe if isinstance(recipe, dict) else {}
+    keep = own.get("keep")
+    if not isinstance(keep, list) or not all(map(_is_shown, (own.get("name"), *keep))):
+        raise StoreError(
+            f"manifest: recipe is {recipe!r:.80}, expected a name and a list of globs to keep, all "
+            "of them printable text"
+        )
+    if not _is_shown(tool):
+        raise StoreError(f"manifest: tool is {tool!r:.80}, expected a line of printable text")
+    for file in files if isinstance(files, list) else [files]:
+        known = isinstance(file, dict) and is_hash(file.get("sha256"))
+        if not known or not _is_shown(file.get("name")):
+            raise StoreError(
+                f"manifest: source has the file {file!r:.80}, expected a printable name, bytes and "
+                "sha256"
+            )
+
+
+def _is_shown(text: object) -> bool:
+    return isinstance(text, str) and text.isprintable()
 
 
 def expected_files(arrays: Mapping[str, ArraySpec], manifest: Mapping[str, Any]) -> list[FileSpec]:

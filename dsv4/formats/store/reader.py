@@ -232,7 +232,8 @@ def _read_marker(root: Path) -> tuple[bytes, bool]:
                 "`dsv4 pull` again to finish it"
             )
         raise StoreError(
-            f"{MARKER} is missing, so not all of it is here; copy or download the store again"
+            f"{MARKER} is missing, so not all of it is here; remove the directory and run the same "
+            "`dsv4 convert` or `dsv4 pull` again, or copy the store again"
         )
     return _read_document(root / MARKER, MAX_MARKER_BYTES), False
 

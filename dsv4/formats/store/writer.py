@@ -96,6 +96,7 @@ class StoreWriter:
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.out = Path(out)
+        _refuse_within_a_store(self.out)
         create_directory(self.out)
         with storage_errors(self.out, "examining the directory"):
             _refuse_foreign(self.out)
@@ -427,6 +428,16 @@ def _metadata(
     return root, documents
 
 
+def _refuse_within_a_store(out: Path) -> None:
+    """Raise ConflictError for a directory below a store: its files would be strangers in it."""
+    for above in out.resolve().parents:
+        unfinished = (above / JOURNAL).exists() and (above / LOCK).exists()
+        if unfinished or (above / MARKER).exists() or (above / PART_MARKER).exists():
+            raise ConflictError(
+                f"{out} is inside the packed store {above}; choose a directory outside it"
+            )
+
+
 def _refuse_foreign(out: Path) -> None:
     names = {path.name for path in out.iterdir()}
     if MARKER in names:
@@ -436,8 +447,8 @@ def _refuse_foreign(out: Path) -> None:
         )
     if not _has_begun(out / JOURNAL) and (others := sorted(names - {LOCK, JOURNAL})):
         raise ConflictError(
-            f"{out}: it is not empty ({others[0]}) and holds no conversion; choose an empty "
-            "directory"
+            f"{out}: it is not empty ({others[0]}) and holds no conversion or pull to go on with; "
+            "choose an empty directory"
         )
 
 

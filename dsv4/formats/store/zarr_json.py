@@ -117,7 +117,9 @@ def parse_json(raw: bytes, what: str) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{what} is no valid JSON: {error}") from None
+        long = "integer string conversion" in str(error)
+        why = "it holds a number of thousands of digits" if long else error
+        raise StoreError(f"{what} is no valid JSON: {why}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

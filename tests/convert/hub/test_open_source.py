@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from dsv4.convert.sources import hub
 from dsv4.convert.sources.local import LocalSource
-from dsv4.convert.sources.open import open_source
+from dsv4.convert.sources.open import hub_name, open_source
 from dsv4.formats.errors import SourceError
 
 Asked = list[tuple[str, str | None]]
@@ -151,3 +151,9 @@ def test_two_revisions_are_refused(asked: Asked) -> None:
     with pytest.raises(SourceError, match=r"--revision v2 contradicts https://.*tree/v1"):
         open_source("https://huggingface.co/org/name/tree/v1", "v2")
     assert asked == []
+
+
+@pytest.mark.parametrize("name", ["nonsense", "./here/it/is", ""])
+def test_where_no_directory_can_be_given_none_is_asked_for(name: str) -> None:
+    with pytest.raises(SourceError, match=r"is not a hub id; give one such as org/name$"):
+        hub_name(name)

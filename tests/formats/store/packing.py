@@ -84,8 +84,10 @@ def manifest() -> dict[str, Any]:
     return {
         "tool": IDENTITY["tool"],
         "config": config().to_dict(),
-        "recipe": "standard",
-        "source": {"files": [{"name": f"{n}.safetensors", "bytes": 4096} for n in "ab"]},
+        "recipe": {"name": "standard", "keep": []},
+        "source": {
+            "files": [{"name": f"{n}.safetensors", "bytes": 4096, "sha256": n * 64} for n in "ab"]
+        },
         "origin": {"kind": "local"},
         "layouts": {layout.id: dict(layout.parameters) for layout in LAYOUTS.values()},
     }

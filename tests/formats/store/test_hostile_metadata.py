@@ -136,12 +136,38 @@ HOSTILE: dict[str, tuple[str, Edit]] = {
     "no config": ("config", lambda d: _manifest(d).pop("config")),
     "config as list": ("config", _section("config", [])),
     "config of another version": ("unknown fields", _section("config", {"novel": 1})),
+    "recipe as text": ("recipe is 'standard', expected a name", _section("recipe", "standard")),
+    "recipe without globs": ("recipe is", _section("recipe", {"name": "x"})),
+    "globs as a number": ("recipe is", _section("recipe", {"name": "x", "keep": 5})),
+    "a number as glob": ("recipe is", _section("recipe", {"name": "x", "keep": [5]})),
+    "a recipe that colours": (
+        r"recipe is .*\\x1b\[31mred",
+        _section("recipe", {"name": "\x1b[31mred", "keep": []}),
+    ),
+    "a glob that colours": (
+        r"recipe is .*\\x1b\[31m",
+        _section("recipe", {"name": "x", "keep": ["\x1b[31m"]}),
+    ),
+    "a tool that names the window": (
+        r"tool is '\\x1b\]0;evil",
+        _section("tool", "\x1b]0;evil\x07"),
+    ),
+    "a tool in a list": ("tool is", _section("tool", ["dsv4"])),
     "config incomplete": ("incomplete", _section("config", {"vocab_size": 1})),
     "config with zero groups": (
         "manifest",
         lambda d: _manifest(d)["config"].update(o_groups=False),
     ),
     "config with text": ("manifest", lambda d: _manifest(d)["config"].update(head_dim="x")),
+    "source files as text": ("the file 'x'", _section("source", {"files": "x"})),
+    "a source file without hash": (
+        "expected a printable name",
+        _section("source", {"files": [{"name": "a.safetensors", "bytes": 1}]}),
+    ),
+    "a source file that colours": (
+        r"the file .*\\x1b\[31m",
+        _section("source", {"files": [{"name": "\x1b[31m", "bytes": 1, "sha256": "a" * 64}]}),
+    ),
     "source as list": ("source", _section("source", [])),
     "source with an origin": (
         "source has other members",

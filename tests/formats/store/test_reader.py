@@ -196,9 +196,18 @@ def test_config_assets_manifest(pristine: Path) -> None:
     store = PackedStore.open(pristine)
     assert store.config == packing.config()
     assert {name: path.read_bytes() for name, path in store.assets.items()} == packing.ASSETS
-    assert store.manifest["recipe"] == "standard"
+    assert store.manifest["recipe"] == {"name": "standard", "keep": []}
     assert check_root(store) == store.manifest["root"]
     assert list(damage(store)) == []
+
+
+def test_a_marker_of_many_digits_and_none_are_refused_in_our_words(store: Path) -> None:
+    (store / "dsv4.complete").write_text('{"format_version": ' + "1" * 5000 + "}")
+    with pytest.raises(StoreError, match=r"holds a number of thousands of digits$"):
+        PackedStore.open(store)
+    (store / "dsv4.complete").unlink()
+    with pytest.raises(StoreError, match="remove the directory and run the same `dsv4 convert`"):
+        PackedStore.open(store)
 
 
 def test_a_store_can_be_moved_and_opened_by_a_relative_path(
