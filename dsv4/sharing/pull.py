@@ -102,9 +102,7 @@ def pull(
     for sentence in published.notices:
         notice(sentence)
     if root is not None:
-        if not published.root.startswith(root.lower()) and (out / JOURNAL).exists():
-            _writer(published, out, root).close()  # names what was begun, and how to go on with it
-        published.refuse_other_root(root)
+        _refuse_other_root(published, out, root)
     else:
         notice(f"the root is the one that {published} names; --root holds it to yours")
     wanted = published.without(leave_out)
@@ -134,6 +132,12 @@ def pull(
         fetched,
         unread,
     )
+
+
+def _refuse_other_root(published: PublishedStore, out: Path, root: str) -> None:
+    if not published.root.startswith(root.lower()) and (out / JOURNAL).exists():
+        _writer(published, out, root).close()  # names what was begun, and how to go on with it
+    published.refuse_other_root(root)
 
 
 def _fetch_again(

@@ -244,7 +244,7 @@ def test_a_false_root_is_found(store: Path) -> None:
     """Consistent forgery of metadata and marker hash: only the root gives it away."""
 
     def forge(document: dict[str, dict[str, dict[str, object]]]) -> None:
-        document["attributes"]["dsv4"]["recipe"]["name"] = "native"
+        document["attributes"]["dsv4"]["tool"] = "another"
 
     packing.edit_metadata(store, forge)
     opened = PackedStore.open(store)
