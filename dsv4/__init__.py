@@ -132,7 +132,7 @@ def load(
         device=target,
         dtype=dtype or torch.float32,
         numerics=chosen,
-        draft=checkpoint.store.draft if drafts else DraftKind.NONE,
+        draft=checkpoint.store.contents.draft if drafts else DraftKind.NONE,
     )
 
 

@@ -161,13 +161,9 @@ def _model_facts(nodes: Nodes) -> dict[str, Any]:
 
 def _losses(nodes: Nodes) -> dict[str, Any]:
     """Tensors that do not equal the source, and the worst relative squared error of them."""
-    inexact: dict[str, float] = {}
-    for attributes in nodes.hierarchy.groups.values():
-        own = attributes.get("dsv4")
-        if isinstance(own, dict) and own.get("exact") is False:
-            loss = own.get("loss") or own
-            for name in own["names"]:
-                inexact[name] = float(loss.get("rel_mse") or 0.0)
+    from dsv4.formats.store.losses import inexact_tensors
+
+    inexact = dict(inexact_tensors(nodes))
     worst = max(inexact, key=inexact.__getitem__, default=None)
     return {
         "rounded_tensors": list(inexact),

@@ -120,9 +120,9 @@ def _of_store(place: Path) -> Iterator[Kernel]:
     # Files are not looked at: they may have stayed on another machine.
     store = PackedStore.open(place, check_files=False)
     try:
-        return all_kernels(outlined_model(store, drafts=store.draft is DraftKind.DSPARK))
+        return all_kernels(outlined_model(store, drafts=store.contents.draft is DraftKind.DSPARK))
     except RuntimeRefusal as error:
-        if store.draft is not DraftKind.DSPARK:
+        if store.contents.draft is not DraftKind.DSPARK:
             raise
         plain = outlined_model(store)
         notice(f"kernels of the draft layers are left out: {error}")

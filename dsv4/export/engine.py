@@ -111,7 +111,7 @@ def export(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     workers: int | None = None,
     progress: Progress | None = None,
-    notice: Callable[[str], object] | None = None,
+    notice: Callable[[str], object] = lambda sentence: None,
 ) -> ExportSummary:
     """Write the checkpoint that the store `packed` holds into the directory `out`.
 
@@ -134,8 +134,7 @@ def export(
     plan = make_plan(checkpoint, experts=experts, bf16=bf16, shard_bytes=shard_bytes)
     assets = {name: _asset(checkpoint, name) for name in checkpoint.store.assets}
     beside = documents(plan, _config(checkpoint, assets))
-    for sentence in plan.notices if notice is not None else ():
-        assert notice is not None
+    for sentence in plan.notices:
         notice(sentence)
     identity = {
         "tool": TOOL,
@@ -152,8 +151,7 @@ def export(
         directory.finish(assets | beside)
     root = str(identity["root"])
     summary = ExportSummary(out, root, plan, hashes, work.resumed, tuple(apart))
-    for sentence in summary.notices[len(plan.notices) :] if notice is not None else ():
-        assert notice is not None
+    for sentence in summary.notices[len(plan.notices) :]:
         notice(sentence)
     return summary
 

@@ -28,7 +28,6 @@ from dsv4.runtime.gpu.caches import read_nbytes
 from dsv4.runtime.gpu.engine import SessionSizes, session_sizes
 from dsv4.runtime.gpu.load import (
     beside_experts,
-    draft_kind,
     drafts_nbytes,
     drafts_refusal,
     no_room_for_drafts,
@@ -99,7 +98,7 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
     for path, placed in plan_load(store, {Part.CORE}, share).arrays.items():
         core[_kind(path)] += placed.nbytes
         tables += placed.nbytes if path.endswith("tid2eid") else 0
-    refusal = drafts_refusal(store) if draft_kind(store) is not DraftKind.NONE else None
+    refusal = drafts_refusal(store) if store.contents.draft is not DraftKind.NONE else None
     return Needs(
         core=core,
         experts=expert_sizes(store, share),
@@ -116,7 +115,7 @@ def needs_of(store: Nodes, context: int | None = None, share: Share = ALONE) -> 
 
 
 def _draft_nbytes(store: Nodes, capacity: int, share: Share, refusal: str | None) -> int:
-    if draft_kind(store) is DraftKind.NONE:
+    if store.contents.draft is DraftKind.NONE:
         return 0
     if refusal is not None:
         return plan_load(store, {Part.DRAFT}, share).nbytes

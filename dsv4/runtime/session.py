@@ -184,7 +184,7 @@ class SequenceBase(abc.ABC):
 
     def _propose(self, token: int, count: int) -> Draft:
         """What `propose` returns, of checked arguments."""
-        raise NotImplementedError  # where `most_drafts` is not 0
+        raise NotImplementedError  # not called where `most_drafts` is 0
 
     def _forget(self, position: int) -> None:
         """Drop what is known of tokens from `position` on, besides caches."""

@@ -137,7 +137,7 @@ class GpuBackend:
 
     def proposer(self, slot: int) -> Proposer:
         """See `Backend`."""
-        raise NotImplementedError  # where `most_drafts` is not 0
+        raise NotImplementedError  # not called: `most_drafts` is 0 here
 
     def save_state(self, slot: int, position: int, cells: Sequence[Tensor]) -> None:
         """See `Backend`."""

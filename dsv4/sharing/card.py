@@ -6,36 +6,25 @@ edited by nobody, so that a later push may write it anew; any other is somebody'
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from dsv4.formats.errors import StoreError
-from dsv4.formats.model.recipes import role_of
+from dsv4.formats.model.recipes import Role, role_of
 from dsv4.formats.plain_text import counted, printable, size
+from dsv4.formats.store.losses import inexact_tensors
 from dsv4.formats.store.manifest import origin_of
-from dsv4.formats.store.nodes import EXPERT
 from dsv4.formats.store.reader import PackedStore
-from dsv4.formats.store.specs import ATTRIBUTE
 
 MAX_CARD_BYTES = 1 << 24
 _SIGNATURE = re.compile(rb"<!-- card written by dsv4, SHA-256 ([0-9a-f]{64}) -->\n\Z")
 _LICENCES = (("Apache License", "apache-2.0"), ("MIT License", "mit"))
 _LICENCE_HEAD = 4096
-
-
-@dataclasses.dataclass
-class _Kind:
-    """Tensors of one role: how many, how many not exact, and the worst relative MSE of these."""
-
-    tensors: int = 0
-    inexact: int = 0
-    worst: float = 0.0
 
 
 def write_card(store: PackedStore, repo: str, branch: str | None = None) -> bytes:
@@ -141,40 +130,25 @@ def _licence(store: PackedStore) -> str | None:
 
 def _losses(store: PackedStore) -> str:
     """A table by kind of tensor, or that there was none."""
-    kinds: dict[str, _Kind] = {}
-    for name, count, own in _tensors(store):
-        kind = kinds.setdefault(str(role_of(name)), _Kind())
-        kind.tensors += count
-        if own["exact"]:
-            continue
-        inexact = own.get("inexact")
-        kind.inexact += len(inexact) if isinstance(inexact, dict) else count
-        loss = own.get("loss")
-        worst = loss.get("rel_mse") if isinstance(loss, dict) else own.get("rel_mse")
-        if not isinstance(worst, int | float):
-            raise StoreError(f"{store.root}: {name} has no loss, though it is not exact")
-        kind.worst = max(kind.worst, worst)
-    total = sum(kind.tensors for kind in kinds.values())
-    lossy = sum(kind.inexact for kind in kinds.values())
+    contents = store.contents
+    experts = (name for name, *_ in contents.expert_names())
+    tensors = Counter(role_of(name) for name in (*contents.plain, *contents.matrices, *experts))
+    worst: dict[Role, float] = {}
+    lossy: Counter[Role] = Counter()
+    for name, rel_mse in inexact_tensors(store):
+        role = role_of(name)
+        lossy[role] += 1
+        worst[role] = max(worst.get(role, 0.0), rel_mse)
+    total = tensors.total()
     if not lossy:
         return f"Nothing: all {counted(total, 'tensor')} are exact, counted while they were made."
     lines = ["| kind | tensors | not exact | worst relative MSE |", "| --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {name} | {kind.tensors:,} | {kind.inexact:,} | {kind.worst:.3e} |"
-        for name, kind in kinds.items()
-        if kind.inexact
+        f"| {role} | {tensors[role]:,} | {lossy[role]:,} | {worst[role]:.3e} |"
+        for role in tensors
+        if role in lossy
     ]
-    exact = f"{total - lossy:,} of {total:,} tensors are exact, counted while they were made."
+    exact = (
+        f"{total - lossy.total():,} of {total:,} tensors are exact, counted while they were made."
+    )
     return "\n".join([*lines, "", exact])
-
-
-def _tensors(store: PackedStore) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """(hub name of one, how many, attributes) of every array or group that holds tensors."""
-    contents = store.contents
-    for name, path in contents.plain.items():
-        yield name, 1, store.hierarchy.arrays[path].attributes[ATTRIBUTE]
-    for name, group in contents.matrices.items():
-        yield name, 1, group.attributes
-    for stack in contents.stacks.values():
-        count = (stack.experts or 0) * len(stack.names)
-        yield stack.names[0].replace(EXPERT, "0"), count, stack.attributes

@@ -151,7 +151,8 @@ class PublishedStore:
 def check_pin(pinned: str) -> None:
     """Raise SourceError unless `pinned` is a root, or enough of its first digits.
 
-    16 digits are 64 bits: enough against a mix-up, and as many tries as a forger would need.
+    The first 16 tell any two stores apart. A forger finds another one with the same after some
+    2^64 tries: give all 64 where that counts.
     """
     if not _DIGITS.fullmatch(pinned.lower()):
         raise SourceError(

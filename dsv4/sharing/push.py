@@ -209,7 +209,7 @@ class _Upload:
         self._store = store
         self._hub = hub
         self._progress = progress
-        self._sizes = sizes
+        self._sizes, self._total = sizes, sum(sizes.values())
         self._done = self._resumed = self.uploaded = 0
 
     def run(self) -> None:
@@ -260,8 +260,7 @@ class _Upload:
     def _count(self, key: str, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
-            total = sum(self._sizes.values())
-            self._progress(Moved(key, self._done, total, self._resumed))
+            self._progress(Moved(key, self._done, self._total, self._resumed))
 
 
 def is_same(path: Path, there: HubFile) -> bool:

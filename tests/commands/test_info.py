@@ -19,6 +19,7 @@ from dsv4.formats.errors import StoreError
 from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.model.releases import MODELS
 from dsv4.formats.store.writer import StoreWriter
+from dsv4.sharing.card import write_card
 from dsv4.synthetic.store import make_store, plan_store
 from dsv4.validate.values_root import values_root
 from tests.runtime.test_fit import SMALL
@@ -54,6 +55,20 @@ def test_a_store_and_its_source_say_the_same(tiny_source: Path, standard_store: 
     losses = {name: packed.provenance(name)["loss"]["rel_mse"] for name in store["rounded_tensors"]}
     assert store["worst"]["rel_mse"] == max(losses.values()) == losses[store["worst"]["name"]]
     assert store["disk_bytes"] > source["packed_bytes"] * 0.99
+
+
+def test_every_expert_that_was_rounded_is_counted(tmp_path: Path) -> None:
+    """A source in BF16: no expert can be carried."""
+    source, out = tmp_path / "source", tmp_path / "packed"
+    assert run("tiny", source, "--flavour", "bf16").exit_code == 0
+    assert run("convert", "--hf", source, "--out", out).exit_code == 0
+    packed = dsv4.open(out)
+    names = packed.names()
+    rounded = [name for name in names if not packed.provenance(name)["exact"]]
+    assert sorted(document(out)["rounded_tensors"]) == sorted(rounded)
+    assert sum(".experts." in name for name in rounded) > 100
+    card = write_card(packed.store, "some-org/some-store").decode()
+    assert f"{len(names) - len(rounded):,} of {len(names):,} tensors are exact" in card
 
 
 def test_a_store_that_is_begun_is_said_to_be_unfinished(tmp_path: Path) -> None:

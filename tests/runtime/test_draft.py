@@ -342,5 +342,5 @@ def test_a_store_whose_config_json_is_damaged_opens(
     store = dsv4.open(dspark_store).store.open(tmp_path / "packed", check_files=False)
     assert store.config.dspark_noise_token_id is None
     with pytest.raises(RuntimeRefusal, match=r"assets/config\.json"):
-        load(store, draft=store.draft)
+        load(store, draft=store.contents.draft)
     load(store)

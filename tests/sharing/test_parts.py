@@ -52,7 +52,9 @@ def test_what_is_there_is_the_published_store_s(partial: Path, shared_store: Pat
     names = [name for name in whole.names() if not name.startswith("mtp.")]
     assert found.names() == names and len(names) < len(whole.names())
     assert torch.equal(found.dequantize(names[3]), whole.dequantize(names[3]))
-    assert found.store.draft is DraftKind.NONE and whole.store.draft is DraftKind.MTP
+    assert (
+        found.store.contents.draft is DraftKind.NONE and whole.store.contents.draft is DraftKind.MTP
+    )
     assert "without draft" in repr(found)
     ids = torch.tensor([1, 2, 3])
     logits = [dsv4.load(path).session(8).forward(ids) for path in (partial, shared_store)]

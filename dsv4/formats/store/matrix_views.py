@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dsv4.formats.errors import StoreError
 from dsv4.formats.model.config import ModelConfig
-from dsv4.formats.model.inventory import DraftKind, detect_draft
 from dsv4.formats.numeric.operands import Fp8Matrix, Matrix, Nvfp4Matrix
 from dsv4.formats.store.mapped_files import StoredArray
 from dsv4.formats.store.nodes import Contents, QuantizedGroup
@@ -100,11 +99,6 @@ class StoredWeights(abc.ABC):
     root: Path
     contents: Contents
     config: ModelConfig
-
-    @property
-    def draft(self) -> DraftKind:
-        """Which draft layers are stored."""
-        return detect_draft((*self.contents.plain, *self.contents.matrices))[0]
 
     @abc.abstractmethod
     def array(self, path: str) -> StoredArray:

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv4.formats.errors import StoreError
+from dsv4.formats.model.inventory import DraftKind, detect_draft
 from dsv4.formats.numeric.operands import FP8_BLOCK, NVFP4_K_ALIGN, SF_ROWS, SF_TILE_BYTES
 from dsv4.formats.store.specs import (
     ATTRIBUTE,
@@ -82,6 +83,11 @@ class Contents:
     plain: Mapping[str, str]
     matrices: Mapping[str, QuantizedGroup]
     stacks: Mapping[str, QuantizedGroup]
+
+    @property
+    def draft(self) -> DraftKind:
+        """Which draft layers are stored."""
+        return detect_draft((*self.plain, *self.matrices))[0]
 
     def expert_names(self) -> Iterator[tuple[str, QuantizedGroup, int, int]]:
         """(hub name, stack, expert, projection) of every matrix in a stack."""

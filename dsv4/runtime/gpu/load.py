@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dsv4.formats.errors import Dsv4Error, KernelError, OutOfSpaceError
-from dsv4.formats.model.inventory import DraftKind, detect_draft
+from dsv4.formats.model.inventory import DraftKind
 from dsv4.formats.plain_text import size
 from dsv4.formats.store.matrix_views import Nodes
 from dsv4.formats.store.reader import PackedStore
@@ -68,7 +68,7 @@ def load(
     known = known_routes(store, routes)
     placement = plan_experts(store, device, experts, known.counts, slots, max_seq_len)
     stages, reason = 0, None
-    if drafts and draft_kind(store) is not DraftKind.NONE:
+    if drafts and store.contents.draft is not DraftKind.NONE:
         engine = slots, capacity_of(store.config, max_seq_len)
         stages, reason = plan_drafts(store, placement, free_memory(device)[0], *engine, library)
         placement = placement.with_resident(stages)
@@ -148,7 +148,7 @@ def plan_drafts(
 
 def drafts_refusal(store: Nodes) -> str | None:
     """Why no GPU runs the draft layers of a store, which has some; None where one does."""
-    if draft_kind(store) is DraftKind.MTP:
+    if store.contents.draft is DraftKind.MTP:
         return "MTP is not run by the GPU's kernels yet"
     try:
         outlined_model(store, drafts=True)
@@ -164,11 +164,6 @@ def damage(draft: DSpark) -> str | None:
         if not factor.any():
             return f"{name} holds nothing but zeros, so they are damaged"
     return None
-
-
-def draft_kind(store: Nodes) -> DraftKind:
-    """Which draft layers a store has."""
-    return detect_draft((*store.contents.plain, *store.contents.matrices))[0]
 
 
 def no_room_for_drafts(cold: int, needed: int, left: int) -> str | None:
