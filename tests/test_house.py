@@ -35,7 +35,8 @@ LEAST_FILE_LINES = 40  # of a module that one other module imports
 # target was set, and what came since (counted exactness, going back, more of hubs and dialects) was
 # not paid for by merging, such as of the parallel outputs and of the readers of files by ranges.
 # Draft layers on the CPU and their rounds took 1,200 of the book, parts left out of a pull 100,
-# what fit says of DSpark on a GPU 50, biases 20, losses of a store 50 (taken from the card and from info).
+# what fit says of DSpark on a GPU 50, biases 20,
+# losses of a store 50, taken from the card and from info.
 MOST_LINES = {
     # formats, convert, validate, the CPU's model and its text, the reference; the target is 14,000.
     "the book": (
