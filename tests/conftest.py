@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,22 @@ import torch
 from dsv4.convert.engine import convert
 from dsv4.formats.model.config import ModelConfig
 from dsv4.formats.model.inventory import DraftKind
+from dsv4.runtime.gpu.program import Program
 from dsv4.synthetic.tiny import TINY, write_tiny
 
 # Two workers on two cores: more threads only wait for each other (ten times slower, measured on
 # two shared cores of an AMD EPYC). Child processes inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def no_graphs() -> Iterator[None]:
+    """Programs of the GPU's plan are launched call by call: a CPU records no graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "replay", Program.launch)
+        yield
+
 
 MakeSource = Callable[[ModelConfig, DraftKind], Path]
 

@@ -16,7 +16,6 @@ from dsv4.bench.logits import Distance, distance
 from dsv4.formats.model.config import ModelConfig
 from dsv4.runtime.gpu import engine
 from dsv4.runtime.gpu.caches import LayerCaches, allocate_caches
-from dsv4.runtime.gpu.program import Program
 from tests.runtime.gpu.test_session import CPU, SMALL, HostModel
 from tests.support.emulator import Emulator
 
@@ -26,9 +25,7 @@ def weights() -> TellingWeights:
     return TellingWeights(SMALL, CPU)
 
 
-@pytest.fixture(autouse=True)
-def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Program, "replay", Program.launch)
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.errors import RuntimeRefusal
 from dsv4.runtime.gpu.batch import Batch
-from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
 from dsv4.serve.engine import Options, ServeEngine, backend_of
@@ -43,11 +41,7 @@ SAMPLERS: list[dict[str, Any]] = [
 COUNT = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "replay", Program.launch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.runtime.gpu.batch import Batch
-from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.text.drafting import Wish
 from dsv4.runtime.text.generate import generate
 from dsv4.runtime.text.sampling import Sampler
@@ -27,11 +26,7 @@ from tests.serve.test_gpu_backend import BLOCK, CAPACITY, CHUNK, CONFIG, PROMPTS
 COUNT = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "replay", Program.launch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -63,11 +63,7 @@ OTHER = IDS.flip(0)
 WRONG = 0.1  # of the logits' deviation; what is right is off by a few hundredths
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "replay", Program.launch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @functools.cache

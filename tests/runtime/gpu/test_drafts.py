@@ -6,7 +6,6 @@ in the step, too, and is itself compared with draws by hand (`test_session`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from dsv4.bench.random_weights import RandomWeights
 from dsv4.formats.errors import RuntimeRefusal
-from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.text.drafting import MOST_DRAFTS
 from dsv4.runtime.text.generate import Timings, generate
@@ -35,11 +33,7 @@ SAMPLERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "replay", Program.launch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @pytest.fixture(scope="module")

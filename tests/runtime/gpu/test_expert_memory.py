@@ -52,9 +52,7 @@ class PlacedWeights(RandomWeights):
         )
 
 
-@pytest.fixture(autouse=True)
-def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Program, "replay", Program.launch)
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 def session_of(weights: RandomWeights) -> GpuSession:

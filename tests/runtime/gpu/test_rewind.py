@@ -57,11 +57,7 @@ OTHER = IDS.flip(0)
 CAPACITY = 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_graphs() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Program, "replay", Program.launch)
-        yield
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 @pytest.fixture(scope="module")

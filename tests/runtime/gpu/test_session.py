@@ -19,7 +19,6 @@ from dsv4.runtime.gpu import plan
 from dsv4.runtime.gpu.activations import Streams
 from dsv4.runtime.gpu.model import GpuModel
 from dsv4.runtime.gpu.operands import Connection
-from dsv4.runtime.gpu.program import Program
 from dsv4.runtime.gpu.session import GpuSession
 from dsv4.runtime.model import load
 from dsv4.runtime.text.generate import generate
@@ -61,9 +60,7 @@ def weights() -> RandomWeights:
     return RandomWeights(SMALL, CPU)
 
 
-@pytest.fixture(autouse=True)
-def _no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Program, "replay", Program.launch)
+pytestmark = pytest.mark.usefixtures("no_graphs")
 
 
 def session_of(
